@@ -9,7 +9,6 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from gpt_oss_jax.config import Config  # noqa: E402  (the settings come before anything uses JAX)
 

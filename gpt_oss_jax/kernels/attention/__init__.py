@@ -1,0 +1,1 @@
+"""Attention with sinks and a window, positions instead of masks."""

@@ -1,0 +1,66 @@
+"""Attention with a learned sink per head: the signature and the choice of implementation."""
+
+from __future__ import annotations
+
+import jax
+
+from gpt_oss_jax.kernels.attention import xla
+from gpt_oss_jax.kernels.dispatch import dispatch
+
+IMPLEMENTATIONS = {"xla": xla.attention}
+
+
+def attention(
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    sinks_KG: jax.Array,
+    *,
+    q_pos_BT: jax.Array,
+    k_pos_BS: jax.Array,
+    window: int | None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Grouped-query attention whose softmax has one extra logit per head, the sink.
+
+    A key is visible iff `0 <= k_pos <= q_pos` and, with a window, `q_pos - k_pos < window`. The sink
+    is neither scaled nor masked and carries no value, so weights sum to less than one (gpt-oss
+    model card, arXiv:2508.10925, section 2). A query that sees nothing gives zeros.
+
+    Args:
+      q_BTKGH: Queries, G to each key head.
+      k_BSKH: Keys, rotated, in any order.
+      v_BSKH: Values.
+      sinks_KG: Sink logits.
+      q_pos_BT: int32 positions of the queries, negative for padding.
+      k_pos_BS: int32 positions of the keys, negative for empty slots.
+      window: Keys visible to a query, itself included; None for all.
+      implementation: "xla", or None for the fastest that can.
+
+    Returns:
+      [B, T, K, G, H] in the dtype of the queries.
+
+    Raises:
+      ValueError: If shapes disagree, or `implementation` is unknown.
+    """
+    B, T, K, G, H = q_BTKGH.shape
+    S = k_BSKH.shape[1]
+    wanted = ((B, S, K, H), (B, S, K, H), (K, G), (B, T), (B, S))
+    came = tuple(a.shape for a in (k_BSKH, v_BSKH, sinks_KG, q_pos_BT, k_pos_BS))
+    if wanted != came:
+        raise ValueError(
+            f"with queries {q_BTKGH.shape}, keys, values, sinks and positions must be {wanted}, "
+            f"got {came}."
+        )
+    return dispatch(
+        "attention",
+        IMPLEMENTATIONS,
+        implementation,
+        q_BTKGH,
+        k_BSKH,
+        v_BSKH,
+        sinks_KG,
+        q_pos_BT=q_pos_BT,
+        k_pos_BS=k_pos_BS,
+        window=window,
+    )

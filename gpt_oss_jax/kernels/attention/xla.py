@@ -1,0 +1,72 @@
+"""Attention with sinks in plain XLA: works everywhere, differentiable, in bounded memory."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from gpt_oss_jax.kernels.contract import einsum
+
+_SCORE_BYTES = 1 << 27  # Most that one block of scores may take.
+
+
+def scores(
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    *,
+    q_pos_BT: jax.Array,
+    k_pos_BS: jax.Array,
+    window: int | None,
+) -> jax.Array:
+    """Scaled scores, float32 [B, K, G, T, S], -inf where a key is not visible."""
+    scores_BKGTS = einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH) * q_BTKGH.shape[-1] ** -0.5
+    distance_BTS = q_pos_BT[:, :, None] - k_pos_BS[:, None, :]
+    visible_BTS = (k_pos_BS[:, None, :] >= 0) & (distance_BTS >= 0)
+    if window is not None:
+        visible_BTS &= distance_BTS < window
+    return jnp.where(visible_BTS[:, None, None], scores_BKGTS, -jnp.inf)
+
+
+def _attend(q_BTKGH, k_BSKH, v_BSKH, sinks_KG, q_pos_BT, k_pos_BS, window):
+    scores_BKGTS = scores(q_BTKGH, k_BSKH, q_pos_BT=q_pos_BT, k_pos_BS=k_pos_BS, window=window)
+    sinks_KG11 = sinks_KG.astype(jnp.float32)[:, :, None, None]
+    largest = jnp.maximum(jnp.max(scores_BKGTS, axis=-1, keepdims=True), sinks_KG11)
+    largest = jax.lax.stop_gradient(largest)
+    weights_BKGTS = jnp.exp(scores_BKGTS - largest)
+    total_BKGT1 = weights_BKGTS.sum(axis=-1, keepdims=True) + jnp.exp(sinks_KG11 - largest)
+    weights_BKGTS = (weights_BKGTS / total_BKGT1).astype(v_BSKH.dtype)
+    return einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).astype(q_BTKGH.dtype)
+
+
+def attention(
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    sinks_KG: jax.Array,
+    *,
+    q_pos_BT: jax.Array,
+    k_pos_BS: jax.Array,
+    window: int | None,
+) -> jax.Array:
+    """See `api.attention`. Goes over blocks of queries so that scores stay within 128 MiB."""
+    B, T, K, G, _ = q_BTKGH.shape
+    row_bytes = B * K * G * k_BSKH.shape[1] * 4
+    block = max(1, _SCORE_BYTES // row_bytes)
+    if block >= T:
+        return _attend(q_BTKGH, k_BSKH, v_BSKH, sinks_KG, q_pos_BT, k_pos_BS, window)
+    block = 1 << (block.bit_length() - 1)
+
+    def blocks(x, fill):
+        padding = [(0, 0)] * x.ndim
+        padding[1] = (0, -T % block)
+        x = jnp.pad(x, padding, constant_values=fill)
+        return jnp.moveaxis(x.reshape(B, -1, block, *x.shape[2:]), 1, 0)
+
+    # Recomputed in the backward pass: kept, the weights of all blocks would be the whole matrix.
+    @jax.checkpoint
+    def one(args):
+        q, q_pos = args
+        return _attend(q, k_BSKH, v_BSKH, sinks_KG, q_pos, k_pos_BS, window)
+
+    out = jax.lax.map(one, (blocks(q_BTKGH, 0), blocks(q_pos_BT, -1)))
+    return jnp.moveaxis(out, 0, 1).reshape(B, -1, *q_BTKGH.shape[2:])[:, :T]

@@ -1,0 +1,1 @@
+"""Rows times the MXFP4 experts they are routed to."""

@@ -1,0 +1,71 @@
+"""The expert layer of a mixture: the signature and the choice of implementation."""
+
+from __future__ import annotations
+
+import jax
+
+from gpt_oss_jax.kernels.dispatch import dispatch
+from gpt_oss_jax.kernels.expert_matmul import xla
+from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
+
+IMPLEMENTATIONS = {"xla": xla.expert_mlp}
+
+
+def expert_mlp(
+    x_MD: jax.Array,
+    experts_MX: jax.Array,
+    weights_MX: jax.Array,
+    w: ExpertWeights,
+    *,
+    limit: float,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Sends each row through its experts and sums their outputs, weighted.
+
+    For expert e: `gate, linear = up[e] @ x + up_bias[e]`, both clamped (gate from above only),
+    `hidden = gate * sigmoid(1.702 * gate) * (linear + 1)`, `y = down[e] @ hidden + down_bias[e]`.
+    The bias of the down projection is inside the weighted sum.
+
+    Args:
+      x_MD: Rows.
+      experts_MX: int32 expert of each row, X of them, all different.
+      weights_MX: float32 routing weights.
+      w: Weights of all experts.
+      limit: Clamp of gate and linear part.
+      implementation: "xla", or None for the fastest that can.
+
+    Returns:
+      [M, D] in the dtype of the rows.
+
+    Raises:
+      ValueError: If shapes disagree, or `implementation` is unknown.
+    """
+    M, D = x_MD.shape
+    E, F = w.up.shape[:2]
+    wanted = ((M,), (E, F, 2, D), (E, F, 2), (E, D, F), (E, D), experts_MX.shape)
+    came = (
+        experts_MX.shape[:1],
+        w.up.shape,
+        w.up_bias.shape,
+        w.down.shape,
+        w.down_bias.shape,
+        weights_MX.shape,
+    )
+    if wanted != came:
+        raise ValueError(
+            f"with rows {x_MD.shape}, the rows of experts, up, up_bias, down, down_bias and "
+            f"weights must be {wanted}, got {came}."
+        )
+    return dispatch(
+        "expert_mlp",
+        IMPLEMENTATIONS,
+        implementation,
+        x_MD,
+        experts_MX,
+        weights_MX,
+        w,
+        limit=limit,
+    )
+
+
+__all__ = ["ExpertWeights", "expert_mlp"]

@@ -1,0 +1,105 @@
+"""The expert layer in plain XLA: works everywhere, differentiable, in bounded memory.
+
+Two ways, chosen by the number of (row, expert) pairs. Few pairs: each multiplies the packed weights
+of its expert as they stream past, a product and a sum that XLA fuses with the decoding, so no
+decoded copy exists. Many pairs: rows sorted by expert in tiles of one expert each, whose weights are
+decoded once a tile.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from gpt_oss_jax.kernels.contract import einsum
+from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
+from gpt_oss_jax.quant import MXArray, mxfp4
+
+_FEW_PAIRS = 32
+_MIN_TILE, _MAX_TILE = 16, 512
+
+
+def swiglu(u: jax.Array, limit: float) -> jax.Array:
+    """The clamped SwiGLU of gpt-oss: float32 [..., F, 2] of (gate, linear) -> [..., F]."""
+    gate = jnp.minimum(u[..., 0], limit)
+    linear = jnp.clip(u[..., 1], -limit, limit)
+    return gate * jax.nn.sigmoid(1.702 * gate) * (linear + 1)
+
+
+def expert_mlp(
+    x_MD: jax.Array,
+    experts_MX: jax.Array,
+    weights_MX: jax.Array,
+    w: ExpertWeights,
+    *,
+    limit: float,
+) -> jax.Array:
+    """See `api.expert_mlp`."""
+    mlp = _gathered if experts_MX.size <= _FEW_PAIRS else _grouped
+    y_MXD = mlp(x_MD, experts_MX, w, limit)
+    return (y_MXD * weights_MX[..., None]).sum(axis=1).astype(x_MD.dtype)
+
+
+def _multiply_reduce(w: MXArray | jax.Array, x: jax.Array) -> jax.Array:
+    """Products along the last axis, summed: [..., n] and [..., n] -> float32 [...]."""
+    x = x.astype(jnp.float32)
+    if not isinstance(w, MXArray):
+        return (w.astype(jnp.float32) * x).sum(axis=-1)
+    # Four bytes at a time: XLA loads an element a thread, and a byte would waste the bus.
+    words = jax.lax.bitcast_convert_type(w.blocks.reshape(*w.blocks.shape[:-1], 4, 4), jnp.uint32)
+    x = x.reshape(*x.shape[:-1], *words.shape[-2:], 8)
+    products = sum(mxfp4.decode_codes((words >> (4 * i)) & 15) * x[..., i] for i in range(8))
+    return (products * mxfp4.decode_scales(w.scales)[..., None]).sum(axis=(-2, -1))
+
+
+def _gathered(x_MD, experts_MX, w: ExpertWeights, limit):
+    """Every pair on its own: reads the packed weights of each pair's expert once."""
+    M, X = experts_MX.shape
+    chosen = experts_MX.reshape(-1)
+    x_ZD = jnp.repeat(x_MD, X, axis=0)
+    u_ZF2 = _multiply_reduce(w.up[chosen], x_ZD[:, None, None]) + w.up_bias[chosen].astype(
+        jnp.float32
+    )
+    hidden_ZF = swiglu(u_ZF2, limit).astype(x_MD.dtype)
+    y_ZD = _multiply_reduce(w.down[chosen], hidden_ZF[:, None])
+    return (y_ZD + w.down_bias[chosen].astype(jnp.float32)).reshape(M, X, -1)
+
+
+def _grouped(x_MD, experts_MX, w: ExpertWeights, limit):
+    """Pairs sorted by expert, in tiles of one expert each."""
+    M, X = experts_MX.shape
+    E = w.up.shape[0]
+    chosen = experts_MX.reshape(-1)
+    mean = -(-M * X // E)
+    tile = min(_MAX_TILE, max(_MIN_TILE, 1 << (mean - 1).bit_length()))
+    num_tiles = M * X // tile + E  # Every expert may leave one tile part empty.
+
+    order = jnp.argsort(chosen, stable=True)
+    rank = jnp.zeros_like(order).at[order].set(jnp.arange(M * X, dtype=order.dtype))
+    size_E = jnp.bincount(chosen, length=E)
+    start_E = jnp.cumsum(size_E) - size_E
+    tiles_E = -(-size_E // tile)
+    last_tile_E = jnp.cumsum(tiles_E)
+    first_tile_E = last_tile_E - tiles_E
+
+    # Recomputed in the backward pass: kept, the decoded experts of all tiles would add up.
+    @jax.checkpoint
+    def one_tile(index):
+        expert = jnp.minimum(jnp.searchsorted(last_tile_E, index, side="right"), E - 1)
+        row = start_E[expert] + (index - first_tile_E[expert]) * tile + jnp.arange(tile)
+        x_RD = x_MD[order[jnp.clip(row, 0, M * X - 1)] // X]
+        up = _decoded(w.up, expert, x_RD.dtype)
+        u_RF2 = einsum("RD,FCD->RFC", x_RD, up) + w.up_bias[expert].astype(jnp.float32)
+        hidden_RF = swiglu(u_RF2, limit).astype(x_RD.dtype)
+        down = _decoded(w.down, expert, x_RD.dtype)
+        y_RD = einsum("RF,DF->RD", hidden_RF, down) + w.down_bias[expert].astype(jnp.float32)
+        return y_RD.astype(x_RD.dtype)
+
+    y_tiles = jax.lax.map(one_tile, jnp.arange(num_tiles)).reshape(num_tiles * tile, -1)
+    within = rank - start_E[chosen]
+    y_ZD = y_tiles[first_tile_E[chosen] * tile + within]
+    return y_ZD.reshape(M, X, -1).astype(jnp.float32)
+
+
+def _decoded(w: MXArray | jax.Array, expert: jax.Array, dtype) -> jax.Array:
+    return w[expert].dequantize(dtype) if isinstance(w, MXArray) else w[expert].astype(dtype)

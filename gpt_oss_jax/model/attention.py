@@ -1,0 +1,116 @@
+"""The attention layer: projections, rotation, cache, and the kernel between them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gpt_oss_jax.config import Config
+from gpt_oss_jax.kernels import attention
+from gpt_oss_jax.kernels.attention.xla import scores
+from gpt_oss_jax.model.cache import Cache, full_slots, ring_slots, write
+from gpt_oss_jax.model.layers import Linear, normal
+from gpt_oss_jax.model.rope import apply_rope
+from gpt_oss_jax.model.tap import Tap
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every layer of one forward pass shares.
+
+    Attributes:
+      positions_BT: int32, -1 for padding.
+      cos_BTh: Rotations of the positions, in the activation dtype.
+      sin_BTh: Likewise.
+      cache: The cache as it came in, or None.
+      tap: Captures and patches.
+      implementation: Kernels to use, None for the fastest that can.
+    """
+
+    positions_BT: jax.Array
+    cos_BTh: jax.Array
+    sin_BTh: jax.Array
+    cache: Cache | None
+    tap: Tap
+    implementation: str | None
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with sinks; windowed on even layers."""
+
+    def __init__(self, config: Config, layer: int, *, rngs: nnx.Rngs, dtype):
+        self.layer = layer
+        self.window = config.layer_window(layer)
+        D, K, G, H = (
+            config.hidden_size,
+            config.num_key_value_heads,
+            config.group_size,
+            config.head_dim,
+        )
+        self.qkv = Linear(
+            "BTD,KCHD->BTKCH",
+            (K, G + 2, H, D),
+            ("kv_heads", "heads", "head_dim", "embed"),
+            bias_dims=3,
+            rngs=rngs,
+            dtype=dtype,
+        )
+        self.sinks = nnx.Param(normal(rngs, (K, G), 1.0, dtype), axes=("kv_heads", "heads"))
+        self.out = Linear(
+            "BTKGH,DKGH->BTD",
+            (D, K, G, H),
+            ("embed", "kv_heads", "heads", "head_dim"),
+            bias_dims=1,
+            rngs=rngs,
+            dtype=dtype,
+        )
+
+    def __call__(
+        self, x_BTD: jax.Array, context: Context
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """Returns the output [B, T, D] and this layer's new keys and values for the cache."""
+        tap, name = context.tap, f"layers.{self.layer}.attention"
+        qkv_BTKCH = self.qkv(x_BTD).astype(x_BTD.dtype)
+        q_BTKGH = tap(f"{name}.q", qkv_BTKCH[:, :, :, :-2])
+        k_BTKH = tap(f"{name}.k", qkv_BTKCH[:, :, :, -2])
+        v_BTKH = tap(f"{name}.v", qkv_BTKCH[:, :, :, -1])
+        q_BTKGH = tap(f"{name}.q_rope", apply_rope(q_BTKGH, context.cos_BTh, context.sin_BTh))
+        k_BTKH = tap(f"{name}.k_rope", apply_rope(k_BTKH, context.cos_BTh, context.sin_BTh))
+
+        k_BSKH, v_BSKH, k_pos_BS, k_new, v_new = self._update(k_BTKH, v_BTKH, context)
+        sees = {"q_pos_BT": context.positions_BT, "k_pos_BS": k_pos_BS, "window": self.window}
+        tap.only_if_captured(f"{name}.scores", lambda: scores(q_BTKGH, k_BSKH, **sees))
+        heads_BTKGH = attention(
+            q_BTKGH,
+            k_BSKH,
+            v_BSKH,
+            self.sinks[...],
+            **sees,
+            implementation=context.implementation,
+        )
+        out_BTD = tap(f"{name}.out", self.out(heads_BTKGH).astype(x_BTD.dtype))
+        return out_BTD, k_new, v_new
+
+    def _update(self, k_BTKH, v_BTKH, context: Context):
+        """Keys, values and positions to attend to, and the layer's cache after this call."""
+        cache, positions_BT = context.cache, context.positions_BT
+        if cache is None:
+            return k_BTKH, v_BTKH, positions_BT, None, None
+        k_old, v_old = cache.k[self.layer], cache.v[self.layer]
+        if self.window is None:
+            slots_BT = full_slots(positions_BT, k_old.shape[1])
+            k_new, v_new = write(k_old, slots_BT, k_BTKH), write(v_old, slots_BT, v_BTKH)
+            return k_new, v_new, write(cache.full_positions, slots_BT, positions_BT), k_new, v_new
+        # A ring is read before it is written: a chunk's first queries still need the keys that its
+        # last ones push out.
+        slots_BT = ring_slots(positions_BT, k_old.shape[1])
+        return (
+            jnp.concatenate([k_old, k_BTKH.astype(k_old.dtype)], axis=1),
+            jnp.concatenate([v_old, v_BTKH.astype(v_old.dtype)], axis=1),
+            jnp.concatenate([cache.ring_positions, positions_BT], axis=1),
+            write(k_old, slots_BT, k_BTKH),
+            write(v_old, slots_BT, v_BTKH),
+        )

@@ -1,0 +1,90 @@
+"""The mixture of experts: a router and the experts it sends each token to."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from gpt_oss_jax.config import Config
+from gpt_oss_jax.kernels import expert_mlp
+from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
+from gpt_oss_jax.model.attention import Context
+from gpt_oss_jax.model.layers import Linear, Packed, normal
+from gpt_oss_jax.quant import MXArray, quantize
+
+EXPERT_FORMATS = ("mxfp4", "dense")
+
+
+def route(logits_BTE: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
+    """Picks the experts of each token, then weighs them: a softmax over the chosen logits only.
+
+    Returns:
+      int32 experts [B, T, X], highest logit first and lower id first on a tie, and float32 weights
+      [B, T, X] that sum to one.
+    """
+    logits_BTX, experts_BTX = jax.lax.top_k(logits_BTE, num_experts)
+    return experts_BTX, jax.nn.softmax(logits_BTX, axis=-1)
+
+
+class Projection(nnx.Module):
+    """One matrix and bias for each expert; the matrix MXFP4 (two variables) or dense (one)."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        *,
+        rngs: nnx.Rngs,
+        dtype,
+        experts: str,
+    ):
+        weight = normal(rngs, shape, shape[-1] ** -0.5, dtype)
+        self.bias = nnx.Param(normal(rngs, shape[:-1], 0.1, dtype), axes=axes[:-1])
+        if experts == "dense":
+            self.weight = nnx.Param(weight, axes=axes)
+        else:
+            blocks, scales = quantize(weight)
+            # Blocks shard where the packed axis would, whole blocks at a time.
+            packed = (*axes[:-1], {"expert_width": "expert_width_blocks"}.get(axes[-1], axes[-1]))
+            self.blocks = Packed(blocks, axes=(*packed, None))
+            self.scales = Packed(scales, axes=packed)
+
+    @property
+    def matrix(self) -> MXArray | jax.Array:
+        """The matrix, [E, ..., in], as the kernels take it."""
+        if hasattr(self, "weight"):
+            return self.weight[...]
+        return MXArray(self.blocks[...], self.scales[...])
+
+
+class MoE(nnx.Module):
+    """Routed SwiGLU experts."""
+
+    def __init__(self, config: Config, layer: int, *, rngs: nnx.Rngs, dtype, experts: str):
+        self.layer = layer
+        self.experts_per_token = config.experts_per_token
+        self.limit = config.swiglu_limit
+        E, D, F = config.num_experts, config.hidden_size, config.intermediate_size
+        self.router = Linear(
+            "BTD,ED->BTE", (E, D), (None, "embed"), bias_dims=1, rngs=rngs, dtype=dtype
+        )
+        kind = {"rngs": rngs, "dtype": dtype, "experts": experts}
+        self.up = Projection((E, F, 2, D), ("experts", "expert_width", None, "embed"), **kind)
+        self.down = Projection((E, D, F), ("experts", "embed", "expert_width"), **kind)
+
+    def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
+        """Output of the mixture, [B, T, D]."""
+        tap, name = context.tap, f"layers.{self.layer}.mlp"
+        logits_BTE = tap(f"{name}.router_logits", self.router(x_BTD))
+        experts_BTX, weights_BTX = route(logits_BTE, self.experts_per_token)
+        experts_BTX = tap(f"{name}.experts", experts_BTX)
+        weights_BTX = tap(f"{name}.expert_weights", weights_BTX)
+        y_MD = expert_mlp(
+            x_BTD.reshape(-1, x_BTD.shape[-1]),
+            experts_BTX.reshape(-1, self.experts_per_token),
+            weights_BTX.reshape(-1, self.experts_per_token),
+            ExpertWeights(self.up.matrix, self.up.bias[...], self.down.matrix, self.down.bias[...]),
+            limit=self.limit,
+            implementation=context.implementation,
+        )
+        return tap(f"{name}.out", y_MD.reshape(x_BTD.shape))

@@ -1,0 +1,172 @@
+"""The transformer: blocks between an embedding and an unembedding.
+
+Knows nothing of files, tokenizers or sampling. Follows the gpt-oss model card (arXiv:2508.10925) and
+the PyTorch reference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gpt_oss_jax.config import Config
+from gpt_oss_jax.model.attention import Attention, Context
+from gpt_oss_jax.model.cache import Cache, full_slots, ring_slots, write
+from gpt_oss_jax.model.layers import Embedding, Linear, RMSNorm
+from gpt_oss_jax.model.moe import EXPERT_FORMATS, MoE
+from gpt_oss_jax.model.rope import cos_sin
+from gpt_oss_jax.model.tap import Tap
+
+
+class Block(nnx.Module):
+    """Attention and experts, each normalised before and added to the residual stream."""
+
+    def __init__(self, config: Config, layer: int, *, rngs: nnx.Rngs, dtype, experts: str):
+        self.layer = layer
+        D, epsilon = config.hidden_size, config.rms_norm_eps
+        self.attention_norm = RMSNorm(D, epsilon, rngs=rngs, dtype=dtype)
+        self.attention = Attention(config, layer, rngs=rngs, dtype=dtype)
+        self.mlp_norm = RMSNorm(D, epsilon, rngs=rngs, dtype=dtype)
+        self.mlp = MoE(config, layer, rngs=rngs, dtype=dtype, experts=experts)
+
+    def __call__(
+        self, x_BTD: jax.Array, context: Context
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """Returns the residual stream after the block, and its new keys and values."""
+        tap, name = context.tap, f"layers.{self.layer}"
+        x_BTD = tap(f"{name}.input", x_BTD)
+        h_BTD = tap(f"{name}.attention_norm", self.attention_norm(x_BTD))
+        attended_BTD, k_new, v_new = self.attention(h_BTD, context)
+        x_BTD = tap(f"{name}.middle", x_BTD + attended_BTD)
+        h_BTD = tap(f"{name}.mlp_norm", self.mlp_norm(x_BTD))
+        return tap(f"{name}.output", x_BTD + self.mlp(h_BTD, context)), k_new, v_new
+
+
+class Transformer(nnx.Module):
+    """A gpt-oss model.
+
+    Example:
+      ```python
+      model = Transformer(config, rngs=nnx.Rngs(0))
+      logits = jax.jit(lambda m, t: m(t))(model, tokens)   # Pass the model, never close over it.
+      ```
+
+    Attributes:
+      config: Its sizes.
+      implementation: Name of the kernels to use, None for the fastest that can.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        experts: str = "mxfp4",
+        implementation: str | None = None,
+    ):
+        """Makes a model with random weights.
+
+        Args:
+          config: Sizes.
+          rngs: Random numbers of the weights, stream "params".
+          dtype: Of parameters, activations and cache; float32 means float32 arithmetic too.
+          experts: "mxfp4" holds expert weights in 4.25 bits, "dense" in `dtype`, to train them.
+          implementation: Name of the kernels to use, None for the fastest that can.
+
+        Raises:
+          ValueError: If `experts` is neither.
+        """
+        if experts not in EXPERT_FORMATS:
+            raise ValueError(f"experts must be one of {EXPERT_FORMATS}, got {experts!r}.")
+        self.config = config
+        self.implementation = implementation
+        V, D = config.vocab_size, config.hidden_size
+        self.embedding = Embedding(V, D, rngs=rngs, dtype=dtype)
+        self.layers = nnx.List(
+            Block(config, i, rngs=rngs, dtype=dtype, experts=experts)
+            for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(D, config.rms_norm_eps, rngs=rngs, dtype=dtype)
+        self.unembedding = Linear(
+            "...D,VD->...V", (V, D), ("vocab", "embed"), bias_dims=0, rngs=rngs, dtype=dtype
+        )
+
+    @property
+    def dtype(self):
+        """Of parameters, activations and cache."""
+        return self.embedding.weight.dtype
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """Logits of every position: int32 [B, T] -> float32 [B, T, V]."""
+        return self.forward(tokens_BT)[0]
+
+    def forward(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        cache: Cache | None = None,
+        logits_at: jax.Array | None = None,
+        *,
+        capture: Sequence[str] = (),
+        patch: Mapping[str, jax.Array] | None = None,
+    ):
+        """One pass over new tokens, after what the cache holds.
+
+        Args:
+          tokens_BT: int32 token ids, under `config.vocab_size`; larger ones are clamped by JAX.
+          positions_BT: int32 positions, contiguous within a row; -1 is padding, which writes nothing
+            and whose logits mean nothing. None: every row starts at 0.
+          cache: Keys and values of earlier tokens (`init_cache`); None: there are none, and none are
+            kept. Positions from `cache.max_len` on are not kept by full-attention layers.
+          logits_at: int32 [B], the index along T to compute logits at; None: everywhere.
+          capture: Names of values to return, or patterns: "layers.*.mlp.router_logits". Attention
+            scores are computed by XLA for this, whatever kernel the layer runs on.
+          patch: Values to use instead, by name, of the same shape.
+
+        Returns:
+          float32 logits, [B, T, V] or [B, V] with `logits_at`; the new cache, None without one;
+          and, if anything is captured, a dict of the captured values.
+
+        Raises:
+          ValueError: If shapes disagree, or a captured or patched name does not exist.
+        """
+        B, T = tokens_BT.shape
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+        if positions_BT.shape != (B, T):
+            raise ValueError(f"positions must have shape {(B, T)}, got {positions_BT.shape}.")
+        tap = Tap(capture, patch)
+        cos_BTh, sin_BTh = cos_sin(positions_BT, self.config, self.dtype)
+        context = Context(positions_BT, cos_BTh, sin_BTh, cache, tap, self.implementation)
+
+        x_BTD = tap("embedding", self.embedding(tokens_BT))
+        keys, values = [], []
+        for layer in self.layers:
+            x_BTD, k_new, v_new = layer(x_BTD, context)
+            keys.append(k_new)
+            values.append(v_new)
+        if logits_at is not None:
+            x_BTD = jnp.take_along_axis(x_BTD, logits_at[:, None, None], axis=1)[:, 0]
+        logits = tap("logits", self.unembedding(tap("final_norm", self.norm(x_BTD))))
+        tap.check()
+
+        if cache is not None:
+            cache = _updated(cache, keys, values, positions_BT)
+        return (logits, cache, tap.captured) if len(capture) else (logits, cache)
+
+
+def _updated(cache: Cache, keys, values, positions_BT: jax.Array) -> Cache:
+    full_BT = full_slots(positions_BT, cache.full_positions.shape[1])
+    ring_BT = ring_slots(positions_BT, cache.ring_positions.shape[1])
+    return dataclasses.replace(
+        cache,
+        k=tuple(keys),
+        v=tuple(values),
+        full_positions=write(cache.full_positions, full_BT, positions_BT),
+        ring_positions=write(cache.ring_positions, ring_BT, positions_BT),
+    )
