@@ -23,9 +23,9 @@ def attention(
 ) -> jax.Array:
     """Grouped-query attention whose softmax has one extra logit per head, the sink.
 
-    A key is visible iff `0 <= k_pos <= q_pos` and, with a window, `q_pos - k_pos < window`. The sink
-    is neither scaled nor masked and carries no value, so weights sum to less than one (gpt-oss
-    model card, arXiv:2508.10925, section 2). A query that sees nothing gives zeros.
+    A key is visible iff `0 <= k_pos <= q_pos` and, with a window, `q_pos - k_pos < window`. The
+    sink is neither scaled nor masked and carries no value, so weights sum to less than one
+    (gpt-oss model card, arXiv:2508.10925, section 2). A query that sees nothing gives zeros.
 
     Args:
       q_BTKGH: Queries, G to each key head.

@@ -1,9 +1,9 @@
 """The expert layer in plain XLA: works everywhere, differentiable, in bounded memory.
 
-Two ways, chosen by the number of (row, expert) pairs. Few pairs: each multiplies the packed weights
-of its expert as they stream past, a product and a sum that XLA fuses with the decoding, so no
-decoded copy exists. Many pairs: rows sorted by expert in tiles of one expert each, whose weights are
-decoded once a tile.
+Two ways, chosen by the number of (row, expert) pairs. Few pairs: each multiplies the packed
+weights of its expert as they stream past, a product and a sum that XLA fuses with the decoding, so
+no decoded copy exists. Many pairs: rows sorted by expert in tiles of one expert each, whose weights
+are decoded once a tile.
 """
 
 from __future__ import annotations
