@@ -1,7 +1,7 @@
 """The transformer: blocks between an embedding and an unembedding.
 
-Knows nothing of files, tokenizers or sampling. Follows the gpt-oss model card (arXiv:2508.10925) and
-the PyTorch reference.
+Knows nothing of files, tokenizers or sampling. Follows the gpt-oss model card (arXiv:2508.10925)
+and the PyTorch reference.
 """
 
 from __future__ import annotations
@@ -119,10 +119,10 @@ class Transformer(nnx.Module):
 
         Args:
           tokens_BT: int32 token ids, under `config.vocab_size`; larger ones are clamped by JAX.
-          positions_BT: int32 positions, contiguous within a row; -1 is padding, which writes nothing
-            and whose logits mean nothing. None: every row starts at 0.
-          cache: Keys and values of earlier tokens (`init_cache`); None: there are none, and none are
-            kept. Positions from `cache.max_len` on are not kept by full-attention layers.
+          positions_BT: int32 positions, contiguous within a row; -1 is padding, which writes
+            nothing and whose logits mean nothing. None: every row starts at 0.
+          cache: Keys and values of earlier tokens (`init_cache`); None: there are none, and none
+            are kept. Positions from `cache.max_len` on are not kept by full-attention layers.
           logits_at: int32 [B], the index along T to compute logits at; None: everywhere.
           capture: Names of values to return, or patterns: "layers.*.mlp.router_logits". Attention
             scores are computed by XLA for this, whatever kernel the layer runs on.
