@@ -51,19 +51,17 @@ class Attention(nnx.Module):
             config.head_dim,
         )
         self.qkv = Linear(
-            "BTD,KCHD->BTKCH",
-            (K, G + 2, H, D),
+            (K, G + 2, H),
+            (D,),
             ("kv_heads", "heads", "head_dim", "embed"),
-            bias_dims=3,
             rngs=rngs,
             dtype=dtype,
         )
         self.sinks = nnx.Param(normal(rngs, (K, G), 1.0, dtype), axes=("kv_heads", "heads"))
         self.out = Linear(
-            "BTKGH,DKGH->BTD",
-            (D, K, G, H),
+            (D,),
+            (K, G, H),
             ("embed", "kv_heads", "heads", "head_dim"),
-            bias_dims=1,
             rngs=rngs,
             dtype=dtype,
         )
@@ -102,15 +100,19 @@ class Attention(nnx.Module):
         k_old, v_old = cache.k[self.layer], cache.v[self.layer]
         if self.window is None:
             slots_BT = full_slots(positions_BT, k_old.shape[1])
-            k_new, v_new = write(k_old, slots_BT, k_BTKH), write(v_old, slots_BT, v_BTKH)
-            return k_new, v_new, write(cache.full_positions, slots_BT, positions_BT), k_new, v_new
-        # A ring is read before it is written: a chunk's first queries still need the keys that its
-        # last ones push out.
-        slots_BT = ring_slots(positions_BT, k_old.shape[1])
+            positions_BS = cache.full_positions
+        else:
+            slots_BT = ring_slots(positions_BT, k_old.shape[1])
+            positions_BS = cache.ring_positions
+        k_new, v_new = write(k_old, slots_BT, k_BTKH), write(v_old, slots_BT, v_BTKH)
+        # The first query of a chunk still needs the window before it; where a ring is too small to
+        # hold that beside the chunk, it is read as it was, with the chunk after it.
+        if self.window is None or self.window + k_BTKH.shape[1] - 1 <= k_old.shape[1]:
+            return k_new, v_new, write(positions_BS, slots_BT, positions_BT), k_new, v_new
         return (
             jnp.concatenate([k_old, k_BTKH.astype(k_old.dtype)], axis=1),
             jnp.concatenate([v_old, v_BTKH.astype(v_old.dtype)], axis=1),
-            jnp.concatenate([cache.ring_positions, positions_BT], axis=1),
-            write(k_old, slots_BT, k_BTKH),
-            write(v_old, slots_BT, v_BTKH),
+            jnp.concatenate([positions_BS, positions_BT], axis=1),
+            k_new,
+            v_new,
         )

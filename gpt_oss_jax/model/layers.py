@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -46,31 +48,32 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """`einsum` with a weight, and a bias; the result is float32, rounded by the caller.
+    """A matrix between two groups of axes, and a bias; float32 out, to be rounded by the caller.
 
     Weights are stored [out, in], the order of the checkpoints and the fast one for a single row.
     """
 
     def __init__(
         self,
-        spec: str,
-        shape: tuple[int, ...],
+        out_shape: tuple[int, ...],
+        in_shape: tuple[int, ...],
         axes: tuple[str | None, ...],
         *,
-        bias_dims: int,
+        bias: bool = True,
         rngs: nnx.Rngs,
         dtype,
     ):
-        """Makes random weights of `shape`; its first `bias_dims` dimensions are the outputs."""
-        self.spec = spec
-        fan_in = 1
-        for size in shape[max(1, bias_dims) :]:
-            fan_in *= size
-        self.weight = nnx.Param(normal(rngs, shape, fan_in**-0.5, dtype), axes=axes)
-        bias = normal(rngs, shape[:bias_dims], 0.1, dtype) if bias_dims else None
-        self.bias = None if bias is None else nnx.Param(bias, axes=axes[:bias_dims])
+        """Makes random weights; `axes` name the dimensions of `out_shape`, then `in_shape`."""
+        self.out_shape, self.in_shape = out_shape, in_shape
+        weight = normal(rngs, out_shape + in_shape, math.prod(in_shape) ** -0.5, dtype)
+        self.weight = nnx.Param(weight, axes=axes)
+        offset = normal(rngs, out_shape, 0.1, dtype) if bias else None
+        self.bias = None if offset is None else nnx.Param(offset, axes=axes[: len(out_shape)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies it, accumulating in float32; returns float32."""
-        y = einsum(self.spec, x, self.weight[...])
+        """[..., *in_shape] -> float32 [..., *out_shape]."""
+        # As one matrix: a contraction over several axes makes XLA transpose the weight each time.
+        rows = x.reshape(*x.shape[: x.ndim - len(self.in_shape)], -1)
+        weight_OI = self.weight[...].reshape(math.prod(self.out_shape), -1)
+        y = einsum("...I,OI->...O", rows, weight_OI).reshape(*rows.shape[:-1], *self.out_shape)
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)

@@ -65,9 +65,7 @@ class MoE(nnx.Module):
         self.experts_per_token = config.experts_per_token
         self.limit = config.swiglu_limit
         E, D, F = config.num_experts, config.hidden_size, config.intermediate_size
-        self.router = Linear(
-            "BTD,ED->BTE", (E, D), (None, "embed"), bias_dims=1, rngs=rngs, dtype=dtype
-        )
+        self.router = Linear((E,), (D,), (None, "embed"), rngs=rngs, dtype=dtype)
         kind = {"rngs": rngs, "dtype": dtype, "experts": experts}
         self.up = Projection((E, F, 2, D), ("experts", "expert_width", None, "embed"), **kind)
         self.down = Projection((E, D, F), ("experts", "embed", "expert_width"), **kind)

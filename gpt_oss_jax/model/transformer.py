@@ -93,7 +93,7 @@ class Transformer(nnx.Module):
         )
         self.norm = RMSNorm(D, config.rms_norm_eps, rngs=rngs, dtype=dtype)
         self.unembedding = Linear(
-            "...D,VD->...V", (V, D), ("vocab", "embed"), bias_dims=0, rngs=rngs, dtype=dtype
+            (V,), (D,), ("vocab", "embed"), bias=False, rngs=rngs, dtype=dtype
         )
 
     @property

@@ -40,16 +40,22 @@ def expert_mlp(
     return (y_MXD * weights_MX[..., None]).sum(axis=1).astype(x_MD.dtype)
 
 
-def _multiply_reduce(w: MXArray | jax.Array, x: jax.Array) -> jax.Array:
-    """Products along the last axis, summed: [..., n] and [..., n] -> float32 [...]."""
+def _multiply_reduce(w: MXArray | jax.Array, chosen_Z: jax.Array, x: jax.Array) -> jax.Array:
+    """Products of `w[chosen]` with x along the last axis, summed; float32.
+
+    A product and a sum, not a dot: XLA fuses the gather and the decoding into it, so the packed
+    bytes are read once and nothing else is.
+    """
     x = x.astype(jnp.float32)
     if not isinstance(w, MXArray):
-        return (w.astype(jnp.float32) * x).sum(axis=-1)
-    # Four bytes at a time: XLA loads an element a thread, and a byte would waste the bus.
-    words = jax.lax.bitcast_convert_type(w.blocks.reshape(*w.blocks.shape[:-1], 4, 4), jnp.uint32)
+        return (w[chosen_Z].astype(jnp.float32) * x).sum(axis=-1)
+    # Four bytes at a time: XLA loads an element a thread, and single bytes would waste the bus.
+    # Before the gather: after it, the change of type would be a copy.
+    words = w.blocks.reshape(*w.blocks.shape[:-1], 4, 4)
+    words = jax.lax.bitcast_convert_type(words, jnp.uint32)[chosen_Z]
     x = x.reshape(*x.shape[:-1], *words.shape[-2:], 8)
-    products = sum(mxfp4.decode_codes((words >> (4 * i)) & 15) * x[..., i] for i in range(8))
-    return (products * mxfp4.decode_scales(w.scales)[..., None]).sum(axis=(-2, -1))
+    products = sum(mxfp4.decode_codes(words >> (4 * i)) * x[..., i] for i in range(8))
+    return (products * mxfp4.decode_scales(w.scales[chosen_Z])[..., None]).sum(axis=(-2, -1))
 
 
 def _gathered(x_MD, experts_MX, w: ExpertWeights, limit):
@@ -57,11 +63,9 @@ def _gathered(x_MD, experts_MX, w: ExpertWeights, limit):
     M, X = experts_MX.shape
     chosen = experts_MX.reshape(-1)
     x_ZD = jnp.repeat(x_MD, X, axis=0)
-    u_ZF2 = _multiply_reduce(w.up[chosen], x_ZD[:, None, None]) + w.up_bias[chosen].astype(
-        jnp.float32
-    )
-    hidden_ZF = swiglu(u_ZF2, limit).astype(x_MD.dtype)
-    y_ZD = _multiply_reduce(w.down[chosen], hidden_ZF[:, None])
+    u_ZF2 = _multiply_reduce(w.up, chosen, x_ZD[:, None, None])
+    hidden_ZF = swiglu(u_ZF2 + w.up_bias[chosen].astype(jnp.float32), limit).astype(x_MD.dtype)
+    y_ZD = _multiply_reduce(w.down, chosen, hidden_ZF[:, None])
     return (y_ZD + w.down_bias[chosen].astype(jnp.float32)).reshape(M, X, -1)
 
 
@@ -82,12 +86,16 @@ def _grouped(x_MD, experts_MX, w: ExpertWeights, limit):
     last_tile_E = jnp.cumsum(tiles_E)
     first_tile_E = last_tile_E - tiles_E
 
+    tiles = jnp.arange(num_tiles)
+    expert_of_tile = jnp.minimum((tiles[:, None] >= last_tile_E).sum(axis=1), E - 1)
+    row_of_tile = start_E[expert_of_tile] + (tiles - first_tile_E[expert_of_tile]) * tile
+
     # Recomputed in the backward pass: kept, the decoded experts of all tiles would add up.
     @jax.checkpoint
-    def one_tile(index):
-        expert = jnp.minimum(jnp.searchsorted(last_tile_E, index, side="right"), E - 1)
-        row = start_E[expert] + (index - first_tile_E[expert]) * tile + jnp.arange(tile)
-        x_RD = x_MD[order[jnp.clip(row, 0, M * X - 1)] // X]
+    def one_tile(args):
+        expert, first_row = args
+        rows = jnp.clip(first_row + jnp.arange(tile), 0, M * X - 1)
+        x_RD = x_MD[order[rows] // X]
         up = _decoded(w.up, expert, x_RD.dtype)
         u_RF2 = einsum("RD,FCD->RFC", x_RD, up) + w.up_bias[expert].astype(jnp.float32)
         hidden_RF = swiglu(u_RF2, limit).astype(x_RD.dtype)
@@ -95,7 +103,7 @@ def _grouped(x_MD, experts_MX, w: ExpertWeights, limit):
         y_RD = einsum("RF,DF->RD", hidden_RF, down) + w.down_bias[expert].astype(jnp.float32)
         return y_RD.astype(x_RD.dtype)
 
-    y_tiles = jax.lax.map(one_tile, jnp.arange(num_tiles)).reshape(num_tiles * tile, -1)
+    y_tiles = jax.lax.map(one_tile, (expert_of_tile, row_of_tile)).reshape(num_tiles * tile, -1)
     within = rank - start_E[chosen]
     y_ZD = y_tiles[first_tile_E[chosen] * tile + within]
     return y_ZD.reshape(M, X, -1).astype(jnp.float32)
