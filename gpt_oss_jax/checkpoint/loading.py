@@ -1,0 +1,154 @@
+"""Loads a model: from a folder, an Orbax checkpoint, the hub, a bucket, the package, or thin air.
+
+Tensors go one at a time from the file into their shards; the model is made around them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from gpt_oss_jax.checkpoint import synthetic
+from gpt_oss_jax.checkpoint.experts import Source, expert_kinds, with_experts
+from gpt_oss_jax.checkpoint.files import open_folder
+from gpt_oss_jax.checkpoint.hub import resolve
+from gpt_oss_jax.checkpoint.orbax import OrbaxSource, is_orbax, open_orbax
+from gpt_oss_jax.checkpoint.progress import progress
+from gpt_oss_jax.checkpoint.source import open_safetensors
+from gpt_oss_jax.checkpoint.stream import Request
+from gpt_oss_jax.model import Transformer
+from gpt_oss_jax.sharding import named_sharding
+
+
+def load(
+    path_or_id: str | os.PathLike,
+    *,
+    mesh: Mesh | None = None,
+    dtype=None,
+    implementation: str | None = None,
+) -> Transformer:
+    """Loads a model.
+
+    Example:
+      ```python
+      model = load("openai/gpt-oss-20b")
+      model = load("gpt-oss-20b/original", mesh=make_mesh(expert=8))
+      ```
+
+    Args:
+      path_or_id: A folder with safetensors in Hugging Face's layout (of the release, or re-saved
+        in bfloat16) or in that of `original/`, or with an Orbax checkpoint of ours; such a folder's
+        URL ("gs://bucket/folder"); a repository of the Hugging Face hub, or its folder in the
+        cache; "20b" and "120b" (also "gpt-oss:20b", "gpt-oss:120b") for the released ones; "tiny",
+        the small model in the package; "synthetic:20b", random weights made on the device.
+      mesh: Devices to spread the model over, from `make_mesh`. None: the default device.
+      dtype: Of parameters, activations and cache. None: bfloat16 on accelerators, float32 on CPU.
+        Experts stay in the 4.25 bits they come in.
+      implementation: Name of the kernels to use. None: the fastest that can.
+
+    Returns:
+      The model.
+
+    Raises:
+      ValueError: If there is no such checkpoint, or anything about it is not as it should be: then
+        everything that is wrong is named.
+    """
+    dtype = _dtype(dtype, mesh)
+    name = str(path_or_id)
+    if name.startswith(synthetic.PREFIX):
+        config, kind = synthetic.config_of(name), "mxfp4"
+        arrays = lambda targets: synthetic.arrays(config, targets)
+    else:
+        source = open_source(path_or_id)
+        # One dense matrix makes all of them dense: a model holds its experts in one way.
+        config, kind = source.config, "dense" if "dense" in expert_kinds(source) else "mxfp4"
+        arrays = lambda targets: _arrays(with_experts(source, kind), targets)
+    abstract = nnx.eval_shape(
+        lambda: Transformer(
+            config, rngs=nnx.Rngs(0), dtype=dtype, experts=kind, implementation=implementation
+        )
+    )
+    graphdef, state = nnx.split(abstract)
+    variables = {"/".join(map(str, path)): x for path, x in nnx.to_flat_state(state)}
+    targets = {path: _target(variable, mesh) for path, variable in variables.items()}
+    total = sum(x.size * x.dtype.itemsize for x in targets.values())
+    with progress("loading", total) as step:
+        for path, array in arrays(targets):
+            variables[path] = variables[path].replace(array)
+            step(array.nbytes)
+    flat = [(path, variables["/".join(map(str, path))]) for path, _ in nnx.to_flat_state(state)]
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def open_source(path_or_id: str | os.PathLike) -> Source:
+    """Opens a checkpoint and checks what is there against its config, without reading tensors.
+
+    Raises:
+      ValueError: If there is none, or naming everything that is wrong with it.
+    """
+    folder = open_folder(resolve(path_or_id))
+    return open_orbax(folder) if is_orbax(folder) else open_safetensors(folder)
+
+
+def _dtype(dtype, mesh: Mesh | None):
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    if dtype is None:
+        return jnp.float32 if platform == "cpu" else jnp.bfloat16
+    if jnp.dtype(dtype) not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
+        raise ValueError(f"dtype must be float32 or bfloat16, got {jnp.dtype(dtype)}.")
+    return jnp.dtype(dtype)
+
+
+def _target(variable: nnx.Variable, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
+    sharding = None if mesh is None else named_sharding(mesh, variable.axes, variable.shape)
+    return jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding)
+
+
+def _arrays(
+    source: Source, targets: Mapping[str, jax.ShapeDtypeStruct]
+) -> Iterator[tuple[str, jax.Array]]:
+    if isinstance(source, OrbaxSource) and any(x.sharding for x in targets.values()):
+        yield from source.arrays(targets)
+        return
+    shards = {path: _distinct_shards(target) for path, target in targets.items()}
+    requests = [
+        Request(path, np.dtype(targets[path].dtype), index)
+        for path, found in shards.items()
+        for index in found
+    ]
+    arrays = source.stream(requests)
+    for path, found in shards.items():
+        target, buffers = targets[path], []
+        for devices in found.values():
+            read = next(arrays)
+            # Waited for: until then the memory it was read into is in use.
+            copies = [jax.block_until_ready(jax.device_put(read, device)) for device in devices]
+            buffers += copies
+            del read
+        if target.sharding is None:
+            yield path, buffers[0]
+        else:
+            yield (
+                path,
+                jax.make_array_from_single_device_arrays(target.shape, target.sharding, buffers),
+            )
+
+
+def _distinct_shards(target: jax.ShapeDtypeStruct) -> dict[tuple[slice, ...] | None, list]:
+    """Slice -> the devices of this process that hold it; a slice is read once for all of them."""
+    if target.sharding is None:
+        return {None: [None]}
+    shards: dict[tuple[slice, ...], list] = {}
+    for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():
+        bounds = tuple(
+            (x.start or 0, size if x.stop is None else x.stop)
+            for x, size in zip(index, target.shape, strict=True)
+        )
+        shards.setdefault(bounds, []).append(device)
+    return {tuple(slice(*x) for x in bounds): devices for bounds, devices in shards.items()}

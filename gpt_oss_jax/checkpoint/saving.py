@@ -1,0 +1,233 @@
+"""Save, convert and export: from a model or a checkpoint to a new checkpoint, whole or not at all.
+
+What is written lies in a folder beside the target until it is complete and has been read back; then
+it is renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from gpt_oss_jax.checkpoint import names, orbax, writer
+from gpt_oss_jax.checkpoint.experts import Source
+from gpt_oss_jax.checkpoint.files import Folder, LocalFolder, open_folder
+from gpt_oss_jax.checkpoint.hub import resolve
+from gpt_oss_jax.checkpoint.loading import open_source
+from gpt_oss_jax.checkpoint.names import BF16, Variable
+from gpt_oss_jax.checkpoint.progress import progress
+from gpt_oss_jax.checkpoint.stream import Request
+from gpt_oss_jax.config import Config
+from gpt_oss_jax.model import Transformer
+
+FORMATS = ("orbax", *writer.FORMATS)
+SIDE_FILES = (
+    "LICENSE",
+    "NOTICE",
+    "README.md",
+    "USAGE_POLICY",
+    "chat_template.jinja",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+
+
+def save(
+    model: Transformer,
+    path: str | os.PathLike,
+    *,
+    format: str = "orbax",
+    files_from: str | os.PathLike | None = None,
+) -> None:
+    """Writes a model to a new folder.
+
+    Checkpoints hold bfloat16. A float32 value that came from bfloat16, and was not changed, is
+    written as it came, bit for bit; another is rounded to the nearest, ties to even, which is said
+    on stderr. Experts in MXFP4 are written as they are, or decoded, exactly, for "hf-bf16"; dense
+    ones are quantised for "hf-mxfp4" and "original".
+
+    Args:
+      model: To write.
+      path: A folder that does not exist.
+      format: "orbax" (ours), "hf-mxfp4" or "hf-bf16" (Transformers), "original" (the reference).
+      files_from: What the model was loaded from, to carry its tokenizer, chat template, generation
+        config and licence over.
+
+    Raises:
+      ValueError: If the folder exists, the format is unknown or cannot hold the model, or what was
+        written does not read back the same.
+    """
+    files = {} if files_from is None else _side_files(open_folder(resolve(files_from)))
+    source = _ModelSource(model)
+    _write(source, path, format, files)
+    if source.rounded:
+        sys.stderr.write(
+            f"Rounded to bfloat16: {len(source.rounded)} float32 tensors that it cannot hold "
+            f"exactly, {source.rounded[0]} first.\n"
+        )
+
+
+def convert(src: str | os.PathLike, dst: str | os.PathLike) -> None:
+    """Writes any checkpoint that `load` takes as an Orbax one, tensor by tensor.
+
+    Killed on the way, it goes on where it was when it is called again.
+
+    Args:
+      src: What `load` takes.
+      dst: A folder that does not exist.
+
+    Raises:
+      ValueError: As `load` and `save`.
+    """
+    export(src, dst, "orbax")
+
+
+def export(src: str | os.PathLike, dst: str | os.PathLike, to: str) -> None:
+    """Writes any checkpoint that `load` takes in another format, tensor by tensor.
+
+    Args:
+      src: What `load` takes.
+      dst: A folder that does not exist.
+      to: As `save`'s `format`.
+
+    Raises:
+      ValueError: As `load` and `save`.
+    """
+    _check(dst, to)
+    source = open_source(src)
+    _write(source, dst, to, _side_files(source.folder), _fingerprint(source))
+
+
+def _write(
+    source: Source, path, format: str, files: Mapping[str, bytes], fingerprint: str | None = None
+) -> None:
+    """Writes beside the target, verifies, renames.
+
+    Args:
+      source: Of the variables.
+      path: The target.
+      format: Of `FORMATS`.
+      files: Name -> content of the files to lay beside the weights.
+      fingerprint: Of the source, to go on from what an earlier call left; None begins anew.
+    """
+    path = _check(path, format)
+    layout = "hf-mxfp4" if format == "orbax" else format
+    files = dict(files) | writer.config_files(source.config, layout)
+    work = path.with_name(path.name + ".partial")
+    if fingerprint is None or format != "orbax":
+        shutil.rmtree(work, ignore_errors=True)
+    total = sum(x.nbytes for x in source.variables.values())
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        _check_room(work, total)
+        with progress(f"writing {path.name}", total) as step:
+            if format == "orbax":
+                orbax.write_orbax(source, work / path.name, fingerprint or "", step)
+                orbax.finalize(work / path.name, files)
+            else:
+                sums = writer.write_tensors(source, work, format, step)
+                for name, content in files.items():
+                    (work / name).write_bytes(content)
+        with progress(f"checking {path.name}", total) as step:
+            if format == "orbax":
+                orbax.verify(orbax.open_orbax(LocalFolder(work / path.name)), step)
+            else:
+                writer.verify(work, sums, step)
+    except BaseException as error:
+        # Stopped by hand, a conversion can be gone on with; anything else leaves nothing behind.
+        if format != "orbax" or isinstance(error, Exception):
+            shutil.rmtree(work)
+        raise
+    if format == "orbax":
+        os.rename(work / path.name, path)
+        shutil.rmtree(work)
+    else:
+        os.rename(work, path)
+
+
+def _check(path: str | os.PathLike, format: str) -> Path:
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
+    if "://" in str(path):
+        raise ValueError(f"{path} is a URL: write to a local folder, then copy it there.")
+    path = Path(path).absolute()
+    if path.exists():
+        raise ValueError(f"{path} exists; name a new folder, or remove it first.")
+    return path
+
+
+def _check_room(work: Path, total: int) -> None:
+    used = sum(x.stat().st_size for x in work.rglob("*") if x.is_file())
+    free = shutil.disk_usage(work).free
+    if free + used < total:
+        raise ValueError(
+            f"{work.parent} needs room for {total / 1e9:.1f} GB, but has {free / 1e9:.1f} GB."
+        )
+
+
+def _side_files(folder: Folder) -> dict[str, bytes]:
+    """Tokenizer, template, licence; of the folder around it too, for the hub's original/."""
+    found = {}
+    if isinstance(folder, LocalFolder) and folder.path.name == "original":
+        found = _side_files(LocalFolder(folder.path.parent.absolute()))
+    present = set(folder.names())
+    return found | {name: folder.read(name) for name in SIDE_FILES if name in present}
+
+
+def _fingerprint(source: Source) -> str:
+    """Tells one source from another without reading it: where it lies, and its files' sizes."""
+    folder = source.folder
+    stats = [str(folder)]
+    if isinstance(folder, LocalFolder):
+        for name in folder.names():
+            stat = (folder.path / name).stat()
+            stats.append((name, stat.st_size, stat.st_mtime_ns))
+    return f"{zlib.crc32(json.dumps(stats).encode()):08x}"
+
+
+class _ModelSource:
+    """The variables of a model, as checkpoints hold them."""
+
+    def __init__(self, model: Transformer):
+        self.config: Config = model.config
+        state = nnx.to_flat_state(nnx.state(model))
+        self._arrays = {"/".join(map(str, path)): x[...] for path, x in state}
+        kinds = {
+            matrix: "dense" if f"{matrix}/weight" in self._arrays else "mxfp4"
+            for matrix in names.matrices(self.config)
+        }
+        self.variables: dict[str, Variable] = {
+            x.path: x for x in names.variables(self.config, kinds)
+        }
+        self.rounded: list[str] = []
+        if odd := self._arrays.keys() ^ self.variables.keys():
+            raise ValueError(f"a plain gpt-oss model is wanted; odd are {', '.join(sorted(odd))}.")
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[np.ndarray]:
+        """Whole variables, in order."""
+        for request in requests:
+            array = np.asarray(jax.device_get(self._arrays[request.path]))
+            if array.dtype == np.float32:
+                array, exact = _narrow(array)
+                if not exact:
+                    self.rounded.append(request.path)
+            yield array
+
+
+def _narrow(array: np.ndarray) -> tuple[np.ndarray, bool]:
+    """float32 as bfloat16, and whether no bit was lost; then bits are moved, NaNs included."""
+    bits = array.view(np.uint32)
+    if not (bits & 0xFFFF).any():
+        return (bits >> 16).astype(np.uint16).view(BF16), True
+    return array.astype(BF16), False
