@@ -1,0 +1,109 @@
+"""Every implementation of attention, by name, against the dense oracle."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from gpt_oss_jax.kernels.attention import api, xla
+
+attention = jax.jit(api.attention, static_argnames=("window", "implementation"))
+dense_attention = jax.jit(oracle.attention, static_argnames="window")
+B, K, G, H = 2, 3, 5, 14
+implementations = pytest.mark.parametrize("implementation", list(api.IMPLEMENTATIONS))
+
+
+def inputs(T, S, dtype=jnp.float32):
+    random = np.random.default_rng(0)
+    shapes = (B, T, K, G, H), (B, S, K, H), (B, S, K, H), (K, G)
+    return tuple(jnp.asarray(random.normal(size=shape), dtype) for shape in shapes)
+
+
+def positions(T, S):
+    """A ragged batch: keys shuffled, one row shorter, the last query padding."""
+    k_pos = np.stack([np.random.RandomState(b).permutation(S) for b in range(B)])
+    k_pos[1][k_pos[1] >= S - 3] = -1
+    q_pos = np.stack([np.arange(S - T, S), np.arange(S - T, S) - 3])
+    q_pos[:, -1] = -1
+    return {"q_pos_BT": jnp.asarray(q_pos, jnp.int32), "k_pos_BS": jnp.asarray(k_pos, jnp.int32)}
+
+
+@implementations
+@pytest.mark.parametrize("window", [None, 1, 7])
+@pytest.mark.parametrize(("T", "S"), [(2, 5), (13, 29)])
+def test_equals_the_oracle(implementation, window, T, S):
+    args, where = inputs(T, S), positions(T, S)
+    got = attention(*args, **where, window=window, implementation=implementation)
+    want = dense_attention(*args, **where, window=window)
+    np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+@implementations
+def test_bf16_keeps_its_dtype(implementation):
+    args, where = inputs(9, 9, jnp.bfloat16), positions(9, 9)
+    got = attention(*args, **where, window=4, implementation=implementation)
+    assert got.dtype == jnp.bfloat16
+    want = dense_attention(*args, **where, window=4)
+    np.testing.assert_allclose(got.astype(jnp.float32), want, atol=2e-2)
+
+
+@implementations
+def test_a_query_that_sees_nothing_gives_zeros(implementation):
+    args, where = inputs(3, 5), positions(3, 5)
+    got = attention(*args, **where, window=None, implementation=implementation)
+    assert not got[:, -1].any()
+
+
+@implementations
+def test_gradients_equal_the_oracle(implementation):
+    args, where = inputs(5, 11), positions(5, 11)
+
+    def loss(function, *args):
+        return (function(*args, **where, window=4) ** 2).sum()
+
+    every = tuple(range(4))
+    named = functools.partial(api.attention, implementation=implementation)
+    got = jax.jit(jax.grad(functools.partial(loss, named), argnums=every))(*args)
+    want = jax.jit(jax.grad(functools.partial(loss, oracle.attention), argnums=every))(*args)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, atol=2e-5)
+
+
+def test_blocks_of_queries_give_the_same(monkeypatch):
+    args, where = inputs(13, 29), positions(13, 29)
+    want = attention(*args, **where, window=7)
+    monkeypatch.setattr(xla, "_SCORE_BYTES", 4 * B * K * G * 29 * 4)
+
+    def run(*args):
+        return api.attention(*args, **where, window=7)
+
+    np.testing.assert_allclose(jax.jit(run)(*args), want, atol=2e-6)
+    assert "scan" in str(jax.make_jaxpr(run)(*args))
+
+
+def test_scores_of_a_long_context_are_bounded():
+    T = S = 8192
+    q = jax.ShapeDtypeStruct((1, T, 8, 8, 64), jnp.bfloat16)
+    kv = jax.ShapeDtypeStruct((1, S, 8, 64), jnp.bfloat16)
+    sinks = jax.ShapeDtypeStruct((8, 8), jnp.bfloat16)
+    pos = jax.ShapeDtypeStruct((1, T), jnp.int32)
+
+    def run(q, k, v, sinks, q_pos, k_pos):
+        return attention(q, k, v, sinks, q_pos_BT=q_pos, k_pos_BS=k_pos, window=None)
+
+    memory = jax.jit(run).lower(q, kv, kv, sinks, pos, pos).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 8 * xla._SCORE_BYTES  # The whole matrix would be 17 GB.
+
+
+def test_unknown_implementation_is_refused():
+    with pytest.raises(ValueError, match="got 'magic'"):
+        attention(*inputs(2, 3), **positions(2, 3), window=None, implementation="magic")
+
+
+def test_wrong_shapes_are_refused():
+    q, k, v, sinks = inputs(2, 3)
+    with pytest.raises(ValueError, match="must be"):
+        attention(q, k, v[:, :-1], sinks, **positions(2, 3), window=None)

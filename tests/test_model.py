@@ -1,0 +1,241 @@
+"""The transformer by itself: caches, captures, patches, exactness. Parity is in tests/parity."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gpt_oss_jax.kernels.attention.api import IMPLEMENTATIONS
+from gpt_oss_jax.model import Packed, Transformer, init_cache
+from gpt_oss_jax.quant import dequantize
+
+B, T = 2, 40
+
+
+@functools.cache
+def model(config, experts="mxfp4", dtype=jnp.float32):
+    make = nnx.jit(lambda: Transformer(config, rngs=nnx.Rngs(0), experts=experts, dtype=dtype))
+    return make()
+
+
+def tokens(config, seed=1):
+    return jax.random.randint(jax.random.key(seed), (B, T), 0, config.vocab_size)
+
+
+@jax.jit
+def whole(model, tokens):
+    return model(tokens)
+
+
+@jax.jit
+def step(model, tokens, positions, cache):
+    return model.forward(tokens, positions, cache)
+
+
+def spread(logits):
+    return float(logits.max() - logits.min())
+
+
+@pytest.mark.parametrize("chunks", [[40], [1] * 40, [3, 11, 2, 24], [17, 23]], ids=str)
+@pytest.mark.parametrize("ring", [7, 9, 64])
+def test_chunks_of_any_length_equal_one_pass(tiny, chunks, ring):
+    m, t = model(tiny), tokens(tiny)
+    cache = init_cache(tiny, B, 48, jnp.float32, ring=ring)
+    out, start = [], 0
+    for n in chunks:
+        positions = jnp.broadcast_to(jnp.arange(start, start + n, dtype=jnp.int32), (B, n))
+        logits, cache = step(m, t[:, start : start + n], positions, cache)
+        out.append(logits)
+        start += n
+    want = whole(m, t)
+    np.testing.assert_allclose(jnp.concatenate(out, 1), want, atol=2e-6 * spread(want))
+
+
+def test_rows_of_different_length(tiny):
+    """Padding before, between and after a row's tokens changes nothing."""
+    m, t = model(tiny), tokens(tiny)
+    want = whole(m, t)
+    cache = init_cache(tiny, B, 48, jnp.float32)
+    lengths, start = [[10, 4], [1, 9], [0, 13], [20, 5]], np.zeros(B, int)
+    for row_lengths in lengths:
+        width = 22
+        chunk, positions = np.zeros((B, width), np.int32), np.full((B, width), -1, np.int32)
+        for b, n in enumerate(row_lengths):
+            left = 1 if b else 0  # One row padded on both sides.
+            chunk[b, left : left + n] = t[b, start[b] : start[b] + n]
+            positions[b, left : left + n] = np.arange(start[b], start[b] + n)
+        logits, cache = step(m, jnp.asarray(chunk), jnp.asarray(positions), cache)
+        for b, n in enumerate(row_lengths):
+            left = 1 if b else 0
+            np.testing.assert_allclose(
+                logits[b, left : left + n],
+                want[b, start[b] : start[b] + n],
+                atol=2e-6 * spread(want),
+            )
+            start[b] += n
+
+
+def test_logits_only_where_asked(tiny):
+    m, t = model(tiny), tokens(tiny)
+    at = jnp.array([3, 39])
+    got, cache = jax.jit(lambda m, t, at: m.forward(t, logits_at=at))(m, t, at)
+    assert cache is None and got.shape == (B, tiny.vocab_size) and got.dtype == jnp.float32
+    np.testing.assert_allclose(got, whole(m, t)[jnp.arange(B), at], atol=1e-5)
+
+
+def test_windowed_layers_hold_a_ring(tiny):
+    cache = init_cache(tiny, B, 48, jnp.float32)
+    assert [k.shape[1] for k in cache.k] == [7, 48, 7, 48]
+    with pytest.raises(ValueError, match="at least the window, 7 slots, got 6"):
+        init_cache(tiny, B, 48, jnp.float32, ring=6)
+
+
+def test_bf16_stays_bf16(tiny):
+    m = model(tiny, dtype=jnp.bfloat16)
+    logits, cache, seen = m.forward(
+        tokens(tiny)[:, :9],
+        cache=init_cache(tiny, B, 16, m.dtype),
+        capture=("layers.*.output", "layers.*.mlp.router_logits"),
+    )
+    assert logits.dtype == jnp.float32
+    assert {k.dtype for k in cache.k} == {jnp.dtype(jnp.bfloat16)}
+    assert seen["layers.0.output"].dtype == jnp.bfloat16
+    assert seen["layers.0.mlp.router_logits"].dtype == jnp.float32
+
+
+def test_packed_experts_equal_their_dense_twins(tiny):
+    packed, dense = model(tiny), model(tiny, experts="dense")
+    pairs = dict(nnx.to_flat_state(nnx.state(packed)))
+    graphdef, state = nnx.split(dense)
+    flat = dict(nnx.to_flat_state(state))
+    for path in flat:
+        if path[-1] == "weight" and path[-2] in ("up", "down"):
+            blocks, scales = (pairs[*path[:-1], name][...] for name in ("blocks", "scales"))
+            flat[path] = flat[path].replace(dequantize(blocks, scales, jnp.float32))
+    dense = nnx.merge(graphdef, nnx.from_flat_state(list(flat.items())))
+    t = tokens(tiny)
+    np.testing.assert_allclose(whole(dense, t), whole(packed, t), atol=1e-5)
+
+
+def contractions(jaxpr):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "ragged_dot", "conv_general_dilated"):
+            yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from contractions(inner)
+
+
+@pytest.mark.parametrize("length", [1, T])
+def test_float32_means_float32_arithmetic(tiny, length):
+    """Without a precision JAX multiplies in TF32 on NVIDIA GPUs and in bf16 on TPU."""
+    m = model(tiny)
+    cache = init_cache(tiny, B, 48, jnp.float32)
+
+    def loss(m, t, cache):
+        return m.forward(t, cache=cache)[0].sum()
+
+    grad = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.Param))
+    for function in (loss, grad):
+        jaxpr = jax.make_jaxpr(function)(m, tokens(tiny)[:, :length], cache)
+        found = list(contractions(jaxpr.jaxpr))
+        assert len(found) > 4 * tiny.num_hidden_layers
+        for equation in found:
+            precision = equation.params["precision"]
+            assert precision is not None and set(precision) == {jax.lax.Precision.HIGHEST}
+
+
+def test_packed_bytes_are_not_trainable(tiny):
+    m = model(tiny)
+    grads = nnx.grad(lambda m, t: m(t).sum(), argnums=nnx.DiffState(0, nnx.Param))(
+        m, tokens(tiny)[:, :5]
+    )
+    paths = {path[-1] for path, _ in nnx.to_flat_state(grads)}
+    assert paths == {"weight", "bias", "scale", "sinks"}
+    assert len(nnx.to_flat_state(nnx.state(m, Packed))) == 4 * tiny.num_hidden_layers
+
+
+def test_capture_returns_every_intermediate(tiny):
+    run = jax.jit(lambda m, t: m.forward(t, capture=("*",)))
+    logits, _, seen = run(model(tiny), tokens(tiny))
+    N, H, X = tiny.num_attention_heads, tiny.head_dim, tiny.experts_per_token
+    K, D = tiny.num_key_value_heads, tiny.hidden_size
+    shapes = {name: value.shape for name, value in seen.items()}
+    layer = {
+        name.removeprefix("layers.3."): shape
+        for name, shape in shapes.items()
+        if name.startswith("layers.3.")
+    }
+    wide = (B, T, D)
+    assert layer == {
+        "input": wide,
+        "attention_norm": wide,
+        "attention.q": (B, T, K, N // K, H),
+        "attention.k": (B, T, K, H),
+        "attention.v": (B, T, K, H),
+        "attention.q_rope": (B, T, K, N // K, H),
+        "attention.k_rope": (B, T, K, H),
+        "attention.scores": (B, K, N // K, T, T),
+        "attention.out": wide,
+        "middle": wide,
+        "mlp_norm": wide,
+        "mlp.router_logits": (B, T, tiny.num_experts),
+        "mlp.experts": (B, T, X),
+        "mlp.expert_weights": (B, T, X),
+        "mlp.out": wide,
+        "output": wide,
+    }
+    assert shapes["embedding"] == shapes["final_norm"] == wide
+    np.testing.assert_array_equal(seen["logits"], logits)
+
+
+def test_patching_a_captured_value_back_changes_nothing_and_another_does(tiny):
+    m, t, other = model(tiny), tokens(tiny), tokens(tiny, seed=2)
+    names = ("layers.2.input", "layers.1.attention.k_rope", "layers.3.mlp.experts")
+
+    @jax.jit
+    def patched(m, t, patch):
+        return m.forward(t, patch=patch)[0]
+
+    _, _, own = m.forward(t, capture=names)
+    _, _, others = m.forward(other, capture=names)
+    want = whole(m, t)
+    for name in names:
+        np.testing.assert_allclose(patched(m, t, {name: own[name]}), want, atol=1e-5)
+        assert jnp.abs(patched(m, t, {name: others[name]}) - want).max() > 1e-2
+    # All that comes after a layer's input follows from it.
+    name = "layers.2.input"
+    np.testing.assert_allclose(patched(m, t, {name: others[name]}), whole(m, other), atol=1e-5)
+
+
+def test_gradients_flow_through_patches(tiny):
+    m, t = model(tiny), tokens(tiny)[:, :9]
+    _, _, own = m.forward(t, capture="layers.1.output")
+    grad = jax.grad(lambda patch: m.forward(t, patch=patch)[0].sum())(own)
+    assert jnp.abs(grad["layers.1.output"]).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"capture": ("layers.9.output",)}, "layers.9.output"),
+        ({"patch": {"layer.0": jnp.zeros(())}}, "layer.0"),
+        ({"patch": {"embedding": jnp.zeros((1, 2, 3))}}, "must have shape"),
+        ({"positions_BT": jnp.zeros((1, 3), jnp.int32)}, "positions must have shape"),
+    ],
+)
+def test_refused(tiny, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model(tiny).forward(tokens(tiny)[:, :4], **arguments)
+
+
+def test_a_named_implementation_is_used_or_refused(tiny):
+    assert list(IMPLEMENTATIONS) == ["xla"]
+    m = Transformer(tiny, rngs=nnx.Rngs(0), implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match="got 'mosaic_gpu'"):
+        m(tokens(tiny)[:, :4])
