@@ -1,0 +1,73 @@
+"""The command line, one program: `gpt-oss-jax COMMAND ...`, also `python -m gpt_oss_jax`.
+
+Answers go to stdout, progress and remarks to stderr. An error of the package is one line and exit
+code 2, Ctrl-C is 130; `--debug` shows the traceback instead. One file a command; each has `add`,
+which declares its arguments, and `run`. What a command does lives in the package, not here.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+import jax
+
+from gpt_oss_jax import __version__, compile_cache
+from gpt_oss_jax.cli import bench, chat, checkpoints, doctor, generate
+from gpt_oss_jax.cli.terminal import remark
+
+COMMANDS = (chat, generate, checkpoints, bench, doctor)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command; parsed arguments carry `run`, what to call with them."""
+    parser = argparse.ArgumentParser(
+        prog="gpt-oss-jax",
+        description="OpenAI's gpt-oss in JAX. MODEL is a checkpoint folder (Hugging Face, original "
+        "or Orbax), a Hugging Face repository such as openai/gpt-oss-20b, or tiny: the small "
+        "trained model in the package.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code of the process."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(format="gpt-oss-jax: %(message)s")
+    logging.getLogger("gpt_oss_jax").setLevel(logging.INFO)
+    try:
+        _enable_compile_cache()
+        return args.run(args)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone; keep the interpreter from saying so at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
+        if args.debug:
+            raise
+        remark(_one_line(error))
+        return 2
+
+
+def _one_line(error: Exception) -> str:
+    if "RESOURCE_EXHAUSTED" in str(error):
+        return (
+            "the device ran out of memory. JAX takes 75% of a GPU unless XLA_CLIENT_MEM_FRACTION "
+            "says otherwise; --mesh spreads a model over devices. --debug shows the details."
+        )
+    return str(error)
+
+
+def _enable_compile_cache() -> None:
+    try:
+        compile_cache.enable()
+    except OSError as error:
+        remark(f"compiled programs are not kept for the next run: {error}")

@@ -1,0 +1,148 @@
+"""`gpt-oss-jax chat`: a harmony conversation in the terminal, or one question and its answer."""
+
+import argparse
+import datetime
+import os
+import sys
+from pathlib import Path
+
+from gpt_oss_jax.chat import Chat
+from gpt_oss_jax.cli.terminal import (
+    DIM,
+    add_model_options,
+    add_sampling_options,
+    load_model,
+    remark,
+    sampling,
+    write,
+)
+from gpt_oss_jax.harmony import REASONING_EFFORTS, decode
+
+_HISTORY_LINES = 1000
+
+
+def add(commands) -> None:
+    """Declare `chat MODEL ["PROMPT"]`."""
+    parser = commands.add_parser("chat", help="talk to a model, or ask it one thing")
+    add_model_options(parser)
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="ask this and leave")
+    parser.add_argument(
+        "-r", "--reasoning-effort", choices=REASONING_EFFORTS, default="medium", metavar="EFFORT",
+        help=f"{', '.join(REASONING_EFFORTS)}; default %(default)s",
+    )  # fmt: skip
+    parser.add_argument(
+        "--show-reasoning",
+        action="store_true",
+        help="print what the model thinks on the way, too; it is not meant for end users",
+    )
+    parser.add_argument(
+        "--developer-message", default="", metavar="TEXT", help="instructions to the model"
+    )
+    parser.add_argument(
+        "--date",
+        default=datetime.date.today().isoformat(),
+        metavar="YYYY-MM-DD",
+        help="what the model is told; default today",
+    )
+    parser.add_argument(
+        "-c", "--context", type=int, default=8192, metavar="N",
+        help="most tokens of conversation and reply together; default %(default)s",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help="most tokens of a reply; default what fits"
+    )
+    parser.add_argument(
+        "--raw", action="store_true", help="print each reply's tokens as they are, when it is whole"
+    )
+    add_sampling_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer the prompt, or each line that is typed until the end of input."""
+    model = load_model(args)
+    chat = Chat(
+        model,
+        reasoning_effort=args.reasoning_effort,
+        developer_message=args.developer_message,
+        sampling=sampling(args),
+        max_tokens=args.max_tokens,
+        context=min(args.context, model.config.max_context),
+        date=args.date,
+    )
+    if args.prompt is not None:
+        return 0 if answer(chat, args.prompt, args) else 1
+    converse(chat, args)
+    return 0
+
+
+def answer(chat: Chat, text: str, args: argparse.Namespace) -> bool:
+    """Ask, print the reply as it comes, and say on stderr why there is no answer if there is none.
+
+    Returns:
+        Whether there was an answer.
+    """
+    if args.raw:
+        reply = chat(text)
+        write(decode(reply.tokens) + "\n")
+    else:
+        _print_pieces(chat, text, args.show_reasoning)
+        reply = chat.reply
+    if reply.stop_reason == "length":
+        hidden = ", all of it reasoning (--show-reasoning prints it)" if reply.analysis else ""
+        remark(
+            f"cut short after {len(reply.tokens)} tokens{'' if reply.final else hidden}; "
+            "raise --max-tokens or --context, or lower -r"
+        )
+    elif not reply.final:
+        remark(f"no answer came in {len(reply.tokens)} tokens")
+    return bool(reply.final)
+
+
+def _print_pieces(chat: Chat, text: str, show_reasoning: bool) -> None:
+    last = None
+    for channel, piece in chat.stream(text):
+        if channel in ("analysis", "call") and not show_reasoning:
+            continue
+        if last is not None and channel != last:
+            write("\n\n")
+        write(piece, DIM if channel in ("analysis", "call") else "")
+        last = channel
+    if last is not None:
+        write("\n")
+
+
+def converse(chat: Chat, args: argparse.Namespace) -> None:
+    """Answer line after line. Ctrl-C drops the line or the reply, never the conversation."""
+    by_hand = sys.stdin.isatty() and sys.stdout.isatty()
+    if by_hand:
+        _remember_lines()
+        remark("Ctrl-C stops a reply, Ctrl-D leaves")
+    while True:
+        try:
+            text = input("> " if by_hand else "")
+            if text.strip():
+                answer(chat, text, args)
+        except EOFError:
+            if by_hand:
+                write("\n")
+            return
+        except KeyboardInterrupt:
+            write("\n")
+            remark("stopped; the conversation goes on without that")
+        except ValueError as error:
+            remark(str(error))
+
+
+def _remember_lines() -> None:
+    """Line editing, with what was typed in earlier conversations."""
+    import atexit
+    import readline
+
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    history = Path(state) / "gpt_oss_jax" / "history"
+    history.parent.mkdir(parents=True, exist_ok=True)
+    if history.exists():
+        readline.read_history_file(history)
+    readline.set_history_length(_HISTORY_LINES)
+    atexit.register(readline.write_history_file, history)

@@ -1,0 +1,102 @@
+"""What the commands share: their common options, and how they write to the terminal.
+
+It knows no command.
+"""
+
+import argparse
+import os
+import sys
+
+import jax.numpy as jnp
+
+from gpt_oss_jax.checkpoint import load
+from gpt_oss_jax.model import Transformer
+from gpt_oss_jax.sampling import SamplingParams
+from gpt_oss_jax.sharding import make_mesh
+
+DIM = "\033[2m"
+_PLAIN = "\033[0m"
+# A model may write what a terminal takes for commands.
+_CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def remark(text: str) -> None:
+    """One line to the person at the terminal; never part of an answer."""
+    sys.stderr.write(f"gpt-oss-jax: {text}\n")
+    sys.stderr.flush()
+
+
+def write(text: str, style: str = "") -> None:
+    """Part of an answer, at once; as it is when piped, harmless and styled on a terminal."""
+    if sys.stdout.isatty():
+        text = text.translate(_CONTROLS)
+        if style and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
+            text = f"{style}{text}{_PLAIN}"
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """MODEL and how to load it."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="a folder, a Hugging Face repository or tiny"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="of weights, activations and cache; default: bfloat16, on a CPU float32",
+    )
+    parser.add_argument(
+        "--mesh",
+        type=_mesh_axes,
+        metavar="AXIS=N,...",
+        help="spread over devices, e.g. expert=4 or expert=2,tensor=2; default: one device",
+    )
+
+
+def load_model(args: argparse.Namespace) -> Transformer:
+    """The model that `add_model_options` asked for."""
+    return load(
+        args.model,
+        mesh=make_mesh(**args.mesh) if args.mesh else None,
+        dtype=jnp.dtype(args.dtype) if args.dtype else None,
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """How the next token is drawn; the defaults are those the model was released with."""
+    defaults = SamplingParams()
+    options = parser.add_argument_group("sampling")
+    options.add_argument(
+        "--temperature",
+        type=float,
+        default=defaults.temperature,
+        help="0 is greedy; default %(default)s",
+    )
+    options.add_argument(
+        "--top-p", type=float, default=defaults.top_p, help="default %(default)s: off"
+    )
+    options.add_argument(
+        "--top-k", type=int, default=defaults.top_k, help="default %(default)s: off"
+    )
+    options.add_argument(
+        "--min-p", type=float, default=defaults.min_p, help="default %(default)s: off"
+    )
+    options.add_argument("--seed", type=int, help="makes the reply repeatable")
+
+
+def sampling(args: argparse.Namespace) -> SamplingParams:
+    """The parameters that `add_sampling_options` asked for."""
+    return SamplingParams(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
+
+
+def _mesh_axes(text: str) -> dict[str, int]:
+    try:
+        axes = {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        axes = {}
+    if not axes or not set(axes) <= {"data", "expert", "tensor"} or min(axes.values()) < 1:
+        raise argparse.ArgumentTypeError(
+            f"wanted sizes of data, expert or tensor, such as expert=4, got {text!r}"
+        )
+    return axes

@@ -1,0 +1,296 @@
+"""The command line, in process with a random model, and once in a real terminal."""
+
+import argparse
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+from gpt_oss_jax import __version__, cli, compile_cache
+from gpt_oss_jax.chat import Reply
+from gpt_oss_jax.checkpoint import synthetic
+from gpt_oss_jax.cli import chat as cli_chat, terminal
+from gpt_oss_jax.config import Config
+from gpt_oss_jax.harmony import encode_text
+
+# Harmony needs the released vocabulary; all else is as small as it gets.
+CONFIG = Config(
+    num_hidden_layers=2,
+    num_experts=4,
+    experts_per_token=2,
+    vocab_size=201_088,
+    hidden_size=32,
+    intermediate_size=64,
+    head_dim=16,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    sliding_window=16,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(synthetic.write(CONFIG, tmp_path_factory.mktemp("checkpoint") / "random", "hf", 1))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(autouse=True)
+def user_directories(home, monkeypatch):
+    """The user's cache and state in a temporary folder, and JAX's settings as they were after."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def fake_reply(final="56", analysis="7 x 8 = 56", stop_reason="stop"):
+    tokens = tuple(encode_text("whatever it said"))
+    return Reply(final, analysis, "", (), tokens, (), stop_reason)
+
+
+class FakeChat:
+    """Says what it is told to, or raises."""
+
+    def __init__(self, *turns):
+        self.turns = list(turns)
+        self.heard = []
+        self.reply = None
+
+    def __call__(self, text):
+        for _ in self.stream(text):
+            pass
+        return self.reply
+
+    def stream(self, text):
+        self.heard.append(text)
+        turn = self.turns.pop(0)
+        if isinstance(turn, BaseException):
+            yield "analysis", "well"
+            raise turn
+        if turn.analysis:
+            yield "analysis", turn.analysis
+        if turn.final:
+            yield "final", turn.final[:1]
+            yield "final", turn.final[1:]
+        self.reply = turn
+
+
+def options(**values):
+    return argparse.Namespace(**{"raw": False, "show_reasoning": False} | values)
+
+
+def test_version_and_help(capsys):
+    for arguments, expected in (["--version"], __version__), (["bench", "--help"], "synthetic:20b"):
+        with pytest.raises(SystemExit) as exit:
+            cli.main(arguments)
+        assert exit.value.code == 0
+        assert expected in capsys.readouterr().out
+
+
+def test_an_error_is_one_line_and_code_2(capsys):
+    assert cli.main(["chat", "no/such/folder/here"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("gpt-oss-jax: ")
+    with pytest.raises(ValueError, match="no/such"):
+        cli.main(["--debug", "chat", "no/such/folder/here"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (OSError(28, "No space left on device"), 2, "No space left"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 2, "XLA_CLIENT_MEM_FRAC"),
+    ],
+    ids=["Ctrl-C", "disk full", "device full"],
+)
+def test_what_ends_a_command(monkeypatch, capsys, error, code, said):
+    def run(args):
+        raise error
+
+    monkeypatch.setattr(cli_chat, "run", run)
+    assert cli.main(["chat", "whatever"]) == code
+    assert said in capsys.readouterr().err
+
+
+def test_reasoning_is_hidden_unless_asked_for(capsys):
+    assert cli_chat.answer(FakeChat(fake_reply()), "7 x 8?", options())
+    assert capsys.readouterr() == ("56\n", "")
+    assert cli_chat.answer(FakeChat(fake_reply()), "7 x 8?", options(show_reasoning=True))
+    assert capsys.readouterr() == ("7 x 8 = 56\n\n56\n", "")
+
+
+def test_raw_prints_the_tokens(capsys):
+    cli_chat.answer(FakeChat(fake_reply()), "7 x 8?", options(raw=True))
+    assert capsys.readouterr().out == "whatever it said\n"
+
+
+def test_no_answer_within_the_limit_is_said_on_stderr(capsys):
+    chat = FakeChat(fake_reply(final="", stop_reason="length"))
+    assert not cli_chat.answer(chat, "7 x 8?", options())
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "after 3 tokens, all of it reasoning (--show-reasoning" in err
+
+
+def test_a_conversation_survives_what_interrupts_it(monkeypatch, capsys):
+    typed = iter(["one", "", "two", KeyboardInterrupt(), "three", "four", EOFError()])
+
+    def fake_input(prompt):
+        line = next(typed)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", fake_input)
+    chat = FakeChat(
+        fake_reply("first"),
+        KeyboardInterrupt(),
+        ValueError("the conversation is too long"),
+        fake_reply("last"),
+    )
+    cli_chat.converse(chat, options())
+    out, err = capsys.readouterr()
+    assert chat.heard == ["one", "two", "three", "four"]
+    assert out.split() == ["first", "last"]
+    assert err.count("stopped") == 2 and "too long" in err
+
+
+def test_one_shot_answers_from_a_checkpoint(folder, capsys):
+    arguments = ["chat", folder, "hello", "--max-tokens", "4", "--seed", "1", "--raw"]
+    cli.main(arguments)
+    first = capsys.readouterr()
+    cli.main(arguments)
+    assert capsys.readouterr() == first
+    assert first.out.strip() and "cut short after 4 tokens" in first.err
+
+
+def test_generate_warns_once_and_streams(folder, capsys):
+    assert cli.main(["generate", folder, "Once", "--max-tokens", "5", "--temperature", "0"]) == 0
+    out, err = capsys.readouterr()
+    assert out.strip() and err.count("harmony") == 1
+
+
+def test_options_reach_the_model(folder, capsys):
+    assert cli.main(["generate", folder, "Once", "--top-p", "7"]) == 2
+    assert "top_p" in capsys.readouterr().err
+    assert cli.main(["chat", folder, "hi", "-c", "10"]) == 2
+    assert "10" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["chat", folder, "--mesh", "rows=2"])
+    assert "rows=2" in capsys.readouterr().err
+
+
+def test_mesh_spreads_the_model(folder):
+    args = argparse.Namespace(model=folder, mesh={"expert": 4}, dtype="float32")
+    assert len(terminal.load_model(args).layers[0].mlp.up.scales.sharding.device_set) == 4
+
+
+def test_convert_and_export(folder, tmp_path, capsys):
+    orbax, back = str(tmp_path / "orbax"), tmp_path / "back"
+    assert cli.main(["convert", folder, orbax]) == 0
+    assert cli.main(["export", orbax, str(back), "--to", "hf-mxfp4"]) == 0
+    assert (back / "model.safetensors.index.json").exists()
+    assert cli.main(["export", orbax, str(back), "--to", "original"]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_bench_ends_with_a_line_of_json(folder, capsys):
+    arguments = ["--prompt-tokens", "16", "--new-tokens", "4", "--repeats", "1"]
+    assert cli.main(["bench", folder, *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    assert result["prompt_tokens"] == 16 and result["new_tokens"] == 4
+    assert result["decode_tokens_per_second"] > 0
+    assert result["decode_percent_of_bandwidth"] > 0
+    assert f"{result['decode_tokens_per_second']:,.1f} tokens/s" in "\n".join(lines)
+    assert cli.main(["bench", folder, "--new-tokens", "1"]) == 2
+
+
+def test_the_compile_cache_is_the_users(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
+    assert compile_cache.enable().is_relative_to(tmp_path / "mine")
+    assert jax.config.jax_compilation_cache_dir == str(compile_cache.default_directory())
+    jax.config.update("jax_compilation_cache_dir", "/elsewhere")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.5)
+    assert str(compile_cache.enable()) == "/elsewhere"
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == 1.5
+
+
+def test_a_cache_that_cannot_be_made_is_said_and_survived(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(cli_chat, "run", lambda args: 0)
+    assert cli.main(["chat", "whatever"]) == 0
+    assert "not kept" in capsys.readouterr().err
+
+
+class Terminal:
+    """A program in a terminal of its own."""
+
+    def __init__(self, *arguments):
+        self.screen, inside = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "gpt_oss_jax", *arguments],
+            stdin=inside,
+            stdout=inside,
+            stderr=inside,
+            env=os.environ | {"TERM": "xterm"},
+            start_new_session=True,
+        )
+        os.close(inside)
+        self.seen = ""
+
+    def type(self, text):
+        os.write(self.screen, text.encode())
+
+    def wait_for(self, pattern, seconds=120):
+        """What came up to and with the pattern; forgets it."""
+        end = time.monotonic() + seconds
+        while not (match := re.search(pattern, self.seen)):
+            assert time.monotonic() < end, f"no {pattern!r} in {self.seen!r}"
+            os.set_blocking(self.screen, False)
+            try:
+                self.seen += os.read(self.screen, 65536).decode("utf-8", "replace")
+            except BlockingIOError:
+                time.sleep(0.02)
+            except OSError:
+                assert re.search(pattern, self.seen), f"ended before {pattern!r}: {self.seen!r}"
+        self.seen, before = self.seen[match.end() :], self.seen[: match.end()]
+        return before
+
+
+def test_ctrl_c_stops_a_reply_and_keeps_the_session(folder):
+    terminal = Terminal("chat", folder, "--show-reasoning")
+    try:
+        terminal.wait_for("> ")
+        terminal.type("talk for long\r")
+        terminal.wait_for("talk for long\r\n")
+        terminal.wait_for(r"\w{3}")
+        terminal.process.send_signal(signal.SIGINT)
+        terminal.wait_for("stopped; the conversation goes on")
+        terminal.wait_for("> ")
+        terminal.type("and on\r")
+        terminal.wait_for(r"and on\r\n")
+        terminal.wait_for(r"\w{3}")
+        terminal.process.send_signal(signal.SIGINT)
+        terminal.wait_for("> ")
+        terminal.type("\x04")
+        assert terminal.process.wait(30) == 0
+    finally:
+        terminal.process.kill()
+        os.close(terminal.screen)
