@@ -4,4 +4,13 @@ The public face is re-exported here; `help(gpt_oss_jax.load)` and its neighbours
 Importing changes no setting of JAX or of the process.
 """
 
+from gpt_oss_jax.chat import Chat as Chat
+from gpt_oss_jax.checkpoint import load as load, save as save
+from gpt_oss_jax.generate import (
+    generate as generate,
+    generate_batch as generate_batch,
+    score as score,
+)
+from gpt_oss_jax.sampling import SamplingParams as SamplingParams
+
 __version__ = "0.1.0"
