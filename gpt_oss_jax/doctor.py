@@ -20,7 +20,7 @@ from gpt_oss_jax.harmony import read_vocabulary, vocabulary_path
 
 _DISTRIBUTIONS = ("jax", "jaxlib", "flax", "orbax-checkpoint", "openai-harmony", "numpy")
 _SETTINGS = ("JAX_", "XLA_", "LIBTPU_", "TIKTOKEN_", "HF_", "CUDA_VISIBLE", "TPU_VISIBLE")
-_SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+_SECRETS = ("_TOKEN", "_KEY", "_SECRET", "_PASSWORD")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +113,8 @@ def _compile_cache() -> Finding:
 def _settings() -> Iterator[Finding]:
     for name in sorted(os.environ):
         if name.startswith(_SETTINGS):
-            secret = name == "HF_TOKEN" or any(word in name for word in _SECRETS[1:])
-            yield Finding("setting", f"{name}={'(set)' if secret else os.environ[name]}")
+            value = "(set)" if name.endswith(_SECRETS) else os.environ[name]
+            yield Finding("setting", f"{name}={value}")
 
 
 def _checkpoint(model: str) -> Iterator[Finding]:
