@@ -13,8 +13,7 @@ import pytest
 from conftest import SHARDABLE, TINY
 from random_model import random_model
 
-from gpt_oss_jax import generate as module
-from gpt_oss_jax.generate import Completion, generate, generate_batch
+from gpt_oss_jax.generate import Completion, device, generate, generate_batch, loop
 from gpt_oss_jax.sampling import SamplingParams, sample
 from gpt_oss_jax.sharding import make_mesh
 
@@ -33,21 +32,22 @@ def model():
 @pytest.fixture(autouse=True)
 def small_sizes(monkeypatch):
     """Chunks and caches so small that every path is taken within a few dozen tokens."""
-    monkeypatch.setattr(module, "_CHUNKS", (16, 16))
-    monkeypatch.setattr(module, "_MIN_SLOTS", 64)
-    monkeypatch.setattr(module, "_ROOM", 16)
+    monkeypatch.setattr(loop, "_SHORT_CHUNK", 16)
+    monkeypatch.setattr(loop, "_LONG_CHUNK", 16)
+    monkeypatch.setattr(loop, "_MIN_SLOTS", 64)
+    monkeypatch.setattr(loop, "_ROOM", 16)
 
 
 @pytest.fixture
 def decode_calls(monkeypatch):
     """The cache length of every call of the device loop, as they are made."""
-    calls, decode = [], module._decode
+    calls, decode = [], device.decode
 
     def spy(leaves, state, *rest):
         calls.append(state.cache.max_len)
         return decode(leaves, state, *rest)
 
-    monkeypatch.setattr(module, "_decode", spy)
+    monkeypatch.setattr(device, "decode", spy)
     return calls
 
 
@@ -93,7 +93,7 @@ def test_the_cache_grows_in_the_middle_of_an_answer(model, monkeypatch, decode_c
     tokens = tokens_of(whole)
     assert set(decode_calls) == {64}
     decode_calls.clear()
-    monkeypatch.setattr(module, "_MIN_SLOTS", 16)
+    monkeypatch.setattr(loop, "_MIN_SLOTS", 16)
     grown = generate(model, PROMPTS[1], max_tokens=50, sampling=GREEDY)
     assert tokens_of(grown) == tokens == plain_loop(model, PROMPTS[1], 50, GREEDY)[0]
     assert decode_calls[0] == 32 and decode_calls[-1] == 64
@@ -114,13 +114,13 @@ def test_a_row_is_the_same_alone_and_among_others(model, sampling):
 
 
 def test_n_samples_of_ragged_prompts_share_one_prefill(model, monkeypatch):
-    prefills, prefill = [], module._prefill
+    prefills, prefill = [], device.prefill
 
     def spy(leaves, cache, tokens_BT, *rest):
         prefills.append(tokens_BT.shape)
         return prefill(leaves, cache, tokens_BT, *rest)
 
-    monkeypatch.setattr(module, "_prefill", spy)
+    monkeypatch.setattr(device, "prefill", spy)
     out = generate_batch(model, PROMPTS[1:3], n=2, max_tokens=12, sampling=SAMPLED)
     assert prefills == [(2, 16)]
     assert len({tuple(completion.tokens) for completion in out}) == 4
@@ -178,13 +178,13 @@ def test_the_next_call_runs_while_tokens_are_read(model, decode_calls):
 
 def test_a_finished_batch_computes_nothing(model):
     """A call more than needed ends at once: no step, no change of state, and donated buffers."""
-    skeleton, leaves = module._split(model)
+    skeleton, leaves = device.split(model)
     prompts = [np.array(p, np.int32) for p in PROMPTS]
-    state = module._prefilled(leaves, skeleton, 64, prompts, [len(p) for p in prompts], 1, 0)
+    state = loop._prefilled(leaves, skeleton, 64, prompts, [len(p) for p in prompts], 1, 0)
     state = dataclasses.replace(state, done_B=jnp.ones(4, bool))
     before, kept = state.cache.k[0], np.asarray(state.token_B)
     stops = np.full(4, -1, np.int32)
-    state, (tokens, _, running) = module._decode(
+    state, (tokens, _, running) = device.decode(
         leaves, state, GREEDY, stops, np.int32(16), skeleton
     )
     assert (np.asarray(tokens) == -1).all() and not running
@@ -204,25 +204,25 @@ def test_new_values_and_weights_compile_nothing(model, caplog):
         run(model, SAMPLED, prompt=[9], max_tokens=5, stop_tokens=(1, 2))
         assert "ompil" not in caplog.text
         run(model, SAMPLED, prompt=list(range(70)), max_tokens=0)
-        module._empty_cache(*reversed(module._split(model)), 1, 8)
+        device.empty_cache(*reversed(device.split(model)), 1, 8)
         assert "ompil" in caplog.text, "the log must show what compiles"
 
 
 def test_prefill_computes_no_logits(model):
-    skeleton, leaves = module._split(model)
-    cache = module._empty_cache(leaves, skeleton, 4, 32)
+    skeleton, leaves = device.split(model)
+    cache = device.empty_cache(leaves, skeleton, 4, 32)
     zeros = np.zeros((4, 16), np.int32)
-    text = module._prefill.lower(leaves, cache, zeros, zeros, skeleton).as_text()
+    text = device.prefill.lower(leaves, cache, zeros, zeros, skeleton).as_text()
     assert "4x16x96x" in text and "x101x" not in text.replace("101x96x", "")
 
 
 def test_a_sharded_model_generates_the_same_and_compiles_once(caplog):
-    mesh = make_mesh(data=2, expert=2, tensor=2)
+    mesh = make_mesh(data=2, tensor=2)
     with jax.log_compiles(), caplog.at_level("WARNING", "jax"):
         out = generate_batch(
             random_model(SHARDABLE, mesh=mesh), PROMPTS[:2], max_tokens=8, sampling=GREEDY
         )
-    assert caplog.text.count("Finished XLA compilation of jit(_decode)") == 1
+    assert caplog.text.count("Finished XLA compilation of jit(decode)") == 1
     model = random_model(SHARDABLE)
     for prompt, completion in zip(PROMPTS, out, strict=False):
         assert completion.tokens == plain_loop(model, prompt, 8, GREEDY)[0]
@@ -230,11 +230,11 @@ def test_a_sharded_model_generates_the_same_and_compiles_once(caplog):
 
 def test_bfloat16_is_bfloat16_in_the_cache():
     """Traced, not run: the parity tests run it."""
-    skeleton, leaves = module._split(random_model(SMALL, dtype=jnp.bfloat16))
-    state = module._prefilled(leaves, skeleton, 64, [np.array([1], np.int32)], [9], 1, 0)
+    skeleton, leaves = device.split(random_model(SMALL, dtype=jnp.bfloat16))
+    state = loop._prefilled(leaves, skeleton, 64, [np.array([1], np.int32)], [9], 1, 0)
     assert state.cache.k[0].dtype == jnp.bfloat16
     after, _ = jax.eval_shape(
-        lambda state: module._decode(
+        lambda state: device.decode(
             leaves, state, SAMPLED, np.zeros(4, np.int32), jnp.int32(1), skeleton
         ),
         state,

@@ -8,8 +8,7 @@ import pytest
 from conftest import TINY
 from random_model import random_model
 
-from gpt_oss_jax import generate as module
-from gpt_oss_jax.generate import generate, score
+from gpt_oss_jax.generate import device, generate, loop, score
 from gpt_oss_jax.sampling import SamplingParams
 
 TOKENS = [(13 * i * i + 5) % 101 for i in range(50)]
@@ -22,8 +21,9 @@ def model():
 
 @pytest.fixture(autouse=True)
 def small_sizes(monkeypatch):
-    monkeypatch.setattr(module, "_CHUNKS", (16, 16))
-    monkeypatch.setattr(module, "_MIN_SLOTS", 64)
+    monkeypatch.setattr(loop, "_SHORT_CHUNK", 16)
+    monkeypatch.setattr(loop, "_LONG_CHUNK", 16)
+    monkeypatch.setattr(loop, "_MIN_SLOTS", 64)
 
 
 def test_scores_are_those_of_one_forward(model):
@@ -45,10 +45,10 @@ def test_scores_are_the_logprobs_of_generation(model):
 
 def test_one_chunk_of_logits_at_a_time(model):
     """The program that runs knows a chunk's positions only, whatever the length."""
-    skeleton, leaves = module._split(model)
-    cache = module._empty_cache(leaves, skeleton, 1, 64)
+    skeleton, leaves = device.split(model)
+    cache = device.empty_cache(leaves, skeleton, 1, 64)
     zeros = np.zeros((1, 16), np.int32)
-    text = module._score.lower(leaves, cache, zeros, zeros, zeros, skeleton).as_text()
+    text = device.score_chunk.lower(leaves, cache, zeros, zeros, zeros, skeleton).as_text()
     assert "1x16x101x" in text and "x64x101x" not in text
 
 

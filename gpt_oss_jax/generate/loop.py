@@ -1,0 +1,135 @@
+"""The host's side of generation: pads, sizes caches, and reads one call while the next one runs."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from gpt_oss_jax.generate import device
+from gpt_oss_jax.model import Transformer
+from gpt_oss_jax.sampling import SamplingParams
+
+_SHORT_CHUNK, _LONG_CHUNK = 128, 1024  # Prompt tokens a row and call.
+_MAX_CALL = 16 * _LONG_CHUNK  # Prompt tokens a call, all rows: bounds the memory of activations.
+_MIN_SLOTS = 512
+_ROOM = 512  # Slots beyond the prompt to begin with; more are added when they are needed.
+
+
+def run(
+    model: Transformer,
+    prompts: list[np.ndarray],
+    lasts: list[int],
+    n: int,
+    sampling: SamplingParams,
+    stops: frozenset[int],
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields new tokens [rows, STEPS], -1 after a row's last, and their log-probabilities.
+
+    Args:
+      model: The model.
+      prompts: int32 ids.
+      lasts: Last position that the rows of each prompt may fill.
+      n: Rows of each prompt.
+      sampling: How tokens are drawn.
+      stops: Tokens that end a row.
+    """
+    calls = _dispatched(model, prompts, lasts, n, sampling, stops)
+    call = next(calls, None)
+    while call is not None:
+        # The next call starts before this one is read. If it is one too many it costs nothing: it
+        # finds all rows done.
+        following = next(calls, None)
+        tokens_BC, logprobs_BC, running = jax.device_get(call)
+        rows = n * len(prompts)
+        yield tokens_BC[:rows], logprobs_BC[:rows]
+        call = following if running else None
+
+
+def score(model: Transformer, ids: np.ndarray, chunk: int) -> np.ndarray:
+    """Log-probabilities of all ids but the first, `chunk` of them a call."""
+    skeleton, leaves = device.split(model)
+    cache = device.empty_cache(leaves, skeleton, 1, _bucket(len(ids), _MIN_SLOTS))
+    logprobs = [np.zeros((1, 0), np.float32)]
+    for tokens_BT, positions_BT, next_BT in _chunks([ids[:-1]], [ids[1:]], chunk):
+        logprobs_BT, cache = device.score_chunk(
+            leaves, cache, tokens_BT, positions_BT, next_BT, skeleton
+        )
+        logprobs.append(logprobs_BT)
+    return np.concatenate(logprobs, axis=1)[0, : len(ids) - 1]
+
+
+def _dispatched(model, prompts, lasts, n, sampling, stops):
+    """Starts a call of the device loop for every block of results that it yields."""
+    longest, furthest = max(map(len, prompts), default=0), max(lasts, default=0)
+    budget = max((last + 1 - len(p) for p, last in zip(prompts, lasts, strict=True)), default=0)
+    if budget == 0:
+        return
+    skeleton, leaves = device.split(model)
+    slots = _bucket(min(furthest, longest + _ROOM), _MIN_SLOTS)
+    state = _prefilled(leaves, skeleton, slots, prompts, lasts, n, sampling.seed)
+    padding = _bucket(len(stops), 4) - len(stops)
+    stops_K = np.array([*stops, *[-1] * padding], np.int32)
+
+    taken, steps = 0, 1
+    while taken < budget:
+        needed = min(longest - 1 + taken + steps, furthest)
+        if needed > slots:
+            slots = _bucket(needed)
+            state = device.grown(state, skeleton, slots)
+        state, block = device.decode(leaves, state, sampling, stops_K, np.int32(steps), skeleton)
+        for x in block:
+            x.copy_to_host_async()
+        yield block
+        taken, steps = taken + steps, min(4 * steps, device.STEPS)
+
+
+def _prefilled(leaves, skeleton, slots, prompts, lasts, n, seed) -> device.DecodeState:
+    """Reads all but the last token of every prompt, once, and sets up `n` rows for each."""
+    before = [prompt[:-1] for prompt in prompts]
+    longest, size = max(map(len, before)), _bucket(len(prompts))
+    short = longest <= 4 * _SHORT_CHUNK or size * _LONG_CHUNK > _MAX_CALL
+    chunk = _SHORT_CHUNK if short else _LONG_CHUNK
+    cache = device.empty_cache(leaves, skeleton, size, slots)
+    for tokens_BT, positions_BT, _ in _chunks(before, before, chunk):
+        cache = device.prefill(leaves, cache, tokens_BT, positions_BT, skeleton)
+
+    rows, size = n * len(prompts), _bucket(n * len(prompts))
+
+    def of_rows(values, fill, dtype=np.int32):
+        return np.array([*values, *[fill] * (size - rows)], dtype)
+
+    if n > 1:
+        cache = device.copied(cache, of_rows(np.arange(rows) // n, 0), skeleton)
+    seeds = [secrets.randbits(32) if seed is None else seed for _ in range(rows)]
+    return device.begin(
+        cache,
+        of_rows(seeds, 0, np.uint32),
+        of_rows(np.arange(rows) % n, 0),
+        of_rows((prompts[row // n][-1] for row in range(rows)), 0),
+        of_rows((len(prompts[row // n]) - 1 for row in range(rows)), -1),
+        of_rows((lasts[row // n] for row in range(rows)), -1),
+        skeleton,
+    )
+
+
+def _bucket(size: int, least: int = 1) -> int:
+    """The power of two that holds `size`."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def _chunks(prompts, targets, chunk):
+    """Cuts padded prompts into calls: int32 [B, chunk] of tokens, positions (-1 pads), targets."""
+    longest = max(map(len, prompts))
+    shape = (_bucket(len(prompts)), -(-longest // chunk) * chunk)
+    tokens, wanted = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    positions = np.full(shape, -1, np.int32)
+    for row, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
+        tokens[row, : len(prompt)] = prompt
+        positions[row, : len(prompt)] = np.arange(len(prompt))
+        wanted[row, : len(prompt)] = target
+    for start in range(0, longest, chunk):
+        part = np.s_[:, start : start + chunk]
+        yield tokens[part], positions[part], wanted[part]
