@@ -75,7 +75,8 @@ def measure(
         report: Called with a line whenever a stage begins.
 
     Raises:
-        ValueError: A number is too small, or the tokens do not fit the model's context.
+        ValueError: A number is too small, the tokens do not fit the model's context, or the timing
+            is too noisy to mean anything.
     """
     if min(batch, prompt_tokens, repeats) < 1 or new_tokens < 2:
         raise ValueError(
@@ -102,6 +103,11 @@ def measure(
     report(f"timing {repeats} runs of {batch} x ({prompt_tokens} + {new_tokens}) tokens")
     first = min(seconds(1) for _ in range(repeats))
     whole = min(seconds(new_tokens) for _ in range(repeats))
+    if whole <= first:
+        raise ValueError(
+            f"{new_tokens} new tokens took {whole:.4f} s, the first alone {first:.4f} s: other "
+            "programs disturb the timing; ask for more new tokens or repeats"
+        )
     steps_per_second = (new_tokens - 1) / (whole - first)
 
     report("measuring the memory's bandwidth")
