@@ -15,7 +15,7 @@ test: $(VENV)/.test  ## the whole test suite, parity with both PyTorch implement
 	$(RUN) -m pytest
 
 test-jax: $(VENV)/.test-jax  ## what needs no PyTorch
-	$(RUN) -m pytest -m "not torch"
+	$(RUN) -m pytest --ignore tests/parity
 
 lint: $(VENV)/.lint
 	$(RUN) -m ruff check .
