@@ -176,20 +176,26 @@ def test_the_next_call_runs_while_tokens_are_read(model, decode_calls):
     assert len(decode_calls) == 2
 
 
-def test_a_finished_batch_computes_nothing(model):
-    """A call more than needed ends at once: no step, no change of state, and donated buffers."""
+def test_rows_that_are_done_change_no_more(model):
+    """One of four, and then all: a call more than needed ends before its first step."""
     skeleton, leaves = device.split(model)
-    prompts = [np.array(p, np.int32) for p in PROMPTS]
-    state = loop._prefilled(leaves, skeleton, 64, prompts, [len(p) for p in prompts], 1, 0)
-    state = dataclasses.replace(state, done_B=jnp.ones(4, bool))
-    before, kept = state.cache.k[0], np.asarray(state.token_B)
-    stops = np.full(4, -1, np.int32)
-    state, (tokens, _, running) = device.decode(
-        leaves, state, GREEDY, stops, np.int32(16), skeleton
-    )
+    prompts = [np.array(prompt, np.int32) for prompt in PROMPTS]
+    state = loop._prefilled(leaves, skeleton, 64, prompts, [60] * 4, 1, 0)
+
+    def decode(done_B):
+        after = dataclasses.replace(state, done_B=jnp.array(done_B))
+        stops = np.full(4, -1, np.int32)
+        return device.decode(leaves, after, GREEDY, stops, np.int32(3), skeleton)
+
+    before, cache = np.asarray(state.cache.full_positions), state.cache.k[0]
+    state, (tokens, _, running) = decode([False, False, True, False])
+    assert cache.is_deleted(), "the cache must be donated"
+    assert running and ((np.asarray(tokens) >= 0).sum(axis=1) == [3, 3, 0, 3]).all()
+    written = np.asarray(state.cache.full_positions) != before
+    assert (written.sum(axis=1) == [3, 3, 0, 3]).all()
+    _, (tokens, logprobs, running) = decode([True] * 4)
     assert (np.asarray(tokens) == -1).all() and not running
-    np.testing.assert_array_equal(state.token_B, kept)
-    assert before.is_deleted()
+    assert (np.asarray(logprobs) == 0).all(), "a step was taken"
 
 
 def test_new_values_and_weights_compile_nothing(model, caplog):
@@ -217,15 +223,17 @@ def test_prefill_computes_no_logits(model):
 
 
 def test_a_sharded_model_generates_the_same_and_compiles_once(caplog):
-    mesh = make_mesh(data=2, tensor=2)
+    sharded = random_model(SHARDABLE, mesh=make_mesh(data=2, tensor=2))
     with jax.log_compiles(), caplog.at_level("WARNING", "jax"):
-        out = generate_batch(
-            random_model(SHARDABLE, mesh=mesh), PROMPTS[:2], max_tokens=8, sampling=GREEDY
-        )
+        out = generate_batch(sharded, PROMPTS[:2], max_tokens=8, sampling=GREEDY)
     assert caplog.text.count("Finished XLA compilation of jit(decode)") == 1
     model = random_model(SHARDABLE)
     for prompt, completion in zip(PROMPTS, out, strict=False):
         assert completion.tokens == plain_loop(model, prompt, 8, GREEDY)[0]
+
+    skeleton, leaves = device.split(sharded)
+    k = device.empty_cache(leaves, skeleton, 2, 64).k[1]
+    assert k.shape == (2, 64, 4, 10) and k.sharding.shard_shape(k.shape) == (1, 64, 2, 10)
 
 
 def test_bfloat16_is_bfloat16_in_the_cache():

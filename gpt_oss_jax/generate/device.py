@@ -68,7 +68,7 @@ class Skeleton:
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
 
     def placed(self, tree):
-        """Pins state on the mesh, so that it returns as it came and no call compiles twice."""
+        """Splits state over the mesh; left alone, XLA would keep all rows on every device."""
         if self.mesh is None:
             return tree
 
