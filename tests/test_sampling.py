@@ -78,6 +78,13 @@ def test_the_draws_have_the_stated_distribution(options):
     assert_draws(tokens, expected(LOGITS, **options))
 
 
+def test_the_block_and_the_token_in_it_are_drawn_independently():
+    """Four equal tokens, the first two of either block."""
+    logits = jnp.full(600, -jnp.inf).at[jnp.array([0, 1, 512, 513])].set(1.0)
+    tokens, _ = draw_many(logits, SamplingParams())
+    assert_draws(tokens, expected(logits))
+
+
 def test_a_wrong_distribution_is_noticed():
     tokens, _ = draw_many(LOGITS, SamplingParams(temperature=1.1))
     with pytest.raises(AssertionError):

@@ -93,7 +93,7 @@ def split(model: Transformer) -> tuple[Skeleton, tuple[jax.Array, ...]]:
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def empty_cache(leaves, skeleton, rows, slots):
-    """An empty cache, where the weights are."""
+    """An empty cache, on the mesh of the weights."""
     dtype = skeleton.model(leaves).dtype
     return skeleton.placed(init_cache(skeleton.config, rows, slots, dtype))
 
