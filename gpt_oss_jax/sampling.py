@@ -54,17 +54,17 @@ class SamplingParams:
         warm = _is_real(self.temperature) and _COLDEST <= self.temperature < math.inf
         if not (warm or self.temperature == 0):
             raise ValueError(
-                f"temperature must be 0 (greedy) or at least {_COLDEST}, got {self.temperature!r}"
+                f"temperature must be 0 (greedy) or at least {_COLDEST}, got {self.temperature!r}."
             )
         if not (isinstance(self.top_k, numbers.Integral) and 0 <= self.top_k < 2**31):
-            raise ValueError(f"top_k must be a whole number, 0 (off) or more, got {self.top_k!r}")
+            raise ValueError(f"top_k must be a whole number, 0 (off) or more, got {self.top_k!r}.")
         if not (_is_real(self.top_p) and 0 < self.top_p <= 1):
-            raise ValueError(f"top_p must be over 0 and at most 1 (off), got {self.top_p!r}")
+            raise ValueError(f"top_p must be over 0 and at most 1 (off), got {self.top_p!r}.")
         if not (_is_real(self.min_p) and 0 <= self.min_p <= 1):
-            raise ValueError(f"min_p must be from 0 (off) to 1, got {self.min_p!r}")
+            raise ValueError(f"min_p must be from 0 (off) to 1, got {self.min_p!r}.")
         whole = isinstance(self.seed, numbers.Integral) and 0 <= self.seed < 2**32
         if not (whole or self.seed is None):
-            raise ValueError(f"seed must be None or from 0 to {2**32 - 1}, got {self.seed!r}")
+            raise ValueError(f"seed must be None or from 0 to {2**32 - 1}, got {self.seed!r}.")
 
     def tree_flatten(self):
         """The options that are on, and their names."""
