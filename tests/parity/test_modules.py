@@ -1,7 +1,8 @@
 """Every intermediate of the forward pass, by its `capture=` name, against both references.
 
-One text of 150 tokens, past both windows; an op is judged by the worst of the layers that have it.
-Shapes are flattened to [T, features]: the order of heads is part of what is compared.
+One text of 150 tokens, past both windows. Every block is given the reference's input (`patch=`), so
+that a difference shows in the block that makes it and not in those after it. Shapes are flattened
+to [T, features]: the order of heads is part of what is compared.
 """
 
 import jax
@@ -11,12 +12,12 @@ import pytest
 LENGTH = 150
 LAYER_OPS = {
     "original": (
-        *("input", "attention_norm", "attention.q", "attention.k", "attention.v"),
+        *("attention_norm", "attention.q", "attention.k", "attention.v"),
         *("attention.q_rope", "attention.k_rope", "attention.out", "middle"),
         *("mlp_norm", "mlp.router_logits", "output"),
     ),
     "hf": (
-        *("input", "attention_norm", "attention.q", "attention.k", "attention.v", "attention.out"),
+        *("attention_norm", "attention.q", "attention.k", "attention.v", "attention.out"),
         *("middle", "mlp_norm", "mlp.router_logits", "mlp.expert_weights", "mlp.out", "output"),
     ),
 }
@@ -26,10 +27,11 @@ LAYER_OPS = {
 def captured(models):
     """Ours and, by layout, the reference's: name -> [T, features]."""
     tokens_T = models.tokens(LENGTH)
-    run = jax.jit(lambda model, tokens_BT: model.forward(tokens_BT, capture=("*",))[-1])
-    ours = run(models.ours["hf"], tokens_T[None])
-    ours = {name: np.asarray(x[0]).reshape(LENGTH, -1) for name, x in ours.items()}
-    return ours, {x: model.captured(tokens_T) for x, model in models.references.items()}
+    theirs = {x: model.captured(tokens_T) for x, model in models.references.items()}
+    inputs = {name: x[None] for name, x in theirs["hf"].items() if name.endswith(".input")}
+    run = jax.jit(lambda model, tokens, patch: model.forward(tokens, capture="*", patch=patch)[-1])
+    ours = run(models.ours["hf"], tokens_T[None], inputs)
+    return {name: np.asarray(x[0]).reshape(LENGTH, -1) for name, x in ours.items()}, theirs
 
 
 @pytest.mark.parametrize("layout, op", [(x, op) for x, ops in LAYER_OPS.items() for op in ops])
