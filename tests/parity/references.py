@@ -93,6 +93,7 @@ class HuggingFace:
             quantization_config=transformers.Mxfp4Config(dequantize=True),
             dtype=dtype,
             attn_implementation="eager",
+            pad_token_id=None,  # the released one is outside these vocabularies
         ).eval()
         if dtype == torch.float32:
             self.model.float()  # the dequantised experts are bf16 whatever was asked for
