@@ -141,8 +141,12 @@ def _remember_lines() -> None:
 
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     history = Path(state) / "gpt_oss_jax" / "history"
-    history.parent.mkdir(parents=True, exist_ok=True)
-    if history.exists():
-        readline.read_history_file(history)
     readline.set_history_length(_HISTORY_LINES)
+    try:
+        history.parent.mkdir(parents=True, exist_ok=True)
+        history.touch(mode=0o600)
+        readline.read_history_file(history)
+    except OSError as error:
+        remark(f"what you type is not kept for the next conversation: {error}")
+        return
     atexit.register(readline.write_history_file, history)
