@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
 from gpt_oss_jax.checkpoint import tiny
@@ -65,14 +66,22 @@ def _variant(path: Path) -> Path:
 def _download(repository: str) -> str:
     by_hand = f"hf download {repository} --exclude 'original/*' --exclude 'metal/*' --local-dir DIR"
     try:
-        import huggingface_hub
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.utils import tqdm
     except ImportError as error:
         raise ValueError(
             f"{repository} is no local folder, and to download it huggingface_hub is needed: "
             f'pip install "gpt-oss-jax[hub]". Or download it with\n  {by_hand}\nand name DIR.'
         ) from error
+
+    class Bar(tqdm):
+        """The hub's own bar, for terminals only."""
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs | {"disable": not sys.stderr.isatty()})
+
     try:
-        return huggingface_hub.snapshot_download(repository, ignore_patterns=_OTHER_VARIANTS)
+        return snapshot_download(repository, ignore_patterns=_OTHER_VARIANTS, tqdm_class=Bar)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{repository} is no local folder, and it could not be downloaded: {error}\n"

@@ -18,7 +18,7 @@ from gpt_oss_jax.checkpoint import synthetic
 from gpt_oss_jax.checkpoint.experts import Source, expert_kinds, with_experts
 from gpt_oss_jax.checkpoint.files import open_folder
 from gpt_oss_jax.checkpoint.hub import resolve
-from gpt_oss_jax.checkpoint.orbax import OrbaxSource, is_orbax, open_orbax
+from gpt_oss_jax.checkpoint.orbax import is_orbax, open_orbax
 from gpt_oss_jax.checkpoint.progress import progress
 from gpt_oss_jax.checkpoint.source import open_safetensors
 from gpt_oss_jax.checkpoint.stream import Request
@@ -113,23 +113,19 @@ def _target(variable: nnx.Variable, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
 def _arrays(
     source: Source, targets: Mapping[str, jax.ShapeDtypeStruct]
 ) -> Iterator[tuple[str, jax.Array]]:
-    if isinstance(source, OrbaxSource) and any(x.sharding for x in targets.values()):
-        yield from source.arrays(targets)
-        return
     shards = {path: _distinct_shards(target) for path, target in targets.items()}
     requests = [
         Request(path, np.dtype(targets[path].dtype), index)
         for path, found in shards.items()
-        for index in found
+        for index, _ in found
     ]
     arrays = source.stream(requests)
     for path, found in shards.items():
         target, buffers = targets[path], []
-        for devices in found.values():
+        for _, devices in found:
             read = next(arrays)
             # Waited for: until then the memory it was read into is in use.
-            copies = [jax.block_until_ready(jax.device_put(read, device)) for device in devices]
-            buffers += copies
+            buffers += jax.block_until_ready([jax.device_put(read, x) for x in devices])
             del read
         if target.sharding is None:
             yield path, buffers[0]
@@ -140,15 +136,15 @@ def _arrays(
             )
 
 
-def _distinct_shards(target: jax.ShapeDtypeStruct) -> dict[tuple[slice, ...] | None, list]:
-    """Slice -> the devices of this process that hold it; a slice is read once for all of them."""
+def _distinct_shards(target: jax.ShapeDtypeStruct) -> list[tuple[tuple[slice, ...] | None, list]]:
+    """Slices, and the devices of this process that hold each: it is read once for all of them."""
     if target.sharding is None:
-        return {None: [None]}
-    shards: dict[tuple[slice, ...], list] = {}
+        return [(None, [None])]
+    shards: dict[tuple[tuple[int, int], ...], list] = {}
     for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():
         bounds = tuple(
             (x.start or 0, size if x.stop is None else x.stop)
             for x, size in zip(index, target.shape, strict=True)
         )
         shards.setdefault(bounds, []).append(device)
-    return {tuple(slice(*x) for x in bounds): devices for bounds, devices in shards.items()}
+    return [(tuple(slice(*x) for x in bounds), devices) for bounds, devices in shards.items()]

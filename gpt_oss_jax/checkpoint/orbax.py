@@ -1,14 +1,16 @@
 """Our checkpoints in Orbax: OCDBT and zarr3, in the checkpoint's own order of bytes.
 
 Written a layer at a time with Orbax's partial save, so that a writer that was killed goes on where
-it was; read by abstract target, each device its own shard, or whole into host memory. The variables
-are a tree under `state`; config.json, tokenizer and the like lie beside it.
+it was; any Orbax reads the result. Read here with TensorStore, which is underneath: each shard its
+own chunks, straight into place, from a bucket too. The variables are a tree under `state`;
+config.json, tokenizer and the like lie beside it.
 https://orbax.readthedocs.io
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import shutil
@@ -19,19 +21,22 @@ from typing import Any
 
 import jax
 import numpy as np
+import tensorstore as ts
 from orbax.checkpoint.experimental import v1 as ocp
 
 from gpt_oss_jax.checkpoint import names
 from gpt_oss_jax.checkpoint.experts import Source
-from gpt_oss_jax.checkpoint.files import Folder
+from gpt_oss_jax.checkpoint.files import Folder, LocalFolder, RemoteFolder
 from gpt_oss_jax.checkpoint.names import Variable
-from gpt_oss_jax.checkpoint.source import read_json
-from gpt_oss_jax.checkpoint.stream import Request
+from gpt_oss_jax.checkpoint.source import read_config
+from gpt_oss_jax.checkpoint.stream import Request, stream
 from gpt_oss_jax.config import Config
 
 _MARKER = "orbax.checkpoint"
-_CHUNK = 32 << 20
+_CHUNK = 8 << 20
 _OURS = "gpt_oss_jax"
+_TREE = "state"
+_ZARR = "/zarr.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,61 +47,42 @@ class OrbaxSource:
       folder: Where it lies.
       config: Of its config.json.
       variables: Path -> variable, of everything that is there.
+      arrays: Path -> TensorStore.
       checksums: Path -> what `checksum` gave when it was written.
     """
 
     folder: Folder
     config: Config
     variables: Mapping[str, Variable]
+    arrays: Mapping[str, ts.TensorStore]
     checksums: Mapping[str, int]
 
     def stream(self, requests: Iterable[Request]) -> Iterator[np.ndarray]:
-        """Reads variables, or slices of them, in order, into host memory."""
-        requests = list(requests)
-        for batch in self._batches(requests):
-            targets = {
-                # Only its shape and dtype are looked at: the memory is never touched.
-                x.path: np.empty(self.variables[x.path].shape, x.dtype)
-                for x in batch
-            }
-            arrays = self._load(targets)
-            for request in batch:
-                array = arrays[request.path]
-                yield array if request.index is None else array[request.index]
+        """Reads variables, or slices of them, in order."""
+        remote = isinstance(self.folder, RemoteFolder)
+        return stream(requests, self.variables, self._reads, remote=remote)
 
-    def arrays(
-        self, targets: Mapping[str, jax.ShapeDtypeStruct]
-    ) -> Iterator[tuple[str, jax.Array]]:
-        """Reads variables onto devices, as the sharding of each target says."""
-        for batch in self._batches([Request(path, x.dtype) for path, x in targets.items()]):
-            yield from self._load({x.path: targets[x.path] for x in batch}).items()
+    def _reads(self, path: str, bounds: tuple[slice, ...], out: np.ndarray):
+        array = self.arrays[path]
+        row = max(1, out[:1].size) * array.dtype.numpy_dtype.itemsize
+        chunk = array.chunk_layout.read_chunk.shape[0]
+        step = max(1, _CHUNK // row // chunk) * chunk
+        lead = bounds[0]
+        # From one chunk's edge to another's, so that none is read twice.
+        edges = [lead.start, *range((lead.start // step + 1) * step, lead.stop, step), lead.stop]
+        for start, stop in itertools.pairwise(edges):
+            target = out[start - lead.start : stop - lead.start]
+            yield functools.partial(
+                self._read, path, array[(slice(start, stop), *bounds[1:])], target
+            )
 
-    def _batches(self, requests: list[Request]) -> Iterator[list[Request]]:
-        """As many at a time as fit in the size of the largest."""
-        size = lambda x: self.variables[x.path].nbytes
-        largest = max(map(size, requests), default=0)
-        batch, held = [], 0
-        for request in requests:
-            twice = any(x.path == request.path for x in batch)
-            if batch and (twice or held + size(request) > largest):
-                yield batch
-                batch, held = [], 0
-            batch.append(request)
-            held += size(request)
-        if batch:
-            yield batch
-
-    def _load(self, targets: Mapping[str, Any]) -> dict[str, Any]:
-        context = ocp.Context()
-        context.pytree.loading.partial_load = True
+    def _read(self, path: str, array: ts.TensorStore, target: np.ndarray) -> None:
+        if array.dtype.numpy_dtype != target.dtype:
+            array = ts.cast(array, target.dtype)
         try:
-            with context:
-                tree = ocp.load(str(self.folder), _nest(targets), checkpointable_name="state")
+            ts.array(target).write(array).result()
         except Exception as error:
-            raise ValueError(
-                f"{self.folder} is damaged: Orbax cannot read {', '.join(targets)}: {error}"
-            ) from error
-        return _flatten(tree)
+            raise ValueError(f"{self.folder} is damaged: {path} cannot be read: {error}") from error
 
 
 def is_orbax(folder: Folder) -> bool:
@@ -110,38 +96,37 @@ def open_orbax(folder: Folder) -> OrbaxSource:
     Raises:
       ValueError: Naming everything that is missing, unknown, of another shape or of another dtype.
     """
-    config = Config.from_dict(read_json(folder, "config.json"))
+    config = read_config(folder)
     try:
-        metadata = ocp.metadata(str(folder))
-        tree = _flatten(metadata.metadata)
-        ours = (metadata.custom_metadata or {}).get(_OURS, {})
+        ours = json.loads(folder.read("_CHECKPOINT_METADATA"))["custom_metadata"][_OURS]
+        arrays = _open_arrays(folder)
     except Exception as error:
-        raise ValueError(f"{folder} is no whole Orbax checkpoint of a model: {error}") from error
-    if config.num_hidden_layers > len(tree):
+        raise ValueError(f"{folder} is no whole Orbax checkpoint of ours: {error}") from error
+    if config.num_hidden_layers > len(arrays):
         raise ValueError(
             f"{folder} has {config.num_hidden_layers} layers in config.json, but holds only "
-            f"{len(tree)} variables."
+            f"{len(arrays)} variables."
         )
     kinds = {
-        matrix: "dense" if f"{matrix}/weight" in tree else "mxfp4"
+        matrix: "dense" if f"{matrix}/weight" in arrays else "mxfp4"
         for matrix in names.matrices(config)
     }
     variables = {x.path: x for x in names.variables(config, kinds)}
-    problems = [f"missing: {path}" for path in variables if path not in tree]
-    problems += [f"unknown: {path}" for path in tree if path not in variables]
-    for path in variables.keys() & tree.keys():
-        variable, found = variables[path], tree[path]
+    problems = [f"missing: {path}" for path in variables if path not in arrays]
+    problems += [f"unknown: {path}" for path in arrays if path not in variables]
+    for path in variables.keys() & arrays.keys():
+        variable, found = variables[path], arrays[path]
         if tuple(found.shape) != variable.shape:
             wanted, got = list(variable.shape), list(found.shape)
             problems.append(f"shape of {path}: wanted {wanted}, got {got}")
-        if found.dtype != variable.dtype:
-            problems.append(f"dtype of {path}: wanted {variable.dtype}, got {found.dtype}")
+        if found.dtype.numpy_dtype != variable.dtype:
+            problems.append(f"dtype of {path}: wanted {variable.dtype}, got {found.dtype.name}")
     if problems:
         raise ValueError(
             f"{folder} must hold the gpt-oss model of its config.json, but\n  "
             + "\n  ".join(problems)
         )
-    return OrbaxSource(folder, config, variables, ours.get("checksums", {}))
+    return OrbaxSource(folder, config, variables, arrays, ours["checksums"])
 
 
 def write_orbax(source: Source, path: Path, fingerprint: str, step: Callable[[int], None]) -> None:
@@ -244,7 +229,7 @@ def _begun(path: Path, fingerprint: str) -> set[str]:
         shutil.rmtree(leftover)
     done: set[str] = set()
     # A merge that was broken off cannot be gone on with: it leaves the tree beside the saves.
-    usable = not (partial / "state").exists()
+    usable = not (partial / _TREE).exists()
     for file in partial.glob("*.pending_*/_CHECKPOINT_METADATA"):
         ours = json.loads(file.read_bytes())["custom_metadata"][_OURS]
         usable = usable and ours["fingerprint"] == fingerprint
@@ -266,10 +251,23 @@ def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, Mapping):
-        return {prefix: tree}
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}/{key}" if prefix else str(key))
-    return flat
+def _open_arrays(folder: Folder) -> dict[str, ts.TensorStore]:
+    """All arrays of the tree, by path."""
+    base: Any = f"{folder}{_TREE}/"
+    if isinstance(folder, LocalFolder):
+        base = {"driver": "file", "path": f"{folder.path.absolute()}/{_TREE}/"}
+    keys = ts.KvStore.open({"driver": "ocdbt", "base": base}).result().list().result()
+    opening = {}
+    for key in map(bytes.decode, keys):
+        if key.endswith(_ZARR):
+            name = key.removesuffix(_ZARR)
+            spec = {
+                "driver": "zarr3",
+                "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"},
+                # A chunk that is not there is damage, not zeros.
+                "fill_missing_data_reads": False,
+            }
+            opening[name.replace(".", "/")] = ts.open(spec, open=True, read=True)
+    if not opening:
+        raise ValueError(f"there are no arrays under {_TREE}.")
+    return {path: array.result() for path, array in opening.items()}

@@ -13,14 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from gpt_oss_jax.checkpoint import names
-from gpt_oss_jax.checkpoint.files import Folder
+from gpt_oss_jax.checkpoint import names, pieces
+from gpt_oss_jax.checkpoint.files import Folder, RemoteFolder
 from gpt_oss_jax.checkpoint.names import Variable
+from gpt_oss_jax.checkpoint.pieces import Part
 from gpt_oss_jax.checkpoint.safetensors import DTYPES, Tensor, read_header
-from gpt_oss_jax.checkpoint.stream import Part, Request, stream
+from gpt_oss_jax.checkpoint.stream import Request, stream
 from gpt_oss_jax.config import Config
 
 INDEX = "model.safetensors.index.json"
+_SMALLEST_CHUNK = 256 << 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,16 @@ class SafetensorsSource:
 
     def stream(self, requests: Iterable[Request]) -> Iterator[np.ndarray]:
         """Reads variables, or slices of them, in order."""
-        return stream(self.folder, self.variables, self.parts, requests)
+        largest = max(x.nbytes for x in self.variables.values())
+        chunk = max(_SMALLEST_CHUNK, min(pieces.CHUNK, largest // 64))
+
+        def reads(path, bounds, out):
+            dtype = self.variables[path].dtype
+            for part in self.parts[path]:
+                yield from pieces.reads(self.folder, part, dtype, bounds, out, chunk)
+
+        remote = isinstance(self.folder, RemoteFolder)
+        return stream(requests, self.variables, reads, remote=remote)
 
 
 def open_safetensors(folder: Folder) -> SafetensorsSource:
@@ -51,7 +62,7 @@ def open_safetensors(folder: Folder) -> SafetensorsSource:
       ValueError: Naming everything that is wrong: broken files, and tensors that are missing,
         unknown, there twice, of another shape or of another dtype.
     """
-    config = Config.from_dict(read_json(folder, "config.json"))
+    config = read_config(folder)
     tensors, problems = _list_tensors(folder)
     if not problems and config.num_hidden_layers > len(tensors):
         layers = config.num_hidden_layers
@@ -65,6 +76,19 @@ def open_safetensors(folder: Folder) -> SafetensorsSource:
             + "\n  ".join(problems)
         )
     return SafetensorsSource(folder, config, variables, parts)
+
+
+def read_config(folder: Folder) -> Config:
+    """The config of a checkpoint.
+
+    Raises:
+      ValueError: If it is not there, broken, or not gpt-oss's.
+    """
+    values = read_json(folder, "config.json")
+    try:
+        return Config.from_dict(values)
+    except (AttributeError, KeyError, TypeError, OverflowError) as error:
+        raise ValueError(f"config.json in {folder} has a value of a wrong kind: {error}") from error
 
 
 def read_json(folder: Folder, name: str) -> dict[str, Any]:

@@ -1,0 +1,225 @@
+"""Loading: every layout, every dtype, every mesh gives the bytes that lie in the files."""
+
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from checkpoint_oracle import leaves, ours_from_hf, read_all, rewrite, same_bits
+from conftest import SHARDABLE, TINY
+
+from gpt_oss_jax.checkpoint import load, pieces, source, synthetic, writer
+from gpt_oss_jax.checkpoint.files import LocalFolder
+from gpt_oss_jax.quant import dequantize
+from gpt_oss_jax.sharding import make_mesh, named_sharding
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders with the same weights in three forms; the floats hold every kind of bit pattern."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    synthetic.write(TINY, root / "hf")
+    synthetic.write(TINY, root / "original", "original")
+    synthetic.write(TINY, root / "dense", experts="dense")
+    return root
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    return synthetic.write(SHARDABLE, tmp_path_factory.mktemp("sharded") / "hf")
+
+
+def _as_float32(arrays):
+    return {k: v.astype(np.float32) if v.dtype == BF16 else v for k, v in arrays.items()}
+
+
+@pytest.mark.parametrize("layout", ["hf", "original", "dense"])
+def test_bfloat16_is_what_lies_in_the_files(folders, layout):
+    want = ours_from_hf(read_all(folders / ("dense" if layout == "dense" else "hf")), TINY)
+    same_bits(leaves(load(folders / layout, dtype=jnp.bfloat16)), want)
+
+
+@pytest.mark.parametrize("layout", ["hf", "original", "dense"])
+def test_default_on_cpu_is_float32_and_exact(folders, layout):
+    want = ours_from_hf(read_all(folders / ("dense" if layout == "dense" else "hf")), TINY)
+    same_bits(leaves(load(folders / layout)), _as_float32(want))
+
+
+def test_every_bit_pattern_survives(folders, tmp_path):
+    shutil.copytree(folders / "hf", tmp_path / "hf")
+    tensors = read_all(folders / "hf")
+    pattern = np.arange(1 << 16, dtype=np.uint16)
+    for i, (name, value) in enumerate(tensors.items()):
+        if value.dtype == BF16:
+            bits = np.resize(np.roll(pattern, 4099 * i), value.shape)
+            tensors[name] = bits.view(BF16)
+    rewrite(tmp_path / "hf", tensors)
+    want = ours_from_hf(tensors, TINY)
+    same_bits(leaves(load(tmp_path / "hf", dtype=jnp.bfloat16)), want)
+    for path, value in leaves(load(tmp_path / "hf")).items():
+        if value.dtype == np.float32:
+            bits = want[path].view(np.uint16).astype(np.uint32) << 16
+            np.testing.assert_array_equal(value.view(np.uint32), bits, err_msg=path)
+
+
+def test_model_runs_and_carries_its_arguments(folders):
+    model = load(folders / "hf", implementation="xla")
+    assert (model.config, model.implementation) == (TINY, "xla")
+    assert load(folders / "hf").implementation is None
+    logits = jax.jit(lambda m, t: m(t))(model, jnp.arange(10)[None])
+    assert logits.shape == (1, 10, 101) and bool(jnp.isfinite(logits).all())
+
+
+def test_many_files_by_index_whatever_they_are_called(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "_SHARD_BYTES", 300_000)
+    folder = synthetic.write(TINY, tmp_path / "many")
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 4
+    # As the release does: counted from 0, "of" the last index; and a stray file that is not listed.
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    rename = {x.name: f"part-{i:05}-of-{len(files) - 1:05}.bin" for i, x in enumerate(files)}
+    for old, new in rename.items():
+        (folder / old).rename(folder / new)
+    index["weight_map"] = {k: rename[v] for k, v in index["weight_map"].items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "stray.safetensors").write_bytes(b"not one of ours")
+    same_bits(leaves(load(folder)), leaves(load(folders / "hf")))
+
+
+def test_no_index_means_all_files(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "_SHARD_BYTES", 300_000)
+    folder = synthetic.write(TINY, tmp_path / "many")
+    (folder / "model.safetensors.index.json").unlink()
+    same_bits(leaves(load(folder)), leaves(load(folders / "hf")))
+
+
+def test_mixed_layouts(folders, tmp_path):
+    """Layer 1 by its original names, then layer 2's down projections dense: so all are dense."""
+    shutil.copytree(folders / "hf", tmp_path / "mixed")
+    hf, original = read_all(folders / "hf"), read_all(folders / "original")
+    tensors = {k: v for k, v in hf.items() if "layers.1." not in k}
+    tensors |= {k: v for k, v in original.items() if k.startswith("block.1.")}
+    rewrite(tmp_path / "mixed", tensors)
+    same_bits(leaves(load(tmp_path / "mixed")), leaves(load(folders / "hf")))
+
+    dense = read_all(folders / "dense")["model.layers.2.mlp.experts.down_proj"]
+    prefix = "model.layers.2.mlp.experts.down_proj"
+    del tensors[prefix + "_blocks"], tensors[prefix + "_scales"]
+    rewrite(tmp_path / "mixed", tensors | {prefix: dense})
+    found = leaves(load(tmp_path / "mixed", dtype=jnp.bfloat16))
+    want = ours_from_hf(hf, TINY)
+    for i in range(TINY.num_hidden_layers):
+        for matrix in ("up", "down"):
+            path = f"layers/{i}/mlp/{matrix}"
+            exact = np.asarray(dequantize(want.pop(f"{path}/blocks"), want.pop(f"{path}/scales")))
+            want[f"{path}/weight"] = exact
+    want["layers/2/mlp/down/weight"] = np.swapaxes(dense, 1, 2)
+    same_bits(found, want)
+
+
+@pytest.mark.parametrize("axes", [{"expert": 4, "tensor": 2}, {"data": 2, "tensor": 2}, {}])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_meshes_get_the_same_values_where_the_table_says(sharded, axes, dtype):
+    mesh = make_mesh(**axes)
+    model, plain = load(sharded, mesh=mesh, dtype=dtype), load(sharded, dtype=dtype)
+    same_bits(leaves(model), leaves(plain))
+    up = model.layers[0].mlp.up.blocks
+    assert up[...].sharding == named_sharding(mesh, up.axes, up.shape)
+    assert model.embedding.weight[...].sharding.mesh == mesh
+
+
+def test_each_shard_comes_from_its_own_bytes(sharded, monkeypatch):
+    """Sharded over experts, every byte of a tensor is read once, not once a device."""
+    count, read_into = {}, LocalFolder.read_into
+
+    def counted(self, name, offset, out):
+        count[name] = count.get(name, 0) + out.nbytes
+        return read_into(self, name, offset, out)
+
+    monkeypatch.setattr(LocalFolder, "read_into", counted)
+    monkeypatch.setattr(pieces, "_SMALL", 0)
+    for axes in ({"expert": 8}, {"expert": 2, "tensor": 2, "data": 2}):
+        count.clear()
+        load(sharded, mesh=make_mesh(**axes))
+        files = sum(x.stat().st_size for x in sharded.glob("*.safetensors"))
+        # But for the matrices that tensor parallelism cuts along their rows: those are read twice.
+        assert files <= sum(count.values()) < (1.01 if "tensor" not in axes else 1.4) * files
+
+
+def test_wide_rows_are_read_in_columns(folders, monkeypatch):
+    """Chunks smaller than a row take the other path through `pieces`; the values are the same."""
+    want = leaves(load(folders / "dense"))
+    for module, name in ((pieces, "_SMALL"), (pieces, "CHUNK"), (source, "_SMALLEST_CHUNK")):
+        monkeypatch.setattr(module, name, 1000)
+    same_bits(leaves(load(folders / "dense")), want)
+    same_bits(leaves(load(folders / "original")), leaves(load(folders / "hf")))
+
+
+def test_reads_through_a_url(folders):
+    """gs:// goes through TensorStore's key-value stores; file:// is the one that can be tested."""
+    url = f"file://{folders / 'original'}"
+    same_bits(
+        leaves(load(url, dtype=jnp.bfloat16)), leaves(load(folders / "hf", dtype=jnp.bfloat16))
+    )
+    with pytest.raises(ValueError, match="TensorStore cannot open nowhere://x"):
+        load("nowhere://x")
+    with pytest.raises(ValueError, match="lacks config.json"):
+        load(f"file://{folders / 'nothing'}")
+
+
+def test_weights_are_not_tied_to_the_file(folders, tmp_path):
+    shutil.copytree(folders / "hf", tmp_path / "hf")
+    model = load(tmp_path / "hf")
+    before = leaves(model)["embedding/weight"].copy()
+    for file in (tmp_path / "hf").glob("*.safetensors"):
+        file.write_bytes(b"\0" * file.stat().st_size)
+    np.testing.assert_array_equal(leaves(model)["embedding/weight"], before)
+
+
+def test_nothing_stays_open(folders):
+    load(folders / "hf")
+    before = set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else set()
+    load(folders / "hf")
+    after = set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else set()
+    assert len(after) <= len(before)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.int8])
+def test_refuses_other_dtypes(folders, dtype):
+    with pytest.raises(ValueError, match="dtype must be float32 or bfloat16"):
+        load(folders / "hf", dtype=dtype)
+
+
+def test_synthetic_models_are_made_in_their_shards(monkeypatch):
+    monkeypatch.setitem(synthetic._CONFIGS, "20b", SHARDABLE)
+    mesh = make_mesh(expert=4, tensor=2)
+    model = load("synthetic:20b", mesh=mesh, dtype=jnp.bfloat16)
+    up = model.layers[1].mlp.up
+    assert up.blocks[...].sharding == named_sharding(mesh, up.blocks.axes, up.blocks.shape)
+    scales = np.asarray(up.scales[...])
+    assert scales.min() == 119 and scales.max() == 123
+    assert len(np.unique(np.asarray(up.blocks[...]))) == 256
+    values = leaves(model)
+    assert values["norm/scale"].astype(np.float32).mean() == pytest.approx(1, abs=0.05)
+    router = "mlp/router/weight"
+    assert (values[f"layers/0/{router}"] != values[f"layers/1/{router}"]).any()
+    with pytest.raises(ValueError, match="synthetic:20b, synthetic:120b, got 'synthetic:7b'"):
+        load("synthetic:7b")
+
+
+def test_synthetic_folders_repeat(tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        synthetic.write(TINY, tmp_path / name, seed=seed)
+    a, b, c = (read_all(tmp_path / x) for x in "abc")
+    same_bits(a, b)
+    assert (a["lm_head.weight"] != c["lm_head.weight"]).any()
+    with pytest.raises(ValueError, match="exists; a new folder is wanted"):
+        synthetic.write(TINY, tmp_path / "a")
+    with pytest.raises(ValueError, match="layout must be"):
+        synthetic.write(TINY, tmp_path / "d", "original", experts="dense")
