@@ -267,6 +267,22 @@ def test_a_cut_call_is_not_run(play):
     assert "{}" not in player.prompts[1]
 
 
+def test_a_call_without_its_end_is_not_run(play):
+    play([*ids("<C>commentary to=functions.f<M>{}"), harmony.ENDOFTEXT])
+    ran = []
+    reply = Chat(MODEL, tools=[Function("f", "", None, lambda: ran.append(1))])("Q")
+    assert (reply.stop_reason, reply.tool_calls, ran) == ("stop", (), [])
+    assert [repair.kind for repair in reply.repairs] == ["stray_token"]
+
+
+def test_a_call_that_a_stray_token_cut_fails(play):
+    play('<C>commentary to=functions.f<M>{"x": <X>1}<L>', "<C>final<M>A<R>")
+    reply = Chat(MODEL, tools=[Function("f", "", {}, lambda x: "ok")])("Q")
+    (call,) = reply.tool_calls
+    assert call.arguments == "1}" and call.result.startswith("Error: JSONDecodeError: Extra data")
+    assert [repair.kind for repair in reply.repairs] == ["stray_token"]
+
+
 def test_max_tokens_are_of_all_rounds_together(play):
     call = ids("<C>commentary to=functions.f<M>{}<L>")
     player = play(call, "<C>final<M>one two three<R>")
@@ -391,6 +407,19 @@ def test_broken_harmony_is_still_an_answer(play):
     reply = chat("Q")
     assert (reply.final, [repair.kind for repair in reply.repairs]) == ("", ["missing_message"])
     assert "<|channel|>final<|message|>Paris.<|end|>" in player.prompts[1]
+
+
+def test_the_end_of_a_cut_reply_is_streamed_too(play):
+    play("Paris is nice<R>")
+    chat = Chat(MODEL, max_tokens=2)
+    assert list(chat.stream("Q")) == [("final", "Paris"), ("final", " is")]
+    assert chat.reply.final == "Paris is"
+
+
+@pytest.mark.parametrize("everybody", ["all", "user"])
+def test_a_message_to_everybody_is_no_call(play, everybody):
+    play(f"<C>final to={everybody}<M>A<R>")
+    assert Chat(MODEL)("Q").final == "A"
 
 
 def test_structured_output_is_no_call(play):

@@ -92,6 +92,9 @@ def test_where_the_vocabulary_comes_from(monkeypatch, tmp_path):
 def test_loading_leaves_the_environment_alone(monkeypatch, tmp_path, variable, name):
     set_variables(monkeypatch)
     if variable:
+        # Empty counts as unset for us and not for openai-harmony, which must not see it then.
+        for other in ("TIKTOKEN_ENCODINGS_BASE", "TIKTOKEN_RS_CACHE_DIR"):
+            monkeypatch.setenv(other, "")
         shutil.copy(PACKAGED, tmp_path / name)
         monkeypatch.setenv(variable, str(tmp_path))
     before = dict(os.environ)

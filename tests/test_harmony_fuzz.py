@@ -46,7 +46,18 @@ WORDS = [
     for word in (
         *"assistant user tool system developer final analysis commentary".split(),
         *"functions.f python bash json code users finally é日👩".split(),
-        *(" to=functions.f", " to=", " to", "to=assistant", " json", ":bob", "\n", "  ", '{"a":1}'),
+        *(
+            " to=functions.f",
+            " to=",
+            " to",
+            "to=assistant",
+            " json",
+            ":bob",
+            ":",
+            "\n",
+            "  ",
+            '{"a":1}',
+        ),
         "Paris is the capital of France",
     )
 ]

@@ -204,6 +204,9 @@ SHAPES = {
         "missing_message",
         M(" Paris, as everybody knows for sure"),
     ],
+    "Paris": ["missing_message", M("Paris")],
+    "<C>final<M>a<E>b": [M("a"), "missing_start", "missing_message", M("b")],
+    "user input is free<R>": ["missing_message", M("user input is free")],
     "users do that<R>": ["missing_message", M("users do that")],
     "<R>": ["missing_message", M("")],
     "<C>final<R>": ["missing_message", M("")],
@@ -309,7 +312,11 @@ def test_ids_that_no_vocabulary_has():
 def test_integers_of_any_kind():
     numpy = pytest.importorskip("numpy")
     tokens = ids("<C>final<M>ab<R>")
-    assert parse(numpy.array(tokens, numpy.int32)) == parse(tokens)
+    parsed = parse(numpy.array(tokens, numpy.int32))
+    assert parsed == parse(tokens)
+    assert type(parsed.messages[0].end) is int
+    with pytest.raises(TypeError):
+        parse([1.0])
 
 
 def test_half_a_character_is_never_streamed():

@@ -82,7 +82,7 @@ def read_header(head: str, role: str | None) -> tuple[Message, list[str]]:
         role = "assistant"
         notes.append("no role, read as assistant")
     elif words and not words[0][0] and words[0][1].startswith(":"):
-        name = words.pop(0)[1][1:]
+        name = words.pop(0)[1][1:] or None
 
     channel = recipient = content_type = None
     bare: list[str] = []
@@ -91,7 +91,7 @@ def read_header(head: str, role: str | None) -> tuple[Message, list[str]]:
             channel = word
         elif mark == CONSTRAIN_MARK and content_type is None:
             content_type = f"<|constrain|>{word}"
-            misplaced = len(bare)
+            before_type = len(bare)
         elif not mark and word.startswith("to=") and word != "to=" and recipient is None:
             recipient = word.removeprefix("to=")
         elif not mark and not word.startswith("to="):
@@ -101,7 +101,7 @@ def read_header(head: str, role: str | None) -> tuple[Message, list[str]]:
 
     # The renderer writes `to=` before every recipient, so a word without it is a content type,
     # unless a content type follows or it looks like the name of a tool.
-    followed = len(bare) > 1 if content_type is None else misplaced > 0
+    followed = len(bare) > 1 if content_type is None else before_type > 0
     if recipient is None and bare and (followed or "." in bare[0]):
         recipient = bare.pop(0)
         notes.append(f"{recipient!r} read as the recipient, without to=")
