@@ -186,6 +186,8 @@ SHAPES = {
         M("1", "commentary", "assistant", role="tool", name="functions.f"),
     ],
     "<M>a<R>": [M("a", None)],
+    ":bob<C>final<M>a<R>": [M("a", name="bob")],
+    ":<C>final<M>a<R>": [M("a")],
     # Cut off in the content: what came counts.
     "<C>final<M>a": [M("a")],
     "<C>final<M>": [M("")],
@@ -223,6 +225,14 @@ SHAPES = {
     "<C><M>a<R>": ["bad_header", M("a", None)],
     "<C>commentary to=functions.f <K>json or so<M>{}<L>": ["bad_header", CALL],
     "<C>commentary functions.f <K>json<M>{}<L>": ["bad_header", CALL],
+    "<C>commentary f <K>json<M>{}<L>": [
+        "bad_header",
+        M("{}", "commentary", "f", "<|constrain|>json"),
+    ],
+    "<C>final <K>json please<M>{}<R>": [
+        "bad_header",
+        M("{}", "final", None, "<|constrain|>json"),
+    ],
     "<C>commentary functions.f<M>{}<L>": ["bad_header", M("{}", "commentary", "functions.f")],
     "<C>commentary to=functions.f to=b <K>json<M>{}<L>": ["bad_header", CALL],
     "<C>commentary to=<M>{}<L>": ["bad_header", M("{}", "commentary")],
