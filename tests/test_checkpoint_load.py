@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -171,6 +173,17 @@ def test_reads_through_a_url(folders):
         load("nowhere://x")
     with pytest.raises(ValueError, match="lacks config.json"):
         load(f"file://{folders / 'nothing'}")
+
+
+def test_says_how_far_it_is_on_a_terminal_only(folders, capsys, monkeypatch):
+    load(folders / "hf")
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    load(folders / "hf", dtype=jnp.bfloat16)
+    out, said = capsys.readouterr()
+    assert out == "" and said.count("\n") == 1
+    last = said.split("\r")[-1]
+    assert re.fullmatch(r"loading: 0\.00 of 0\.00 GB, \d+\.\d\d GB/s *\n", last), said
 
 
 def test_weights_are_not_tied_to_the_file(folders, tmp_path):

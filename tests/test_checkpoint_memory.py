@@ -1,7 +1,7 @@
 """Host memory while loading: the arrays, and less than two of the largest tensor beyond them.
 
-In a process of its own, on a folder ten times the largest tensor. Counted is anonymous memory, the kind
-that cannot be dropped; pages of files are not. The arrays are in it too: this is a CPU.
+In a process of its own, on a folder ten times the largest tensor. Counted is anonymous memory, which
+cannot be dropped; pages of files are not. The arrays are in it too: this is a CPU.
 """
 
 import json

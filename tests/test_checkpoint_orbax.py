@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoint_oracle import leaves, read_all, same_bits
+from checkpoint_oracle import leaves, read_all, rewrite, same_bits
 from conftest import SHARDABLE, TINY
 from jax.sharding import NamedSharding, PartitionSpec as P
 from orbax.checkpoint.experimental import v1 as ocp
@@ -75,6 +75,21 @@ def test_restores_onto_another_mesh(folders, tmp_path, axes):
         same_bits(leaves(restored), leaves(load(folders / "hf", dtype=dtype)))
         down = restored.layers[1].mlp.down.blocks
         assert down[...].sharding == named_sharding(mesh, down.axes, down.shape)
+
+
+def test_every_bit_pattern_survives(folders, tmp_path):
+    shutil.copytree(folders / "hf", tmp_path / "hf")
+    tensors = read_all(folders / "hf")
+    pattern = np.arange(1 << 16, dtype=np.uint16)
+    tensors["lm_head.weight"] = np.resize(pattern, (112, 192)).view(tensors["lm_head.weight"].dtype)
+    tensors["model.embed_tokens.weight"] = np.resize(pattern[::-1], (112, 192)).view(
+        tensors["lm_head.weight"].dtype
+    )
+    rewrite(tmp_path / "hf", tensors)
+    convert(tmp_path / "hf", tmp_path / "orbax")
+    for dtype in (jnp.bfloat16, jnp.float32):
+        found = leaves(load(tmp_path / "orbax", dtype=dtype))
+        same_bits(found, leaves(load(tmp_path / "hf", dtype=dtype)))
 
 
 def test_reads_through_a_url(folders):

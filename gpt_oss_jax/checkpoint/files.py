@@ -56,7 +56,10 @@ class LocalFolder:
 
 
 class RemoteFolder:
-    """A folder under a URL that TensorStore knows, such as gs://bucket/gpt-oss-20b."""
+    """A folder under a URL that TensorStore knows, such as gs://bucket/gpt-oss-20b.
+
+    Tested with file://, which takes the same way; gs:// itself needs a bucket, and is not.
+    """
 
     def __init__(self, url: str):
         self.url = url.rstrip("/") + "/"

@@ -30,7 +30,7 @@ def resolve(path_or_id: str | os.PathLike) -> str:
     Raises:
       ValueError: If it is nothing of the kind, or the download fails.
     """
-    name = os.fspath(path_or_id)
+    name = os.path.expanduser(path_or_id)
     if name == "tiny":
         return str(tiny.unpack())
     if "://" in name:

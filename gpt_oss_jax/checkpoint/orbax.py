@@ -113,9 +113,11 @@ def open_orbax(folder: Folder) -> OrbaxSource:
     }
     variables = {x.path: x for x in names.variables(config, kinds)}
     problems = [f"missing: {path}" for path in variables if path not in arrays]
-    problems += [f"unknown: {path}" for path in arrays if path not in variables]
-    for path in variables.keys() & arrays.keys():
-        variable, found = variables[path], arrays[path]
+    for path, found in arrays.items():
+        variable = variables.get(path)
+        if variable is None:
+            problems.append(f"unknown: {path}")
+            continue
         if tuple(found.shape) != variable.shape:
             wanted, got = list(variable.shape), list(found.shape)
             problems.append(f"shape of {path}: wanted {wanted}, got {got}")

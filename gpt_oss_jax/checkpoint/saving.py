@@ -211,6 +211,8 @@ class _ModelSource:
             x.path: x for x in names.variables(self.config, kinds)
         }
         self.rounded: list[str] = []
+        if not all(x.is_fully_addressable for x in self._arrays.values()):
+            raise ValueError("a model spread over several processes cannot be saved from one.")
         if odd := self._arrays.keys() ^ self.variables.keys():
             raise ValueError(f"a plain gpt-oss model is wanted; odd are {', '.join(sorted(odd))}.")
 

@@ -1,7 +1,7 @@
 """A folder of safetensors as our variables; all that is there is checked against the name table.
 
 Takes Hugging Face's layout, `original/`, and any mixture, tensor by tensor. Knows nothing of
-devices: `stream.py` reads the bytes, `load.py` puts them where they belong.
+devices: `stream.py` reads the bytes, `loading.py` puts them where they belong.
 """
 
 from __future__ import annotations
