@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore as ts
 from checkpoint_oracle import leaves, read_all, rewrite, same_bits
 from conftest import SHARDABLE, TINY
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -157,6 +158,22 @@ def test_goes_on_after_a_kill(folders, tmp_path, monkeypatch, where, after):
     assert open_source(target).checksums == open_source(folders / "orbax").checksums
 
 
+def test_a_merge_that_was_broken_off_is_begun_again(folders, tmp_path, monkeypatch):
+    target = tmp_path / "orbax"
+    _convert_and_kill(folders / "hf", target, "finalize", 0)
+    (tmp_path / "orbax.partial" / "orbax.partial_save" / "state").mkdir()
+    groups, save_one = [], ocp.partial.save
+
+    def counted(path, state, **options):
+        groups.extend(state)
+        save_one(path, state, **options)
+
+    monkeypatch.setattr(ocp.partial, "save", counted)
+    convert(folders / "hf", target)
+    assert len(groups) == 5
+    same_bits(leaves(load(target)), leaves(load(folders / "hf")))
+
+
 def test_what_another_source_left_is_thrown_away(folders, tmp_path):
     other = synthetic.write(SHARDABLE, tmp_path / "other", seed=1)
     _convert_and_kill(other, tmp_path / "orbax", "save", 3)
@@ -206,7 +223,7 @@ def test_wrong_trees_are_named(folders, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("harm", ["manifest", "data", "metadata", "config", "no tree"])
+@pytest.mark.parametrize("harm", ["manifest", "data", "chunk", "metadata", "config", "no tree"])
 def test_damage_is_one_clear_error(folders, tmp_path, harm):
     folder = shutil.copytree(folders / "orbax", tmp_path / "orbax")
     data = [x for x in folder.glob("state/*/d/*") if x.stat().st_size > 100_000]
@@ -216,6 +233,9 @@ def test_damage_is_one_clear_error(folders, tmp_path, harm):
     elif harm == "data":
         for file in data:
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif harm == "chunk":
+        base = {"driver": "file", "path": f"{folder}/state/"}
+        del ts.KvStore.open({"driver": "ocdbt", "base": base}).result()[b"norm.scale/c/0"]
     elif harm == "metadata":
         (folder / "_CHECKPOINT_METADATA").write_text("{")
     elif harm == "config":
