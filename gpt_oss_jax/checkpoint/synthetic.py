@@ -128,9 +128,10 @@ class _RandomSource:
         self.variables = {x.path: x for x in names.variables(config, experts)}
         self._seed = seed
         self._pools: dict[Any, np.ndarray] = {}
+        self._memory = np.empty(max(x.nbytes for x in self.variables.values()), np.uint8)
 
     def stream(self, requests: Iterable[Request]) -> Iterator[np.ndarray]:
-        """Whole variables, in order."""
+        """Whole variables, in order, all in the same memory."""
         for request in requests:
             yield self._cut(self.variables[request.path])
 
@@ -139,7 +140,7 @@ class _RandomSource:
         if moments not in self._pools:
             self._pools[moments] = self._pool(moments)
         pool, size = self._pools[moments], math.prod(variable.shape)
-        out = np.empty(size, variable.dtype)
+        out = self._memory[: variable.nbytes].view(variable.dtype)
         start = zlib.crc32(variable.path.encode()) % pool.size
         at = 0
         while at < size:
