@@ -27,18 +27,18 @@ class Measurement:
     """Speed of one model at one shape; the names carry the units.
 
     Attributes:
-        device: Kind of the devices.
-        devices: How many of them hold the model.
-        dtype: Of activations and cache.
-        batch: Rows generated at once.
-        prompt_tokens: Tokens of each prompt.
-        new_tokens: Tokens generated in each row.
-        compile_seconds: What the first run took more than the fastest one.
-        prefill_tokens_per_second: Prompt tokens of all rows, over the time to the first new token.
-        decode_tokens_per_second: New tokens of all rows after the first.
-        decode_gb_per_step: Bytes that one decode step has to read, of weights and cache, in 1e9.
-        bandwidth_gb_per_second: Of all the devices together, measured by copying.
-        decode_percent_of_bandwidth: Of the decode speed at which memory would be the only limit.
+      device: Kind of the devices.
+      devices: How many of them hold the model.
+      dtype: Of activations and cache.
+      batch: Rows generated at once.
+      prompt_tokens: Tokens of each prompt.
+      new_tokens: Tokens generated in each row.
+      compile_seconds: What the first run took more than the fastest one.
+      prefill_tokens_per_second: Prompt tokens of all rows, over the time to the first new token.
+      decode_tokens_per_second: New tokens of all rows after the first.
+      decode_gb_per_step: Bytes that one decode step has to read, of weights and cache, in 1e9.
+      bandwidth_gb_per_second: Of all the devices together, measured by copying.
+      decode_percent_of_bandwidth: Of the decode speed at which memory would be the only limit.
     """
 
     device: str
@@ -67,16 +67,16 @@ def measure(
     """Times greedy generation from random prompts and keeps the fastest of several runs.
 
     Args:
-        model: The model; random weights do.
-        batch: Rows at once.
-        prompt_tokens: Tokens of each prompt.
-        new_tokens: Tokens to generate in each row, at least 2.
-        repeats: Timed runs, after one that compiles.
-        report: Called with a line whenever a stage begins.
+      model: The model; random weights do.
+      batch: Rows at once.
+      prompt_tokens: Tokens of each prompt.
+      new_tokens: Tokens to generate in each row, at least 2.
+      repeats: Timed runs, after one that compiles.
+      report: Called with a line whenever a stage begins.
 
     Raises:
-        ValueError: A number is too small, the tokens do not fit the model's context, or the timing
-            is too noisy to mean anything.
+      ValueError: A number is too small, the tokens do not fit the model's context, or the timing
+        is too noisy to mean anything.
     """
     if min(batch, prompt_tokens, repeats) < 1 or new_tokens < 2:
         raise ValueError(
@@ -137,9 +137,9 @@ def decode_bytes(model: Transformer, batch: int, length: int) -> float:
     one row each is read, which does not count.
 
     Args:
-        model: The model.
-        batch: Rows.
-        length: Positions in the cache of each row.
+      model: The model.
+      batch: Rows.
+      length: Positions in the cache of each row.
     """
     config = model.config
     share_unused = (1 - config.experts_per_token / config.num_experts) ** batch

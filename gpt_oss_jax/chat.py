@@ -33,9 +33,9 @@ class ToolCall:
     """A function that the model called.
 
     Attributes:
-        name: As the model wrote it, without `functions.`.
-        arguments: The text that the model wrote, JSON if it is well.
-        result: The text that the model got; begins with `Error: ` if the call failed.
+      name: As the model wrote it, without `functions.`.
+      arguments: The text that the model wrote, JSON if it is well.
+      result: The text that the model got; begins with `Error: ` if the call failed.
     """
 
     name: str
@@ -48,15 +48,15 @@ class Reply:
     """What came of one question.
 
     Attributes:
-        final: The answer.
-        analysis: The reasoning, which is not meant for end users.
-        commentary: What the model told the user on the way, between calls.
-        tool_calls: The calls that were run, in order.
-        tokens: All generated ids, round after round.
-        repairs: Where the ids were not harmony, with spans into `tokens`. The kind `wrong_role` is
-            a message that the model wrote in somebody else's name; it is left out.
-        stop_reason: "stop"; "length" if max_tokens or the context cut it short; "tool_rounds" if
-            the model would not stop calling. A call that was not run is not in the history.
+      final: The answer.
+      analysis: The reasoning, which is not meant for end users.
+      commentary: What the model told the user on the way, between calls.
+      tool_calls: The calls that were run, in order.
+      tokens: All generated ids, round after round.
+      repairs: Where the ids were not harmony, with spans into `tokens`. The kind `wrong_role` is
+        a message that the model wrote in somebody else's name; it is left out.
+      stop_reason: "stop"; "length" if max_tokens or the context cut it short; "tool_rounds" if
+        the model would not stop calling. A call that was not run is not in the history.
     """
 
     final: str
@@ -77,20 +77,20 @@ class Chat:
     model still sees is harmony's own rule.
 
     Args:
-        model: The model.
-        reasoning_effort: "low", "medium" or "high".
-        developer_message: Instructions, what others call a system prompt.
-        tools: Functions that the model may call. What one raises the model gets to read.
-        sampling: How tokens are drawn; None for the defaults.
-        max_tokens: Most tokens of one reply, all its rounds together; None is as many as fit.
-        context: Most tokens that conversation and reply have together; None is the model's maximum.
-        max_tool_rounds: Most times that one reply may go on after calls.
-        date: Today for the model, YYYY-MM-DD; None tells it nothing, so that replies do not depend
-            on the day.
-        knowledge_cutoff: YYYY-MM, or None.
+      model: The model.
+      reasoning_effort: "low", "medium" or "high".
+      developer_message: Instructions, what others call a system prompt.
+      tools: Functions that the model may call. What one raises the model gets to read.
+      sampling: How tokens are drawn; None for the defaults.
+      max_tokens: Most tokens of one reply, all its rounds together; None is as many as fit.
+      context: Most tokens that conversation and reply have together; None is the model's maximum.
+      max_tool_rounds: Most times that one reply may go on after calls.
+      date: Today for the model, YYYY-MM-DD; None tells it nothing, so that replies do not depend
+        on the day.
+      knowledge_cutoff: YYYY-MM, or None.
 
     Raises:
-        ValueError: The effort or the date is none, or two tools have one name.
+      ValueError: The effort or the date is none, or two tools have one name.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Chat:
         """Asks and waits for the reply.
 
         Raises:
-            ValueError: The conversation does not fit the context; it stays as it was.
+          ValueError: The conversation does not fit the context; it stays as it was.
         """
         for _ in self.stream(text):
             pass
@@ -138,13 +138,13 @@ class Chat:
         """Asks and yields the reply as it comes; `reply` has all of it afterwards.
 
         Yields:
-            Pairs of channel and text, which is never half a character. The channel is "analysis",
-            "commentary", "final", or "call" for arguments on their way to a function. The texts of
-            one channel, joined, are what the reply has; messages on one channel are two newlines
-            apart.
+          Pairs of channel and text, which is never half a character. The channel is "analysis",
+          "commentary", "final", or "call" for arguments on their way to a function. The texts of
+          one channel, joined, are what the reply has; messages on one channel are two newlines
+          apart.
 
         Raises:
-            ValueError: As `__call__`, when the first piece is asked for.
+          ValueError: As `__call__`, when the first piece is asked for.
         """
         if not isinstance(text, str):
             raise ValueError(f"a question must be a string, got {text!r}")

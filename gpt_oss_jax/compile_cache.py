@@ -39,7 +39,7 @@ def enable() -> Path:
     user's thresholds. Programs that compile fast are kept too: there are hundreds, and they add up.
 
     Raises:
-        OSError: the default directory cannot be made.
+      OSError: the default directory cannot be made.
     """
     if jax.config.jax_compilation_cache_dir:
         return Path(jax.config.jax_compilation_cache_dir)

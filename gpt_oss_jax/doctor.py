@@ -28,9 +28,9 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        about: What was looked at.
-        text: What was found.
-        is_problem: Whether somebody has to do something about it.
+      about: What was looked at.
+      text: What was found.
+      is_problem: Whether somebody has to do something about it.
     """
 
     about: str
@@ -42,7 +42,7 @@ def examine(model: str | None = None) -> Iterator[Finding]:
     """Looks at one thing after the other and never raises for what it finds.
 
     Args:
-        model: A checkpoint to look at too: anything that `load` takes.
+      model: A checkpoint to look at too: anything that `load` takes.
     """
     yield from _versions()
     yield from _devices()

@@ -80,7 +80,7 @@ def answer(chat: Chat, text: str, args: argparse.Namespace) -> bool:
     """Ask, print the reply as it comes, and say on stderr why there is no answer if there is none.
 
     Returns:
-        Whether there was an answer.
+      Whether there was an answer.
     """
     if args.raw:
         reply = chat(text)

@@ -74,7 +74,7 @@ def read_vocabulary(path: Path) -> bytes:
     """The bytes of a vocabulary file, known to be the right ones.
 
     Raises:
-        ValueError: The file cannot be read or is another one; says what to do.
+      ValueError: The file cannot be read or is another one; says what to do.
     """
     if path == _PACKAGED:
         remedy = "install gpt-oss-jax again"
@@ -100,7 +100,7 @@ def encoding() -> openai_harmony.HarmonyEncoding:
     """openai-harmony's encoding, loaded once from a checked file.
 
     Raises:
-        ValueError: As `read_vocabulary`.
+      ValueError: As `read_vocabulary`.
     """
     return _load()[0]
 
@@ -109,7 +109,7 @@ def ranks() -> tuple[bytes, ...]:
     """The bytes of every ordinary token, indexed by id.
 
     Raises:
-        ValueError: As `read_vocabulary`.
+      ValueError: As `read_vocabulary`.
     """
     return _load()[1]
 

@@ -44,14 +44,14 @@ class Message:
     """One message of a conversation.
 
     Attributes:
-        role: One of `ROLES`.
-        text: The content.
-        name: Of the author; of a tool its full name, such as `functions.get_weather`.
-        channel: `analysis`, `commentary`, `final` or whatever the header said.
-        recipient: Whom it is addressed to, None for everybody.
-        content_type: Such as `<|constrain|>json` or `code`.
-        span: Where it was parsed from, [start, end) into the ids.
-        end: The id that closed it; None if it was cut off, or not parsed at all.
+      role: One of `ROLES`.
+      text: The content.
+      name: Of the author; of a tool its full name, such as `functions.get_weather`.
+      channel: `analysis`, `commentary`, `final` or whatever the header said.
+      recipient: Whom it is addressed to, None for everybody.
+      content_type: Such as `<|constrain|>json` or `code`.
+      span: Where it was parsed from, [start, end) into the ids.
+      end: The id that closed it; None if it was cut off, or not parsed at all.
     """
 
     role: str
@@ -68,11 +68,11 @@ def read_header(head: str, role: str | None) -> tuple[Message, list[str]]:
     """Reads a header that `<|message|>` ended.
 
     Args:
-        head: The header's characters, as the module describes.
-        role: The role if the header does not say it, because the prompt did.
+      head: The header's characters, as the module describes.
+      role: The role if the header does not say it, because the prompt did.
 
     Returns:
-        A message without text, and what had to be guessed or left out: a note each, in words.
+      A message without text, and what had to be guessed or left out: a note each, in words.
     """
     words = [(mark, _text(word)) for mark, word in _WORD.findall(head) if mark or word]
     name, notes = None, []
@@ -122,14 +122,14 @@ def guess_header(head: str, role: str | None, is_first: bool) -> tuple[Message, 
     """Reads as much of a header as there is before text that began without `<|message|>`.
 
     Args:
-        head: As for `read_header`.
-        role: As for `read_header`.
-        is_first: Whether the header came right after `<|start|>`; if not, only `assistant` is taken
-            for a role, since "user" may well begin a sentence.
+      head: As for `read_header`.
+      role: As for `read_header`.
+      is_first: Whether the header came right after `<|start|>`; if not, only `assistant` is taken
+        for a role, since "user" may well begin a sentence.
 
     Returns:
-        A message without text, on the final channel if it names no channel and no recipient, and
-        the number of characters of `head` that it took.
+      A message without text, on the final channel if it names no channel and no recipient, and
+      the number of characters of `head` that it took.
     """
     match = _OPEN_HEADER.match(head)
     if match["role"] not in (None, "assistant") and not is_first:
@@ -149,8 +149,8 @@ def is_cut_header(head: str, is_first: bool) -> bool:
     """Whether this is a header up to somewhere, rather than text without one.
 
     Args:
-        head: As for `read_header`.
-        is_first: As for `guess_header`; if not, the header must show in its first word or token.
+      head: As for `read_header`.
+      is_first: As for `guess_header`; if not, the header must show in its first word or token.
     """
     match = _CUT_HEADER.fullmatch(head)
     if match is None or is_first:

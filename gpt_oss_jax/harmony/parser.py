@@ -56,12 +56,12 @@ class Repair:
     """One place where the ids were not harmony, and what was made of it.
 
     Attributes:
-        kind: `missing_start` or `missing_end` (read as if it were there), `missing_message` (a
-            header without its `<|message|>`), `bad_header` (read as far as it makes sense),
-            `cut_header` (the input ended in it) or `stray_token` (left out).
-        note: The same for people, with the particulars.
-        span: [start, end) into the ids, empty where something is missing between two tokens.
-        text: The ordinary text within the span, none of which is in a message's text.
+      kind: `missing_start` or `missing_end` (read as if it were there), `missing_message` (a
+        header without its `<|message|>`), `bad_header` (read as far as it makes sense),
+        `cut_header` (the input ended in it) or `stray_token` (left out).
+      note: The same for people, with the particulars.
+      span: [start, end) into the ids, empty where something is missing between two tokens.
+      text: The ordinary text within the span, none of which is in a message's text.
     """
 
     kind: str
@@ -90,11 +90,11 @@ def parse(tokens: Iterable[int], role: str | None = None) -> Parsed:
     """Reads a whole sequence.
 
     Args:
-        tokens: Any ints: whole messages, or what follows `<|start|>assistant`.
-        role: As for `Parser`.
+      tokens: Any ints: whole messages, or what follows `<|start|>assistant`.
+      role: As for `Parser`.
 
     Raises:
-        ValueError: The role is none of `ROLES`.
+      ValueError: The role is none of `ROLES`.
     """
     parser = Parser(role)
     for token in tokens:
@@ -107,12 +107,12 @@ class Parser:
     """Reads one id at a time.
 
     Args:
-        role: Of the first message, when the prompt already said it: "assistant" for what a model
-            writes after `<|start|>assistant`. None finds out: ids that begin with `<|start|>` are
-            whole messages, others the continuation of `<|start|>assistant`.
+      role: Of the first message, when the prompt already said it: "assistant" for what a model
+        writes after `<|start|>assistant`. None finds out: ids that begin with `<|start|>` are
+        whole messages, others the continuation of `<|start|>assistant`.
 
     Raises:
-        ValueError: The role is none of `ROLES`.
+      ValueError: The role is none of `ROLES`.
     """
 
     def __init__(self, role: str | None = None):

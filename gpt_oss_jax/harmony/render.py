@@ -27,14 +27,14 @@ class Function:
     """A function that the model may call, as `functions.NAME`.
 
     Attributes:
-        name: ASCII letters, digits, `_`, `-` and `.`.
-        description: What it does, for the model.
-        parameters: JSON schema of its arguments, an object; None if it takes none.
-        call: Takes the arguments by name. What it returns goes to the model: a string as it is,
-            anything else as JSON. What it raises does too, as an error.
+      name: ASCII letters, digits, `_`, `-` and `.`.
+      description: What it does, for the model.
+      parameters: JSON schema of its arguments, an object; None if it takes none.
+      call: Takes the arguments by name. What it returns goes to the model: a string as it is,
+        anything else as JSON. What it raises does too, as an error.
 
     Raises:
-        ValueError: The name is none, or the parameters are not JSON.
+      ValueError: The name is none, or the parameters are not JSON.
     """
 
     name: str
@@ -60,13 +60,13 @@ class System:
     """The system message.
 
     Attributes:
-        reasoning_effort: "low", "medium" or "high".
-        date: Today for the model, YYYY-MM-DD; None leaves the line out.
-        knowledge_cutoff: YYYY-MM; None leaves the line out.
-        identity: The first line.
+      reasoning_effort: "low", "medium" or "high".
+      date: Today for the model, YYYY-MM-DD; None leaves the line out.
+      knowledge_cutoff: YYYY-MM; None leaves the line out.
+      identity: The first line.
 
     Raises:
-        ValueError: A value is none of these.
+      ValueError: A value is none of these.
     """
 
     reasoning_effort: str = "medium"
@@ -101,14 +101,14 @@ def render(
     """Token ids of a conversation.
 
     Args:
-        messages: In order. Spans and ends of `Message` play no part.
-        completion: Whether `<|start|>assistant` follows, for the model to go on from.
-        drop_analysis: Whether analysis that harmony no longer wants is left out: if the last
-            assistant message is final, that before the first final one.
+      messages: In order. Spans and ends of `Message` play no part.
+      completion: Whether `<|start|>assistant` follows, for the model to go on from.
+      drop_analysis: Whether analysis that harmony no longer wants is left out: if the last
+        assistant message is final, that before the first final one.
 
     Raises:
-        ValueError: A message's role is none of `ROLES`, a tool's has no name, or a word of the
-            header (name, channel, recipient, content type) is empty or has a space in it.
+      ValueError: A message's role is none of `ROLES`, a tool's has no name, or a word of the
+        header (name, channel, recipient, content type) is empty or has a space in it.
     """
     conversation = openai_harmony.Conversation(messages=[_harmony(message) for message in messages])
     config = openai_harmony.RenderConversationConfig(auto_drop_analysis=drop_analysis)
