@@ -78,12 +78,17 @@ def check(record_property):
 
 
 def pytest_terminal_summary(terminalreporter):
-    seen = collections.defaultdict(list)
+    differences, remarks = collections.defaultdict(list), []
     for report in terminalreporter.getreports("passed"):
-        name = report.nodeid.split("::")[-1].split("[")[0]
-        seen[name] += [value for key, value in report.user_properties if key == "difference"]
-    if any(seen.values()):
+        test = report.nodeid.split("::")[-1]
+        for key, value in report.user_properties:
+            if key == "difference":
+                differences[test.split("[")[0]].append(value)
+            elif key == "remark":
+                remarks.append(f"{test}: {value}")
+    if differences or remarks:
         terminalreporter.section("largest difference from PyTorch, of the reference's range")
-    for name, values in seen.items():
-        if values:
-            terminalreporter.line(f"{max(values):.1e}  {name}, {len(values)} comparisons")
+    for test, values in differences.items():
+        terminalreporter.line(f"{max(values):.1e}  {test}, {len(values)} comparisons")
+    for remark in remarks:
+        terminalreporter.line(remark)
