@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from checkpoint_oracle import read_all, rewrite
-from conftest import TINY
+from sizes import TINY
 
 from gpt_oss_jax.checkpoint import load, open_source, synthetic
 

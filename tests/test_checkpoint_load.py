@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoint_oracle import leaves, ours_from_hf, read_all, rewrite, same_bits
-from conftest import SHARDABLE, TINY
+from sizes import SHARDABLE, TINY
 
 from gpt_oss_jax.checkpoint import load, pieces, source, synthetic, writer
 from gpt_oss_jax.checkpoint.files import LocalFolder

@@ -1,6 +1,6 @@
 """Host memory while loading: the arrays, and less than two of the largest tensor beyond them.
 
-In a process of its own, on a folder ten times the largest tensor. Counted is anonymous memory, which
+In a process of its own, on a folder ten times the largest tensor. Counted is anonymous memory: it
 cannot be dropped; pages of files are not. The arrays are in it too: this is a CPU.
 """
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from checkpoint_oracle import ours_from_hf
-from conftest import TINY
+from sizes import TINY
 
 from gpt_oss_jax.checkpoint import names, writer
 from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import tensorstore as ts
 from checkpoint_oracle import leaves, read_all, rewrite, same_bits
-from conftest import SHARDABLE, TINY
 from jax.sharding import NamedSharding, PartitionSpec as P
 from orbax.checkpoint.experimental import v1 as ocp
+from sizes import SHARDABLE, TINY
 
 from gpt_oss_jax.checkpoint import convert, export, load, open_source, orbax, save, synthetic
 from gpt_oss_jax.sharding import make_mesh, named_sharding

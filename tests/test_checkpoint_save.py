@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoint_oracle import leaves, ours_from_hf, read_all, rewrite, same_bits
-from conftest import SHARDABLE, TINY
 from flax import nnx
+from sizes import SHARDABLE, TINY
 
 from gpt_oss_jax.checkpoint import export, load, save, saving, synthetic, writer
 from gpt_oss_jax.quant import dequantize

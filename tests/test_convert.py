@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from checkpoint_oracle import read_all, same_bits
-from conftest import TINY
+from sizes import TINY
 
 from convert.__main__ import main
 from gpt_oss_jax.checkpoint import synthetic

@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from sizes import TINY
 
 from gpt_oss_jax.checkpoint import hub, load, resolve, synthetic
 
