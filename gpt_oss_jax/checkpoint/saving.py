@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from gpt_oss_jax.checkpoint import names, orbax, writer
-from gpt_oss_jax.checkpoint.experts import Source
+from gpt_oss_jax.checkpoint.experts import Source, with_experts
 from gpt_oss_jax.checkpoint.files import Folder, LocalFolder, open_folder
 from gpt_oss_jax.checkpoint.hub import resolve
 from gpt_oss_jax.checkpoint.loading import open_source
@@ -127,7 +127,8 @@ def _write(
     work = path.with_name(path.name + ".partial")
     if fingerprint is None or format != "orbax":
         shutil.rmtree(work, ignore_errors=True)
-    total = sum(x.nbytes for x in source.variables.values())
+    target = source if format == "orbax" else with_experts(source, writer.EXPERTS[format])
+    total = sum(x.nbytes for x in target.variables.values())
     work.mkdir(parents=True, exist_ok=True)
     try:
         _check_room(work, total)

@@ -30,7 +30,9 @@ from gpt_oss_jax.checkpoint.source import INDEX, open_safetensors
 from gpt_oss_jax.checkpoint.stream import Request
 from gpt_oss_jax.config import Config
 
-FORMATS = ("hf-mxfp4", "hf-bf16", "original")
+# How each format holds its experts.
+EXPERTS = {"hf-mxfp4": "mxfp4", "hf-bf16": "dense", "original": "mxfp4"}
+FORMATS = tuple(EXPERTS)
 _SHARD_BYTES = 5_000_000_000
 _CHUNK = 16 << 20
 _QUANTIZATION = {
@@ -85,7 +87,7 @@ def config_files(config: Config, format: str) -> dict[str, bytes]:
 
 def write_tensors(
     source: Source, folder: Path, format: str, step: Callable[[int], None]
-) -> dict[str, int]:
+) -> dict[str, list[int]]:
     """Writes the tensors, and the index of Hugging Face's formats.
 
     Args:
@@ -95,10 +97,10 @@ def write_tensors(
       step: Called with the bytes of each tensor that is written.
 
     Returns:
-      A checksum of each tensor, for `verify`.
+      Checksums of each tensor, for `verify`.
     """
     layout = "original" if format == "original" else "hf"
-    source = with_experts(source, "dense" if format == "hf-bf16" else "mxfp4")
+    source = with_experts(source, EXPERTS[format])
     slots, headers = _plan(source.variables, layout)
     sums = {}
     with contextlib.ExitStack() as stack:
