@@ -4,8 +4,8 @@ import dataclasses
 import types
 
 import pytest
-from conftest import TINY
 from flax import nnx
+from sizes import TINY
 
 from gpt_oss_jax import chat as chat_module, harmony
 from gpt_oss_jax.chat import Chat, Reply, ToolCall

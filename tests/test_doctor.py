@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import TINY
+from sizes import TINY
 
 from gpt_oss_jax import cli, compile_cache
 from gpt_oss_jax.checkpoint import convert, synthetic

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SHARDABLE, TINY
 from random_model import random_model
+from sizes import SHARDABLE, TINY
 
 from gpt_oss_jax.generate import Completion, device, generate, generate_batch, loop
 from gpt_oss_jax.sampling import SamplingParams, sample

@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from conftest import TINY
 from random_model import random_model
+from sizes import TINY
 
 from gpt_oss_jax.generate import device, generate, loop, score
 from gpt_oss_jax.sampling import SamplingParams
