@@ -46,11 +46,11 @@ def divergences(models):
 
 @pytest.mark.parametrize("models", ["window-128"], indirect=True)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_divergence_is_no_worse(divergences, record_property, layout):
+def test_divergence_is_no_worse(divergences, record, layout):
     ours, theirs = divergences["ours"], divergences[layout]
     ahead = (theirs - ours).mean(axis=1)
     errors = ahead.mean() / (ahead.std(ddof=1) / TEXTS**0.5)
-    record_property(
+    record(
         "remark",
         f"KL to float32, nats: mean {ours.mean():.1e}, PyTorch's {theirs.mean():.1e} ({errors:.1f} "
         f"standard errors more); median {np.median(ours):.1e}, PyTorch's {np.median(theirs):.1e}",

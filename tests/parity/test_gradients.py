@@ -34,10 +34,10 @@ def gradients(models):
 
 
 @pytest.fixture
-def compare(record_property):
+def compare(record):
     def compare(ours, theirs):
         difference = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
-        record_property("difference", difference)
+        record("difference", difference)
         assert difference < TOLERANCE
 
     return compare
