@@ -1,27 +1,14 @@
-"""python -m convert SRC DST: any checkpoint into an Orbax one, or with --to into another format.
+"""python -m convert SRC DST, from a checkout: `gpt-oss-jax convert`, or with --to `export`."""
 
-Thin: the work is in gpt_oss_jax.checkpoint. SRC is what `gpt_oss_jax.load` takes, DST a new folder.
-"""
-
-import argparse
 import sys
 
-from gpt_oss_jax.checkpoint import export
-from gpt_oss_jax.checkpoint.saving import FORMATS
+from gpt_oss_jax import cli
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m convert", description=__doc__.split(":")[1])
-    parser.add_argument("src", help="a folder, repository, URL or alias")
-    parser.add_argument("dst", help="a folder that does not exist")
-    parser.add_argument("--to", choices=FORMATS, default="orbax", help="default: %(default)s")
-    args = parser.parse_args(argv)
-    try:
-        export(args.src, args.dst, args.to)
-    except ValueError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    return 0
+    argv = sys.argv[1:] if argv is None else argv
+    back = any(argument.split("=")[0] == "--to" for argument in argv)
+    return cli.main(["export" if back else "convert", *argv])
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from gpt_oss_jax.generate import (
     generate_batch as generate_batch,
     score as score,
 )
+from gpt_oss_jax.harmony import Function as Function
 from gpt_oss_jax.sampling import SamplingParams as SamplingParams
+from gpt_oss_jax.sharding import make_mesh as make_mesh
 
 __version__ = "0.1.0"

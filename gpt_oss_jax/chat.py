@@ -90,7 +90,8 @@ class Chat:
       knowledge_cutoff: YYYY-MM, or None.
 
     Raises:
-      ValueError: The effort or the date is none, or two tools have one name.
+      ValueError: The effort or the date is none, a number is out of range, or two tools have one
+        name.
     """
 
     def __init__(
@@ -107,6 +108,17 @@ class Chat:
         date: str | None = None,
         knowledge_cutoff: str | None = "2024-06",
     ):
+        longest = model.config.max_context
+        for name, value, least, most in (
+            ("max_tokens", max_tokens, 1, longest),
+            ("context", context, 1, longest),
+            ("max_tool_rounds", max_tool_rounds, 0, None),
+        ):
+            optional = name != "max_tool_rounds" and value is None
+            whole = isinstance(value, int) and value >= least and (most is None or value <= most)
+            if not (optional or whole):
+                up_to = "" if most is None else f" and at most {most}"
+                raise ValueError(f"{name} must be at least {least}{up_to}, got {value!r}.")
         self.model = model
         self.messages: tuple[Message, ...] = ()
         self.reply: Reply | None = None
@@ -172,7 +184,7 @@ class Chat:
 
     def _limit(self, prompt: int, spent: int) -> int:
         """Tokens that the next round may generate."""
-        context = self._context or self.model.config.max_context
+        context = self.model.config.max_context if self._context is None else self._context
         if prompt >= context and not spent:
             raise ValueError(
                 f"the conversation has {prompt:,} tokens and the context holds {context:,}: "

@@ -6,6 +6,7 @@ Knows nothing of meshes, kernels, caches or sampling: those are arguments where 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,9 @@ _YARN_NAMES = {
     "rope_ntk_beta": "beta_fast",
     "rope_truncate": "truncate",
 }
+_TOKEN_IDS = {"eos_token_id": 200002, "pad_token_id": 199999}
+_ONLY = {"tie_word_embeddings": False, "attention_bias": True, "hidden_act": "silu"}
+_NOT_IN_YARN = ("attention_factor", "mscale", "mscale_all_dim")
 _NOT_IN_ORIGINAL = ("rms_norm_eps", "rope_truncate")
 
 
@@ -83,7 +87,8 @@ class Config:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             kind = {"int": int, "float": (int, float), "bool": bool}[field.type]
-            if not isinstance(value, kind) or (field.type != "bool" and value <= 0):
+            good = isinstance(value, kind) and isinstance(value, bool) == (field.type == "bool")
+            if not good or (field.type != "bool" and not 0 < value < math.inf):
                 raise ValueError(f"{field.name} must be a positive {field.type}, got {value!r}.")
             if field.type == "float":
                 object.__setattr__(self, field.name, float(value))
@@ -174,9 +179,9 @@ class Config:
             "attention_dropout": 0.0,
             "hidden_act": "silu",
             "tie_word_embeddings": False,
-            "eos_token_id": 200002,
-            "pad_token_id": 199999,
             "use_cache": True,
+            # Transformers refuses ids that the embedding has no row for.
+            **{name: i for name, i in _TOKEN_IDS.items() if i < self.vocab_size},
         }
 
 
@@ -188,7 +193,7 @@ def _from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Field values from a Hugging Face config; refuses what the forward pass does not do."""
     if (found := hf.get("model_type", "gpt_oss")) != "gpt_oss":
         raise ValueError(f'config.json must have model_type "gpt_oss", got {found!r}.')
-    for name, wanted in {"tie_word_embeddings": False, "attention_bias": True}.items():
+    for name, wanted in _ONLY.items():
         if hf.get(name, wanted) != wanted:
             raise ValueError(f"config.json must have {name} {wanted}, got {hf[name]!r}.")
     hf = dict(hf)
@@ -205,6 +210,8 @@ def _from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
         values["rope_scaling_factor"] = 1.0
     elif kind != "yarn":
         raise ValueError(f'config.json must have rope_type "yarn" or "default", got {kind!r}.')
+    if odd := [name for name in _NOT_IN_YARN if rope.get(name) is not None]:
+        raise ValueError(f"config.json must not have {', '.join(odd)} in its rope scaling.")
     values |= {ours: rope[theirs] for ours, theirs in _YARN_NAMES.items() if theirs in rope}
     if kind == "yarn":
         # Transformers rounds the ramp's bounds unless the file says not to.
@@ -214,7 +221,7 @@ def _from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
         values["initial_context_length"] = initial
 
     types = hf.get("layer_types")
-    if types is not None and list(types) != _layer_types(len(types)):
+    if types is not None and list(types) != _layer_types(values.get("num_hidden_layers", 0)):
         raise ValueError(
             "config.json must alternate sliding_attention and full_attention in layer_types, "
             f"starting with sliding_attention, got {types}."

@@ -42,7 +42,7 @@ def examine(model: str | None = None) -> Iterator[Finding]:
     """Looks at one thing after the other and never raises for what it finds.
 
     Args:
-      model: A checkpoint to look at too: anything that `load` takes.
+      model: A checkpoint to look at too: anything with files that `load` takes.
     """
     yield from _versions()
     yield from _devices()
@@ -120,7 +120,7 @@ def _settings() -> Iterator[Finding]:
 def _checkpoint(model: str) -> Iterator[Finding]:
     try:
         source = open_source(model)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         for line in str(error).splitlines():
             yield Finding("checkpoint", line.strip(), True)
         return

@@ -71,12 +71,18 @@ def named_sharding(
       shape: If given, a dimension that the mesh does not divide evenly is replicated.
 
     Raises:
-      ValueError: If an axis is unknown, the mesh has Explicit axes, or `shape` has another rank.
+      ValueError: If an axis is unknown, the mesh has Explicit axes or none that the table names, or
+        `shape` has another rank.
     """
     if AxisType.Explicit in mesh.axis_types:
         raise ValueError(
             "the mesh must have Auto axes, got Explicit ones; build it with "
             "gpt_oss_jax.sharding.make_mesh or pass axis_types=(AxisType.Auto,) * n."
+        )
+    if not set(mesh.shape) & set(MESH_AXES):
+        raise ValueError(
+            f"the mesh must have some of the axes {', '.join(MESH_AXES)}, got "
+            f"{', '.join(map(str, mesh.shape))}."
         )
     if shape is not None and len(shape) != len(axes):
         raise ValueError(f"axes {tuple(axes)} must name every dimension of shape {tuple(shape)}.")

@@ -235,3 +235,17 @@ def test_the_original_format_says_what_it_cannot_hold(tmp_path):
     with pytest.raises(ValueError, match="cannot hold rms_norm_eps"):
         export(tmp_path / "hf", tmp_path / "out", "original")
     assert os.listdir(tmp_path) == ["hf"]
+
+
+@pytest.mark.parametrize("to", ["orbax", "hf-bf16"])
+def test_a_stranger_beside_the_target_stays(tmp_path, to):
+    """Whatever is called like our unfinished work, but is not, is nobody's to delete."""
+    synthetic.write(TINY, tmp_path / "src")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
+    if to == "orbax":
+        with pytest.raises(ValueError, match="in the way and not ours"):
+            export(tmp_path / "src", tmp_path / "out", to)
+    else:
+        export(tmp_path / "src", tmp_path / "out", to)
+    assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "mine"

@@ -81,6 +81,11 @@ def test_even_layers_are_windowed():
         ({"head_dim": 63}, "head_dim must be even"),
         ({"num_attention_heads": 63}, "num_key_value_heads"),
         ({"num_experts_per_tok": 33}, "experts_per_token"),
+        ({"rope_scaling": {"rope_type": "yarn", "attention_factor": 3.0}}, "attention_factor"),
+        ({"hidden_act": "gelu"}, "hidden_act silu"),
+        ({"num_hidden_layers": 12}, "layer_types"),
+        ({"swiglu_limit": float("nan")}, "swiglu_limit must be a positive float"),
+        ({"head_dim": True}, "head_dim must be a positive int"),
         ({"vocab_size": "many"}, "vocab_size must be a positive int"),
     ],
 )

@@ -24,19 +24,17 @@ def test_there_and_back(tmp_path):
             [*command, *arguments], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
             capture_output=True, text=True, check=False,
         )  # fmt: skip
-        # Neither a terminal nor anything to say.
-        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        written = f"gpt-oss-jax: {arguments[1]} is written, read back and equal\n"
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", written)
     same_bits(read_all(tmp_path / "back"), read_all(tmp_path / "original"))
 
 
 def test_refuses_in_one_line(tmp_path, capsys):
     synthetic.write(TINY, tmp_path / "hf")
-    assert main([str(tmp_path / "hf"), str(tmp_path / "hf")]) == 1
-    assert (
-        capsys.readouterr().err
-        == f"{tmp_path / 'hf'} exists; name a new folder, or remove it first.\n"
-    )
-    assert main([str(tmp_path / "none"), str(tmp_path / "out")]) == 1
+    assert main([str(tmp_path / "hf"), str(tmp_path / "hf")]) == 2
+    refusal = f"{tmp_path / 'hf'} exists; name a new folder, or remove it first."
+    assert capsys.readouterr().err == f"gpt-oss-jax: {refusal}\n"
+    assert main([str(tmp_path / "none"), str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert os.listdir(tmp_path) == ["hf"]
 

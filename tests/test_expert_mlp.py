@@ -114,6 +114,14 @@ def test_many_rows_decode_one_expert_at_a_time():
     assert memory.temp_size_in_bytes < 4 * one_expert + rows_bytes < E * one_expert
 
 
+def test_few_rows_keep_nothing_decoded_for_the_backward_pass():
+    """What is kept is what came in; kept, the decoded values would be several times that."""
+    w, (x, chosen, weight) = weights(), rows(8)
+    _, pull = jax.vjp(lambda x: api.expert_mlp(x, chosen, weight, w, limit=7.0), x)
+    kept = sum(leaf.nbytes for leaf in jax.tree.leaves(pull))
+    assert kept < 1.5 * sum(leaf.nbytes for leaf in jax.tree.leaves((w, x, chosen, weight)))
+
+
 def test_few_rows_never_contract_decoded_copies():
     jaxpr = str(jax.make_jaxpr(lambda *a: api.expert_mlp(*a, limit=7.0))(*rows(2), weights()))
     assert "dot_general" not in jaxpr

@@ -1,6 +1,7 @@
 """The parser: as openai-harmony where all is well formed, and what it makes of the rest."""
 
 import random
+import time
 
 import openai_harmony
 import pytest
@@ -371,3 +372,12 @@ def test_text_without_a_header_streams_before_it_ends():
 def test_a_wrong_role_is_refused():
     with pytest.raises(ValueError, match="system, developer, user, assistant, tool, got 'bot'"):
         parse([], "bot")
+
+
+def test_blanks_cost_no_more_than_words():
+    """A model that loops on blanks must not stop the program that reads it."""
+    (blanks,) = harmony.encode_text(" " * 128)
+    start = time.process_time()
+    parse([encoding.START, *[blanks] * 2000])
+    parse([blanks] * 250, "assistant")
+    assert time.process_time() - start < 5

@@ -14,7 +14,7 @@ from gpt_oss_jax.sharding import make_mesh, named_sharding
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 
 
-run = jax.jit(lambda m, t, c: m.forward(t, cache=c))
+run = jax.jit(lambda m, t, c: m.forward(t, jnp.broadcast_to(jnp.arange(13), t.shape), c))
 step = jax.jit(lambda m, t, p, c: m.forward(t, p, c)[0])
 
 
@@ -63,6 +63,12 @@ def test_too_few_devices_are_refused():
 def test_explicit_axes_are_refused():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     with pytest.raises(ValueError, match="Auto axes"):
+        named_sharding(mesh, ("batch",))
+
+
+def test_a_mesh_of_other_axes_is_refused():
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    with pytest.raises(ValueError, match="must have some of the axes data, expert, tensor"):
         named_sharding(mesh, ("batch",))
 
 

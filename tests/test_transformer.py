@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 from random_model import random_model
+from sizes import TINY
 
-from gpt_oss_jax.kernels.attention.api import IMPLEMENTATIONS
+from gpt_oss_jax.kernels import IMPLEMENTATIONS, einsum
 from gpt_oss_jax.model import Packed, Transformer, init_cache
 from gpt_oss_jax.quant import dequantize
 
@@ -106,7 +107,8 @@ def test_bf16_stays_bf16(tiny):
     logits, cache, seen = jax.eval_shape(
         lambda m, t: m.forward(
             t,
-            cache=init_cache(tiny, B, 16, m.dtype),
+            jnp.zeros(t.shape, jnp.int32),
+            init_cache(tiny, B, 16, m.dtype),
             capture=("layers.*.output", "layers.*.mlp.router_logits"),
         ),
         m,
@@ -145,6 +147,14 @@ def contractions(jaxpr):
                     yield from contractions(inner)
 
 
+def test_one_float32_operand_makes_it_float32_arithmetic():
+    jaxpr = jax.make_jaxpr(lambda a, b: einsum("ij,kj->ik", a, b))(
+        jnp.ones((2, 3), jnp.bfloat16), jnp.ones((4, 3))
+    )
+    (contraction,) = contractions(jaxpr.jaxpr)
+    assert set(contraction.params["precision"]) == {jax.lax.Precision.HIGHEST}
+
+
 @pytest.mark.parametrize("length", [1, T])
 def test_float32_means_float32_arithmetic(tiny, length):
     """Without a precision JAX multiplies in TF32 on NVIDIA GPUs and in bf16 on TPU."""
@@ -152,7 +162,7 @@ def test_float32_means_float32_arithmetic(tiny, length):
     cache = init_cache(tiny, B, 48, jnp.float32)
 
     def loss(m, t, cache):
-        return m.forward(t, cache=cache)[0].sum()
+        return m.forward(t, jnp.zeros(t.shape, jnp.int32), cache)[0].sum()
 
     grad = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.Param))
     for function in (loss, grad):
@@ -233,6 +243,10 @@ def test_gradients_flow_through_patches(tiny):
     assert jnp.abs(grad["layers.0.output"]).max() > 0
 
 
+def cache(rows, dtype=jnp.float32):
+    return init_cache(dataclasses.replace(TINY, num_hidden_layers=2), rows, 48, dtype)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -240,6 +254,13 @@ def test_gradients_flow_through_patches(tiny):
         ({"patch": {"layer.0": jnp.zeros(())}}, "layer.0"),
         ({"patch": {"embedding": jnp.zeros((1, 2, 3))}}, "must have shape"),
         ({"positions_BT": jnp.zeros((1, 3), jnp.int32)}, "positions must have shape"),
+        ({"logits_at": jnp.zeros(1, jnp.int32)}, "logits_at must have shape"),
+        ({"cache": cache(B)}, "positions must be given with a cache"),
+        ({"cache": cache(B + 1), "positions_BT": jnp.zeros((B, T), jnp.int32)}, "must have 2 rows"),
+        (
+            {"cache": cache(B, jnp.bfloat16), "positions_BT": jnp.zeros((B, T), jnp.int32)},
+            "2 rows of float32, got 2 of bfloat16",
+        ),
     ],
 )
 def test_refused(tiny, arguments, message):
@@ -247,10 +268,7 @@ def test_refused(tiny, arguments, message):
         jax.eval_shape(lambda m, t: m.forward(t, **arguments), model(tiny), tokens(tiny))
 
 
-def test_a_named_implementation_is_used_or_refused(tiny):
-    assert list(IMPLEMENTATIONS) == ["xla"]
+def test_an_unknown_implementation_is_refused_before_anything_is_loaded(tiny):
+    assert IMPLEMENTATIONS == ("xla",)
     with pytest.raises(ValueError, match="got 'mosaic_gpu'"):
-        nnx.eval_shape(
-            lambda t: Transformer(tiny, rngs=nnx.Rngs(0), implementation="mosaic_gpu")(t),
-            tokens(tiny),
-        )
+        nnx.eval_shape(lambda: Transformer(tiny, rngs=nnx.Rngs(0), implementation="mosaic_gpu"))

@@ -33,6 +33,8 @@ def resolve(path_or_id: str | os.PathLike) -> str:
     name = os.path.expanduser(path_or_id)
     if name == "tiny":
         return str(tiny.unpack())
+    if name.startswith("synthetic:"):
+        raise ValueError(f"{name} is made on the device and has no files; name a checkpoint.")
     if "://" in name:
         return name
     if os.path.isdir(name):

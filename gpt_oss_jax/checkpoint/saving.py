@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -124,37 +125,52 @@ def _write(
     path = _check(path, format)
     layout = "hf-mxfp4" if format == "orbax" else format
     files = dict(files) | writer.config_files(source.config, layout)
-    work = path.with_name(path.name + ".partial")
-    if fingerprint is None or format != "orbax":
-        shutil.rmtree(work, ignore_errors=True)
     target = source if format == "orbax" else with_experts(source, writer.EXPERTS[format])
     total = sum(x.nbytes for x in target.variables.values())
-    work.mkdir(parents=True, exist_ok=True)
+    resumable = format == "orbax" and fingerprint is not None
+    work = _work_folder(path, resumable)
+    unfinished = work / path.name
     try:
         _check_room(work, total)
         with progress(f"writing {path.name}", total) as step:
             if format == "orbax":
-                orbax.write_orbax(source, work / path.name, fingerprint or "", step)
-                orbax.finalize(work / path.name, files)
+                orbax.write_orbax(source, unfinished, fingerprint or "", step)
+                orbax.finalize(unfinished, files)
             else:
-                sums = writer.write_tensors(source, work, format, step)
+                unfinished.mkdir()
+                sums = writer.write_tensors(source, unfinished, format, step)
                 for name, content in files.items():
-                    (work / name).write_bytes(content)
+                    (unfinished / name).write_bytes(content)
         with progress(f"checking {path.name}", total) as step:
             if format == "orbax":
-                orbax.verify(orbax.open_orbax(LocalFolder(work / path.name)), step)
+                orbax.verify(orbax.open_orbax(LocalFolder(unfinished)), step)
             else:
-                writer.verify(work, sums, step)
+                writer.verify(unfinished, sums, step)
     except BaseException as error:
         # Stopped by hand, a conversion can be gone on with; anything else leaves nothing behind.
-        if format != "orbax" or isinstance(error, Exception):
+        if not resumable or isinstance(error, Exception):
             shutil.rmtree(work)
         raise
-    if format == "orbax":
-        os.rename(work / path.name, path)
-        shutil.rmtree(work)
-    else:
-        os.rename(work, path)
+    os.rename(unfinished, path)
+    shutil.rmtree(work)
+
+
+def _work_folder(path: Path, resumable: bool) -> Path:
+    """A folder beside the target: a new one, or the one that an earlier call left.
+
+    Raises:
+      ValueError: If what has the name of an earlier call's folder is something else.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not resumable:
+        return Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    work = path.with_name(path.name + ".partial")
+    if work.exists() and not (
+        work.is_dir() and all(x.name.startswith(path.name) for x in work.iterdir())
+    ):
+        raise ValueError(f"{work} is in the way and not ours: move it, or name another target.")
+    work.mkdir(exist_ok=True)
+    return work
 
 
 def _check(path: str | os.PathLike, format: str) -> Path:

@@ -3,9 +3,8 @@
 import argparse
 
 from gpt_oss_jax.checkpoint import convert, export
+from gpt_oss_jax.checkpoint.writer import FORMATS
 from gpt_oss_jax.cli.terminal import remark
-
-_FORMATS = ("hf-mxfp4", "hf-bf16", "original")
 
 
 def add(commands) -> None:
@@ -25,7 +24,7 @@ def add(commands) -> None:
     )
     _add_paths(parser)
     parser.add_argument(
-        "--to", required=True, choices=_FORMATS, metavar="FORMAT", help=", ".join(_FORMATS)
+        "--to", required=True, choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS)
     )
     parser.set_defaults(run=_export)
 

@@ -68,14 +68,12 @@ def generate(
         with its `max_tokens`, or if an argument is out of range. The call raises, not the iterator.
     """
     prompts, lasts = _checked_prompts(model.config, {"prompt": prompt}, max_tokens, context)
-    stops = _checked_stops(model.config, stop_tokens)
+    stops, sampling = _checked_stops(model.config, stop_tokens), _checked_sampling(sampling)
     budget = lasts[0] + 1 - len(prompts[0])
 
     def steps():
         count = 0
-        for tokens_RC, logprobs_RC in loop.run(
-            model, prompts, lasts, 1, sampling or SamplingParams(), stops
-        ):
+        for tokens_RC, logprobs_RC in loop.run(model, prompts, lasts, 1, sampling, stops):
             for token, logprob in zip(tokens_RC[0].tolist(), logprobs_RC[0].tolist(), strict=True):
                 if token < 0:
                     break
@@ -121,8 +119,8 @@ def generate_batch(
         raise ValueError(f"n must be a whole number of at least 1, got {n!r}.")
     named = {f"prompt {i}": prompt for i, prompt in enumerate(prompts)}
     checked, lasts = _checked_prompts(model.config, named, max_tokens, context)
-    stops = _checked_stops(model.config, stop_tokens)
-    blocks = list(loop.run(model, checked, lasts, n, sampling or SamplingParams(), stops))
+    stops, sampling = _checked_stops(model.config, stop_tokens), _checked_sampling(sampling)
+    blocks = list(loop.run(model, checked, lasts, n, sampling, stops))
     completions = []
     for row in range(n * len(checked)):
         tokens = [token for new, _ in blocks for token in new[row].tolist() if token >= 0]
@@ -200,4 +198,12 @@ def _checked_ids(config: Config, ids, name: str) -> np.ndarray:
 
 
 def _checked_stops(config: Config, stop_tokens) -> frozenset[int]:
+    if not isinstance(stop_tokens, Iterable):
+        raise ValueError(f"stop_tokens must be a collection of token ids, got {stop_tokens!r}.")
     return frozenset(int(stop) for stop in stop_tokens if 0 <= stop < config.vocab_size)
+
+
+def _checked_sampling(sampling: SamplingParams | None) -> SamplingParams:
+    if sampling is not None and not isinstance(sampling, SamplingParams):
+        raise ValueError(f"sampling must be None or a SamplingParams, got {sampling!r}.")
+    return sampling or SamplingParams()

@@ -73,17 +73,24 @@ def _dispatched(model, prompts, lasts, n, sampling, stops):
     padding = _bucket(len(stops), 4) - len(stops)
     stops_K = np.array([*stops, *[-1] * padding], np.int32)
 
-    taken, steps = 0, 1
-    while taken < budget:
-        needed = min(longest - 1 + taken + steps, furthest)
-        if needed > slots:
-            slots = _bucket(needed)
-            state = device.grown(state, skeleton, slots)
-        state, block = device.decode(leaves, state, sampling, stops_K, np.int32(steps), skeleton)
+    taken, steps, block = 0, 1, ()
+    try:
+        while taken < budget:
+            needed = min(longest - 1 + taken + steps, furthest)
+            if needed > slots:
+                slots = _bucket(needed)
+                state = device.grown(state, skeleton, slots)
+            state, block = device.decode(
+                leaves, state, sampling, stops_K, np.int32(steps), skeleton
+            )
+            for x in block:
+                x.copy_to_host_async()
+            yield block
+            taken, steps = taken + steps, min(4 * steps, device.STEPS)
+    finally:
+        # JAX 0.11 aborts a program that ends while its CPU still computes.
         for x in block:
-            x.copy_to_host_async()
-        yield block
-        taken, steps = taken + steps, min(4 * steps, device.STEPS)
+            x.block_until_ready()
 
 
 def _prefilled(leaves, skeleton, slots, prompts, lasts, n, seed) -> device.DecodeState:
@@ -91,7 +98,7 @@ def _prefilled(leaves, skeleton, slots, prompts, lasts, n, seed) -> device.Decod
     before = [prompt[:-1] for prompt in prompts]
     longest, size = max(map(len, before)), _bucket(len(prompts))
     short = longest <= 4 * _SHORT_CHUNK or size * _LONG_CHUNK > _MAX_CALL
-    chunk = _SHORT_CHUNK if short else _LONG_CHUNK
+    chunk = min(_SHORT_CHUNK if short else _LONG_CHUNK, max(1, _MAX_CALL // size))
     cache = device.empty_cache(leaves, skeleton, size, slots)
     for tokens_BT, positions_BT, _ in _chunks(before, before, chunk):
         cache = device.prefill(leaves, cache, tokens_BT, positions_BT, skeleton)

@@ -152,6 +152,8 @@ def is_cut_header(head: str, is_first: bool) -> bool:
       head: As for `read_header`.
       is_first: As for `guess_header`; if not, the header must show in its first word or token.
     """
+    # Runs of blanks would be split in every possible way.
+    head = re.sub(r"\s+", " ", head, flags=re.ASCII)
     match = _CUT_HEADER.fullmatch(head)
     if match is None or is_first:
         return match is not None

@@ -48,7 +48,7 @@ _MARKS = {CHANNEL: CHANNEL_MARK, CONSTRAIN: CONSTRAIN_MARK}
 # streaming should not wait for the end of it. The renderer writes at most four words.
 _MOST_WORDS = 5
 _MOST_TOKENS = 256
-_GAP = re.compile(r"\s+\S", re.ASCII)
+_GAP = re.compile(r"(?<!\s)\s++\S", re.ASCII)  # Possessive: a run of blanks is read once.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,9 @@ def einsum(spec: str, *operands: jax.Array) -> jax.Array:
 
     Args:
       spec: An einsum string, such as "BTD,ED->BTE".
-      *operands: Arrays of one floating dtype.
+      *operands: Floating arrays; one in float32 makes it a float32 contraction.
     """
-    exact = operands[0].dtype == jnp.float32
+    exact = any(operand.dtype == jnp.float32 for operand in operands)
     return jnp.einsum(
         spec,
         *operands,

@@ -12,7 +12,7 @@ _log = logging.getLogger("gpt_oss_jax")
 
 @functools.cache
 def _say_once(message: str) -> None:
-    _log.info(message)
+    _log.warning(message)
 
 
 def dispatch(

@@ -22,6 +22,11 @@ class Tap:
         self._names: list[str] = []
         self.captured: dict[str, jax.Array] = {}
 
+    @property
+    def captures(self) -> bool:
+        """Whether anything is asked for."""
+        return bool(self._patterns)
+
     def wants(self, name: str) -> bool:
         """Whether `name` matches a pattern of `capture`."""
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self._patterns)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gpt_oss_jax.config import Config
+from gpt_oss_jax.kernels import IMPLEMENTATIONS
 from gpt_oss_jax.model.attention import Attention, Context
 from gpt_oss_jax.model.cache import Cache, full_slots, ring_slots, write
 from gpt_oss_jax.model.layers import Embedding, Linear, RMSNorm
@@ -79,10 +80,15 @@ class Transformer(nnx.Module):
           implementation: Name of the kernels to use, None for the fastest that can.
 
         Raises:
-          ValueError: If `experts` is neither.
+          ValueError: If `experts` or `implementation` is none of those.
         """
         if experts not in EXPERT_FORMATS:
             raise ValueError(f"experts must be one of {EXPERT_FORMATS}, got {experts!r}.")
+        if implementation is not None and implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}, got "
+                f"{implementation!r}."
+            )
         self.config = config
         self.implementation = implementation
         V, D = config.vocab_size, config.hidden_size
@@ -120,10 +126,11 @@ class Transformer(nnx.Module):
         Args:
           tokens_BT: int32 token ids, under `config.vocab_size`; larger ones are clamped by JAX.
           positions_BT: int32 positions, contiguous within a row; -1 is padding, which writes
-            nothing and whose logits mean nothing. None: every row starts at 0.
+            nothing and whose logits mean nothing. None, without a cache: every row starts at 0.
           cache: Keys and values of earlier tokens (`init_cache`); None: there are none, and none
             are kept. Positions from `cache.max_len` on are not kept by full-attention layers.
-          logits_at: int32 [B], the index along T to compute logits at; None: everywhere.
+          logits_at: int32 [B], the index along T to compute logits at, under T (a larger one gives
+            NaN); None: everywhere.
           capture: Names of values to return, or patterns: "layers.*.mlp.router_logits". Attention
             scores are computed by XLA for this, whatever kernel the layer runs on.
           patch: Values to use instead, by name, of the same shape.
@@ -135,11 +142,7 @@ class Transformer(nnx.Module):
         Raises:
           ValueError: If shapes disagree, or a captured or patched name does not exist.
         """
-        B, T = tokens_BT.shape
-        if positions_BT is None:
-            positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-        if positions_BT.shape != (B, T):
-            raise ValueError(f"positions must have shape {(B, T)}, got {positions_BT.shape}.")
+        positions_BT = self._checked_positions(tokens_BT, positions_BT, cache, logits_at)
         tap = Tap(capture, patch)
         cos_BTh, sin_BTh = cos_sin(positions_BT, self.config, self.dtype)
         context = Context(positions_BT, cos_BTh, sin_BTh, cache, tap, self.implementation)
@@ -157,7 +160,27 @@ class Transformer(nnx.Module):
 
         if cache is not None:
             cache = _updated(cache, keys, values, positions_BT)
-        return (logits, cache, tap.captured) if len(capture) else (logits, cache)
+        return (logits, cache, tap.captured) if tap.captures else (logits, cache)
+
+    def _checked_positions(self, tokens_BT, positions_BT, cache, logits_at) -> jax.Array:
+        """The positions, after a look at everything whose mistakes JAX would not show."""
+        if tokens_BT.ndim != 2:
+            raise ValueError(f"tokens must have shape [B, T], got {tokens_BT.shape}.")
+        B, T = tokens_BT.shape
+        if cache is not None and positions_BT is None:
+            raise ValueError("positions must be given with a cache: where do these tokens go?")
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+        if positions_BT.shape != (B, T):
+            raise ValueError(f"positions must have shape {(B, T)}, got {positions_BT.shape}.")
+        if logits_at is not None and logits_at.shape != (B,):
+            raise ValueError(f"logits_at must have shape {(B,)}, got {logits_at.shape}.")
+        if cache is not None and (cache.k[0].shape[0], cache.k[0].dtype) != (B, self.dtype):
+            raise ValueError(
+                f"the cache must have {B} rows of {self.dtype}, got {cache.k[0].shape[0]} of "
+                f"{cache.k[0].dtype}."
+            )
+        return positions_BT
 
 
 def _updated(cache: Cache, keys, values, positions_BT: jax.Array) -> Cache:

@@ -48,7 +48,10 @@ def attention(
     k_pos_BS: jax.Array,
     window: int | None,
 ) -> jax.Array:
-    """See `api.attention`. Goes over blocks of queries so that scores stay within 128 MiB."""
+    """See `api.attention`. Goes over blocks of queries, whose scores take 128 MiB.
+
+    More only where those of a single query of every row do.
+    """
     B, T, K, G, _ = q_BTKGH.shape
     row_bytes = B * K * G * k_BSKH.shape[1] * 4
     block = max(1, _SCORE_BYTES // row_bytes)

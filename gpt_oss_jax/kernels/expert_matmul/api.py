@@ -66,6 +66,3 @@ def expert_mlp(
         w,
         limit=limit,
     )
-
-
-__all__ = ["ExpertWeights", "expert_mlp"]

@@ -1,12 +1,14 @@
 """The expert layer in plain XLA: works everywhere, differentiable, in bounded memory.
 
 Two ways, chosen by the number of (row, expert) pairs. Few pairs: each multiplies the packed
-weights of its expert as they stream past, a product and a sum that XLA fuses with the decoding, so
-no decoded copy exists. Many pairs: rows sorted by expert in tiles of one expert each, whose weights
-are decoded once a tile.
+weights of its expert as they stream past, a product and a sum that XLA fuses with the decoding on
+accelerators, so no decoded copy exists (a CPU keeps partial products, 110 MB a pair of 20b). Many
+pairs: rows sorted by expert in tiles of one expert each, whose weights are decoded once a tile.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +60,8 @@ def _multiply_reduce(w: MXArray | jax.Array, chosen_Z: jax.Array, x: jax.Array) 
     return (products * mxfp4.decode_scales(w.scales[chosen_Z])[..., None]).sum(axis=(-2, -1))
 
 
+# Recomputed in the backward pass: kept, what was decoded for every pair would add up.
+@functools.partial(jax.checkpoint, static_argnums=(3,))
 def _gathered(x_MD, experts_MX, w: ExpertWeights, limit):
     """Every pair on its own: reads the packed weights of each pair's expert once."""
     M, X = experts_MX.shape
@@ -92,8 +96,7 @@ def _grouped(x_MD, experts_MX, w: ExpertWeights, limit):
 
     # Recomputed in the backward pass: kept, the decoded experts of all tiles would add up.
     @jax.checkpoint
-    def one_tile(args):
-        expert, first_row = args
+    def one_tile(expert, first_row):
         rows = jnp.clip(first_row + jnp.arange(tile), 0, M * X - 1)
         x_RD = x_MD[order[rows] // X]
         up = _decoded(w.up, expert, x_RD.dtype)
@@ -103,7 +106,11 @@ def _grouped(x_MD, experts_MX, w: ExpertWeights, limit):
         y_RD = einsum("RF,DF->RD", hidden_RF, down) + w.down_bias[expert].astype(jnp.float32)
         return y_RD.astype(x_RD.dtype)
 
-    y_tiles = jax.lax.map(one_tile, (expert_of_tile, row_of_tile)).reshape(num_tiles * tile, -1)
+    nothing = jnp.zeros((tile, w.down.shape[1]), x_MD.dtype)
+    y_tiles = jax.lax.map(
+        lambda args: jax.lax.cond(args[0], one_tile, lambda *_: nothing, *args[1:]),
+        (tiles < last_tile_E[-1], expert_of_tile, row_of_tile),
+    ).reshape(num_tiles * tile, -1)
     within = rank - start_E[chosen]
     y_ZD = y_tiles[first_tile_E[chosen] * tile + within]
     return y_ZD.reshape(M, X, -1).astype(jnp.float32)
