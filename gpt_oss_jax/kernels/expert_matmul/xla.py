@@ -98,13 +98,13 @@ def _grouped(x_MD, experts_MX, w: ExpertWeights, limit):
     @jax.checkpoint
     def one_tile(expert, first_row):
         rows = jnp.clip(first_row + jnp.arange(tile), 0, M * X - 1)
-        x_RD = x_MD[order[rows] // X]
-        up = _decoded(w.up, expert, x_RD.dtype)
-        u_RF2 = einsum("RD,FCD->RFC", x_RD, up) + w.up_bias[expert].astype(jnp.float32)
-        hidden_RF = swiglu(u_RF2, limit).astype(x_RD.dtype)
-        down = _decoded(w.down, expert, x_RD.dtype)
-        y_RD = einsum("RF,DF->RD", hidden_RF, down) + w.down_bias[expert].astype(jnp.float32)
-        return y_RD.astype(x_RD.dtype)
+        x_PD = x_MD[order[rows] // X]
+        up = _decoded(w.up, expert, x_PD.dtype)
+        u_PF2 = einsum("PD,FCD->PFC", x_PD, up) + w.up_bias[expert].astype(jnp.float32)
+        hidden_PF = swiglu(u_PF2, limit).astype(x_PD.dtype)
+        down = _decoded(w.down, expert, x_PD.dtype)
+        y_PD = einsum("PF,DF->PD", hidden_PF, down) + w.down_bias[expert].astype(jnp.float32)
+        return y_PD.astype(x_PD.dtype)
 
     nothing = jnp.zeros((tile, w.down.shape[1]), x_MD.dtype)
     y_tiles = jax.lax.map(
