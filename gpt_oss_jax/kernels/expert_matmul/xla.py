@@ -96,7 +96,8 @@ def _grouped(x_MD, experts_MX, w: ExpertWeights, limit):
 
     # Recomputed in the backward pass: kept, the decoded experts of all tiles would add up.
     @jax.checkpoint
-    def one_tile(expert, first_row):
+    def one_tile(args):
+        expert, first_row = args
         rows = jnp.clip(first_row + jnp.arange(tile), 0, M * X - 1)
         x_PD = x_MD[order[rows] // X]
         up = _decoded(w.up, expert, x_PD.dtype)
@@ -106,11 +107,8 @@ def _grouped(x_MD, experts_MX, w: ExpertWeights, limit):
         y_PD = einsum("PF,DF->PD", hidden_PF, down) + w.down_bias[expert].astype(jnp.float32)
         return y_PD.astype(x_PD.dtype)
 
-    nothing = jnp.zeros((tile, w.down.shape[1]), x_MD.dtype)
-    y_tiles = jax.lax.map(
-        lambda args: jax.lax.cond(args[0], one_tile, lambda *_: nothing, *args[1:]),
-        (tiles < last_tile_E[-1], expert_of_tile, row_of_tile),
-    ).reshape(num_tiles * tile, -1)
+    # The last tiles may be empty; skipping them would cost a GPU a wait for the host at each tile.
+    y_tiles = jax.lax.map(one_tile, (expert_of_tile, row_of_tile)).reshape(num_tiles * tile, -1)
     within = rank - start_E[chosen]
     y_ZD = y_tiles[first_tile_E[chosen] * tile + within]
     return y_ZD.reshape(M, X, -1).astype(jnp.float32)
