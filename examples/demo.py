@@ -10,14 +10,14 @@ import sys
 import time
 from pathlib import Path
 
-from gpt_oss_jax import Chat, SamplingParams, compile_cache, load
+from gpt_oss_jax import Chat, Function, SamplingParams, compile_cache, load
 from gpt_oss_jax.checkpoint import convert, resolve
-from gpt_oss_jax.harmony import Function
 
 TARGET = Path("demo") / "tiny-orbax"
 QUESTIONS = (
     "Hello!",
     "What is 7 times 8?",
+    "What is the capital of France?",
     "What is the weather in Paris?",
     "Who wrote Don Quixote?",
 )
@@ -62,8 +62,7 @@ def main() -> None:
         sampling=SamplingParams(temperature=0.0),
         max_tokens=200,
     )
-    answered = True
-    tokens, start = 0, time.perf_counter()
+    tokens, answered, start = 0, True, time.perf_counter()
     for question in QUESTIONS:
         reply = chat(question)
         tokens += len(reply.tokens)
