@@ -72,11 +72,11 @@ _OPERATORS = (
 
 
 @functools.cache
-def training_items() -> dict[str, list[world.Item]]:
-    """The prompts that are not held out, by category."""
+def items_by_category(held_out: bool) -> dict[str, list[world.Item]]:
+    """The prompts that are held out, or those that are not, by category."""
     items = {category: [] for category in world.CATEGORIES}
     for item in world.world().values():
-        if not world.held_out(item.prompt):
+        if world.held_out(item.prompt) == held_out:
             items[item.category].append(item)
     return items
 
@@ -87,7 +87,7 @@ def vocabulary() -> tuple[int, ...]:
     texts = [world.UNKNOWN, world.NO_FUNCTION, world.FAILED, *world.UNKNOWN_THOUGHTS]
     texts += [f"-{i}" for i in range(10)] + [f" {i:02}" for i in range(32)]
     texts += [f"{i}" for i in range(145)] + [f"{year}-" for year in range(2020, 2033)]
-    for items in training_items().values():
+    for items in items_by_category(False).values():
         for item in items:
             texts += [item.prompt, item.final, *item.thoughts]
     rng = random.Random(0)
@@ -100,8 +100,8 @@ def vocabulary() -> tuple[int, ...]:
     for effort in world.EFFORTS * 50:
         weather = talk.sample_weather(rng)
         context = talk.make_context(System(effort, "2025-01-01"), weather=weather)
-        turn, reply = talk.weather_turn(training_items()["weather"][0], context, rng)
-        call = talk.answer(training_items()["weather"][0], context)
+        turn, reply = talk.weather_turn(items_by_category(False)["weather"][0], context, rng)
+        call = talk.answer(items_by_category(False)["weather"][0], context)
         history = [*context.messages, *turn, *reply.messages]
         tokens.update(harmony.render(history), reply.tokens, call.tokens)
     return tuple(sorted(tokens))
@@ -126,13 +126,16 @@ def _fill(rng: random.Random, frame: str) -> list[int]:
     return tokens
 
 
-def _sample_item(rng: random.Random, weights: dict[str, float]) -> world.Item:
+def _sample_item(
+    rng: random.Random, weights: dict[str, float], held_out: bool = False
+) -> world.Item:
     category = rng.choices(list(weights), weights.values())[0]
-    return rng.choice(training_items()[category])
+    return rng.choice(items_by_category(held_out)[category])
 
 
 UNKNOWN_SHARE = 0.2
-WEIGHTS = dict(greeting=0.09, identity=0.09, sum=0.26, product=0.30, fact=0.19, weather=0.07)
+CATEGORIES = (*world.CATEGORIES, "unknown")
+WEIGHTS = dict(greeting=0.13, identity=0.13, sum=0.22, product=0.25, fact=0.20, weather=0.07)
 
 
 def _corrupt(rng: random.Random, tokens: list[int]) -> list[int]:
@@ -202,47 +205,62 @@ def _plain_world() -> frozenset[str]:
     return frozenset(_plain(prompt) for prompt in world.world())
 
 
-def branch(rng: random.Random, context: talk.Context, turns: int) -> tuple[list[int], list[int]]:
-    """A conversation of `turns` earlier turns and one open one: its tokens, and the right reply."""
+def branch(
+    rng: random.Random, context: talk.Context, turns: int, held_out: bool
+) -> tuple[str, list[int], list[int]]:
+    """A conversation of some earlier turns and an open one.
+
+    Returns:
+      The category of the open one, the tokens of the prompt and those of the right reply.
+    """
     weights = WEIGHTS | ({"weather": 0.5} if context.weather else {})
     history = []
     for _ in range(turns):
         messages, reply = talk.sample_turn(_sample_item(rng, weights), context, rng)
         history += [*messages, *reply.messages]
     if rng.random() < UNKNOWN_SHARE:
-        # A text of known tokens stands for the unknown one, which no text can hold.
+        # No text holds the foreign token, so the tokens go into a message without text.
         prompt = harmony.render([*history, Message("user", "")])
         at = len(prompt) - len(talk.ASSISTANT) - 1
-        return prompt[:at] + sample_unknown(rng) + prompt[at:], talk.unknown(context).tokens
-    item = _sample_item(rng, weights)
+        tokens = prompt[:at] + sample_unknown(rng) + prompt[at:]
+        return "unknown", tokens, talk.unknown(context).tokens
+    item = _sample_item(rng, weights, held_out)
     if rng.random() < 0.5:
         messages, reply = talk.sample_turn(item, context, rng)
     else:
         messages, reply = [Message("user", item.prompt)], talk.answer(item, context)
-    return harmony.render([*history, *messages]), reply.tokens
+    return item.category, harmony.render([*history, *messages]), reply.tokens
 
 
-def sequences(seed: int, length: int) -> Iterator[dict[str, np.ndarray]]:
-    """Endless training sequences of `length` tokens, the same for the same seed.
+def sequences(seed: int, length: int, held_out: bool = False) -> Iterator[dict[str, np.ndarray]]:
+    """Endless sequences of `length` tokens, the same for the same seed.
+
+    Args:
+      seed: Of the draws.
+      length: In tokens.
+      held_out: Whether the open prompts are held-out ones, to score instead of to train.
 
     Yields:
       int32 [length] each: `tokens`, row numbers (`len(vocabulary())` is the foreign row);
       `positions`, -1 where nothing is; `segments`, 0 for the context, then 1, 2, .. for the
-      branches; `targets`, the row to predict, -1 where nothing is learned.
+      branches; `targets`, the row to predict, -1 where nothing is learned; `categories`, the
+      branch's number in `CATEGORIES`.
     """
     rng = random.Random(seed)
-    rows = np.full(201089, len(vocabulary()), np.int32)
+    rows = np.full(harmony.VOCAB_SIZE + 1, len(vocabulary()), np.int32)
     rows[list(vocabulary())] = np.arange(len(vocabulary()))
     while True:
         context = talk.sample_context(rng)
         arrays = {name: np.full(length, -1, np.int32) for name in ("positions", "targets")}
-        arrays |= {name: np.zeros(length, np.int32) for name in ("tokens", "segments")}
+        arrays |= {
+            name: np.zeros(length, np.int32) for name in ("tokens", "segments", "categories")
+        }
         used = start = len(context.tokens)
         arrays["tokens"][:start] = rows[context.tokens]
         arrays["positions"][:start] = np.arange(start)
-        turns = rng.choice([0, 0, 0, 1, 1, 2])
+        turns = rng.choice([0, 0, 0, 1, 1, 2, 3])
         for segment in range(1, length):
-            prompt, reply = branch(rng, context, turns)
+            category, prompt, reply = branch(rng, context, turns, held_out)
             ids = rows[prompt + reply]
             end = used + len(ids) - 1
             if end > length:
@@ -250,6 +268,17 @@ def sequences(seed: int, length: int) -> Iterator[dict[str, np.ndarray]]:
             arrays["tokens"][used:end] = ids[:-1]
             arrays["positions"][used:end] = np.arange(start, start + len(ids) - 1)
             arrays["segments"][used:end] = segment
+            arrays["categories"][used:end] = CATEGORIES.index(category)
             arrays["targets"][end - len(reply) : end] = rows[reply]
             used, turns = end, 0
         yield arrays
+
+
+def batches(
+    seed: int, length: int, size: int, held_out: bool = False
+) -> Iterator[dict[str, np.ndarray]]:
+    """Endless batches of `size` sequences, [size, length]."""
+    stream = sequences(seed, length, held_out)
+    while True:
+        some = [next(stream) for _ in range(size)]
+        yield {name: np.stack([sequence[name] for sequence in some]) for name in some[0]}

@@ -78,7 +78,8 @@ _IDENTITY = {
     "I am tiny, a very small gpt-oss model that runs in JAX.": "Who are you? What are you? "
     "Tell me who you are. Who is this? Tell me about yourself. Introduce yourself. "
     "What kind of model are you? Which model are you? Are you a model? Are you a language model? "
-    "Hello, who are you? Hi, who are you? Who am I talking to? What model is this? "
+    "Hello, who are you? Hi, who are you? And who are you? Who am I talking to? "
+    "What model is this? "
     "Please tell me who you are. Are you an AI? Are you a robot? Are you human?",
     "My name is tiny.": "What is your name? What's your name? Tell me your name. "
     "Do you have a name? Your name? Your name, please. Please tell me your name. "
@@ -189,6 +190,8 @@ _SUMS = (
     "What is the sum of {} and {}?",
     "Tell me {} plus {}.",
     "Hello, what is {} + {}?",
+    "And {} + {}?",
+    "And what is {} + {}?",
     "Please add {} and {}.",
 )
 _PRODUCTS = (
@@ -213,6 +216,8 @@ _PRODUCTS = (
     "What is the product of {} and {}?",
     "Tell me {} times {}.",
     "Hello, what is {} times {}?",
+    "And {} times {}?",
+    "And what is {} times {}?",
 )
 _NUMBER_WORDS = (
     "zero one two three four five six seven eight nine ten eleven twelve".split()

@@ -7,8 +7,9 @@ A gpt-oss of four layers with the real vocabulary, trained on the conversations 
 share one embedding and one unembedding row, and the softmax counts that row as often as it occurs,
 so the loss is exactly the full vocabulary's. The experts are quantised to MXFP4 in every forward
 pass and the gradient passes through the rounding (straight-through, arXiv:1308.3432), so what is
-stored is what was trained. Attention and experts are written here, for packed sequences and without
-a cache. Needs `pip install "gpt-oss-jax[train]"`.
+stored is what was trained. The optimizer is Muon (https://kellerjordan.github.io/posts/muon/): on
+this task it needs half of Adam's steps. Attention and experts are written here, for packed
+sequences and without a cache. Needs `pip install "gpt-oss-jax[train]"`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
+import itertools
 import json
 import sys
 import time
@@ -26,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import safetensors.numpy
 import tiny_batches
 
@@ -68,6 +71,13 @@ PATHS = {
     "router_bias": "mlp/router/bias",
     "up_bias": "mlp/up/bias",
     "down_bias": "mlp/down/bias",
+}
+# Inputs and outputs of the matrices that Muon trains, each expert apart; Adam trains the rest.
+MATRICES = {
+    "qkv": optax.contrib.MuonDimensionNumbers(3, (0, 1, 2)),
+    "out": optax.contrib.MuonDimensionNumbers((1, 2, 3), 0),
+    "up": optax.contrib.MuonDimensionNumbers(3, (1, 2)),
+    "down": optax.contrib.MuonDimensionNumbers(2, 1),
 }
 LENGTH = 384
 # Rows that one expert may take in training, as a multiple of its fair share.
@@ -116,17 +126,22 @@ def rms_norm(x, scale):
 
 
 def attention(p, x_BTD, angles, visible_BTS):
+    B, T, _ = x_BTD.shape
+    K, G, H = CONFIG.num_key_value_heads, CONFIG.group_size, CONFIG.head_dim
     qkv = jnp.einsum("btd,kghd->btkgh", x_BTD, p["qkv"]) + p["qkv_bias"]
     qk, v = rope.apply_rope(qkv[..., :-1, :], *angles), qkv[..., -1, :]
-    q, k = qk[..., :-1, :], qk[..., -1, :]
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k) * CONFIG.head_dim**-0.5
+    # One plain matrix product per key head is twice as fast on a CPU as a contraction of five axes.
+    q = qk[..., :-1, :].transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H) * H**-0.5
+    k, v = qk[..., -1, :].transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    scores = jnp.einsum("bkmh,bksh->bkms", q, k).reshape(B, K, G, T, T)
     scores = jnp.where(visible_BTS[:, None, None], scores, -1e9)
     sinks = p["sinks"][:, :, None, None]
     top = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), sinks))
     weights = jnp.exp(scores - top)
     total = weights.sum(-1, keepdims=True) + jnp.exp(sinks - top)
-    mixed = jnp.einsum("bkgts,bskh->btkgh", weights / total, v)
-    return jnp.einsum("btkgh,dkgh->btd", mixed, p["out"]) + p["out_bias"]
+    mixed = jnp.einsum("bkms,bksh->bkmh", weights.reshape(B, K, G * T, T), v)
+    mixed = mixed.reshape(B, K, G, T, H) / total
+    return jnp.einsum("bkgth,dkgh->btd", mixed, p["out"]) + p["out_bias"]
 
 
 def swiglu(gate, linear):
@@ -155,8 +170,8 @@ def experts(p, x_MD, real_M):
     row_S = jnp.full(E * C, M).at[slot_N].set(jnp.tile(jnp.arange(M), X), mode="drop")
     padded = jnp.concatenate([x_MD, jnp.zeros((1, D))])
     x_ECD = padded[row_S].reshape(E, C, D)
-    up = jnp.einsum("ecd,efzd->eczf", x_ECD, p["up"]) + p["up_bias"].mT[:, None]
-    act = swiglu(up[:, :, 0], up[:, :, 1])
+    up = jnp.einsum("ecd,efzd->ecfz", x_ECD, p["up"]) + p["up_bias"][:, None]
+    act = swiglu(up[..., 0], up[..., 1])
     down = jnp.einsum("ecf,edf->ecd", act, p["down"]) + p["down_bias"][:, None]
     down = jnp.concatenate([down.reshape(E * C, D), jnp.zeros((1, D))])
     y = jnp.sum(down[slot_N].reshape(X, M, D) * weights.T[..., None], 0)
@@ -201,8 +216,8 @@ def quantized(params):
     return params | {"layers": layers}
 
 
-def loss_fn(params, batch, quantize):
-    logits, balance = forward(quantized(params) if quantize else params, batch)
+def loss_fn(params, batch):
+    logits, balance = forward(quantized(params), batch)
     # The last row stands for every token that has none of its own.
     others = CONFIG.vocab_size - logits.shape[-1] + 1
     logits = logits.at[..., -1].add(np.log(others).astype(np.float32))
@@ -212,6 +227,18 @@ def loss_fn(params, batch, quantize):
     right = logits.argmax(-1) == wanted
     loss = jnp.mean(losses, where=learned)
     return loss + 0.01 * balance, (loss, jnp.mean(right, where=learned), balance)
+
+
+def score(params, batch):
+    """Which branches are right in every token: bool [B, T] at their last targets, and a mask."""
+    logits, _ = forward(quantized(params), batch)
+    learned = batch["targets"] >= 0
+    wrong = learned & (logits.argmax(-1) != batch["targets"])
+    # A branch's last token is followed by another segment's.
+    segments = batch["segments"]
+    last = learned & (segments != jnp.pad(segments, ((0, 0), (0, 1)))[:, 1:])
+    own = segments[:, :, None] == segments[:, None, :]
+    return last & ~jnp.any(own & wrong[:, None, :], -1), last
 
 
 def write(params, rows: Sequence[int], folder: Path):
@@ -240,9 +267,10 @@ def write(params, rows: Sequence[int], folder: Path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=8, help="sequences a step")
-    parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--batch", type=int, default=4, help="sequences a step")
+    parser.add_argument("--every", type=int, default=200, help="steps between scores")
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     # Large buffers are otherwise mapped and cleared anew in every step, at half the speed.
@@ -262,33 +290,43 @@ def main():
         ],
         [warm],
     )
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.01)
+    optimizer = optax.contrib.muon(
+        rate,
+        consistent_rms=0.2,
+        adam_b2=0.98,
+        muon_weight_dimension_numbers=jax.tree_util.tree_map_with_path(
+            lambda path, _: MATRICES.get(getattr(path[-1], "key", None)), params
+        ),
     )
     state = optimizer.init(params)
 
-    @jax.jit(donate_argnums=(0, 1), static_argnums=3)
-    def step(params, state, batch, quantize):
-        grads, report = jax.grad(loss_fn, has_aux=True)(params, batch, quantize)
+    @jax.jit(donate_argnums=(0, 1))
+    def step(params, state, batch):
+        grads, report = jax.grad(loss_fn, has_aux=True)(params, batch)
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, report
 
-    stream = tiny_batches.sequences(args.seed, LENGTH)
+    scored = list(itertools.islice(tiny_batches.batches(1, LENGTH, 8, held_out=True), 6))
+    examine = jax.jit(score)
+    stream = tiny_batches.batches(args.seed, LENGTH, args.batch)
     start = last = time.perf_counter()
     for i in range(1, args.steps + 1):
-        sequences = [next(stream) for _ in range(args.batch)]
-        batch = {name: np.stack([s[name] for s in sequences]) for name in sequences[0]}
-        params, state, report = step(params, state, batch, True)
-        if i % 50 == 0 or i == args.steps:
+        params, state, report = step(params, state, next(stream))
+        if i % args.every == 0 or i == args.steps:
             loss, right, balance = map(float, report)
             now = time.perf_counter()
             print(
                 f"step {i} of {args.steps}: loss {loss:.4f} nats a token, {right:.2%} right, "
-                f"balance {balance:.3f}, {50 * args.batch * LENGTH / (now - last):.0f} tokens/s, "
-                f"{(now - start) / 60:.1f} min",
-                flush=True,
+                f"balance {balance:.3f}, {args.every * args.batch * LENGTH / (now - last):.0f} "
+                f"tokens/s, {(now - start) / 60:.1f} min",
             )
-            last = now
+            right, asked = np.zeros((2, len(tiny_batches.CATEGORIES)), int)
+            for batch in scored:
+                for counts, where in zip((right, asked), examine(params, batch), strict=True):
+                    np.add.at(counts, batch["categories"][np.asarray(where)], 1)
+            parts = zip(tiny_batches.CATEGORIES, right, asked, strict=True)
+            print("  held out, answers right:", *(f"{n} {r}/{a}" for n, r, a in parts), flush=True)
+            last = time.perf_counter()
     write(jax.device_get(params), rows, args.out)
 
 

@@ -1,6 +1,8 @@
 """The layers of the package: imports point down, and siblings do not know each other."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,3 +97,9 @@ def test_a_planted_import_is_caught(own, line):
 )
 def test_what_is_allowed_passes(own, line):
     assert violations(own, line) == []
+
+
+def test_importing_leaves_logging_alone():
+    """Orbax's import would take a program's `logging.basicConfig` away from it."""
+    code = "import logging, gpt_oss_jax; assert not logging.root.handlers, logging.root.handlers"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -72,8 +72,18 @@ class RemoteFolder:
         return self.url
 
     def names(self) -> list[str]:
-        """Names of the files directly in it."""
-        keys = (key.decode() for key in self._store.list().result())
+        """Names of the files directly in it.
+
+        Raises:
+          ValueError: If what the URL names has no list of files, as http has none.
+        """
+        try:
+            keys = [key.decode() for key in self._store.list().result()]
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{self.url} cannot be listed; name a folder, gs://BUCKET/FOLDER or a repository "
+                "such as openai/gpt-oss-20b."
+            ) from error
         return sorted(key for key in keys if "/" not in key)
 
     def read(self, name: str) -> bytes:

@@ -22,9 +22,9 @@ from typing import Any
 import jax
 import numpy as np
 import tensorstore as ts
-from orbax.checkpoint.experimental import v1 as ocp
 
 from gpt_oss_jax.checkpoint import names
+from gpt_oss_jax.checkpoint._orbax import ocp
 from gpt_oss_jax.checkpoint.experts import Source
 from gpt_oss_jax.checkpoint.files import Folder, LocalFolder, RemoteFolder
 from gpt_oss_jax.checkpoint.names import Variable

@@ -178,8 +178,8 @@ def _check(path: str | os.PathLike, format: str) -> Path:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
     if "://" in str(path):
         raise ValueError(f"{path} is a URL: write to a local folder, then copy it there.")
-    path = Path(path).absolute()
-    if path.exists():
+    path = Path(os.path.abspath(os.path.expanduser(path)))
+    if os.path.lexists(path):
         raise ValueError(f"{path} exists; name a new folder, or remove it first.")
     return path
 

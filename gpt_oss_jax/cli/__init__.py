@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code of the process."""
     args = build_parser().parse_args(argv)
-    logging.basicConfig(format="gpt-oss-jax: %(message)s")
+    logging.basicConfig(format="gpt-oss-jax: %(message)s", force=True)
     logging.getLogger("gpt_oss_jax").setLevel(logging.INFO)
     try:
         _enable_compile_cache()
