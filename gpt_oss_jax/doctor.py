@@ -1,7 +1,7 @@
 """What a bug report must say, and what is wrong: versions, devices, vocabulary, checkpoint.
 
-Reads headers and metadata only, so a checkpoint of any size takes seconds. Run it as
-`gpt-oss-jax doctor [MODEL]`.
+Reads headers and metadata only, so a checkpoint of any size takes seconds, and downloads nothing.
+Run it as `gpt-oss-jax doctor [MODEL]`.
 """
 
 import dataclasses
@@ -119,7 +119,7 @@ def _settings() -> Iterator[Finding]:
 
 def _checkpoint(model: str) -> Iterator[Finding]:
     try:
-        source = open_source(model)
+        source = open_source(model, download=False)
     except (ValueError, OSError) as error:
         for line in str(error).splitlines():
             yield Finding("checkpoint", line.strip(), True)

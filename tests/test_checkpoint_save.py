@@ -1,5 +1,6 @@
 """Saving and exporting: untouched tensors come out byte for byte, from any layout into any."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -235,6 +236,18 @@ def test_the_original_format_says_what_it_cannot_hold(tmp_path):
     with pytest.raises(ValueError, match="cannot hold rms_norm_eps"):
         export(tmp_path / "hf", tmp_path / "out", "original")
     assert os.listdir(tmp_path) == ["hf"]
+
+
+def test_two_writers_of_one_target(folders, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    other = os.open(tmp_path / "out.partial", os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="another process is writing .*out: wait for it"):
+        export(folders / "hf", tmp_path / "out", "orbax")
+    assert os.listdir(tmp_path) == ["out.partial"]
+    os.close(other)
+    export(folders / "hf", tmp_path / "out", "orbax")
+    assert os.listdir(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("to", ["orbax", "hf-bf16"])

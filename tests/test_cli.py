@@ -1,6 +1,7 @@
 """The command line, in process with a random model, and once in a real terminal."""
 
 import argparse
+import io
 import json
 import os
 import pty
@@ -15,7 +16,7 @@ import pytest
 
 from gpt_oss_jax import __version__, cli, compile_cache
 from gpt_oss_jax.chat import Reply
-from gpt_oss_jax.checkpoint import synthetic
+from gpt_oss_jax.checkpoint import synthetic, writer
 from gpt_oss_jax.cli import chat as cli_chat, terminal
 from gpt_oss_jax.config import Config
 from gpt_oss_jax.harmony import encode_text
@@ -47,7 +48,11 @@ def home(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def user_directories(home, monkeypatch):
-    """The user's cache and state in a temporary folder, and JAX's settings as they were after."""
+    """The user's cache and state in a temporary folder, and JAX's settings as they were after.
+
+    Nobody waits long enough to be told why.
+    """
+    monkeypatch.setattr(terminal, "_PATIENCE", 1e4)
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
     monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
@@ -107,6 +112,8 @@ def test_an_error_is_one_line_and_code_2(capsys):
     assert out == "" and err.count("\n") == 1 and err.startswith("gpt-oss-jax: ")
     with pytest.raises(ValueError, match="no/such"):
         cli.main(["--debug", "chat", "no/such/folder/here"])
+    with pytest.raises(ValueError, match="no/such"):
+        cli.main(["chat", "no/such/folder/here", "--debug"])
 
 
 @pytest.mark.parametrize(
@@ -163,11 +170,66 @@ def test_a_conversation_survives_what_interrupts_it(monkeypatch, capsys):
         ValueError("the conversation is too long"),
         fake_reply("last"),
     )
-    cli_chat.converse(chat, options())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    # No person saw that one answer is missing, so the exit code says it.
+    assert not cli_chat.converse(chat, options())
     out, err = capsys.readouterr()
     assert chat.heard == ["one", "two", "three", "four"]
     assert out.split() == ["first", "last"]
     assert err.count("stopped") == 2 and "too long" in err
+
+
+def test_ctrl_c_twice_keeps_the_conversation(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\n")))
+
+    def interrupted(text):
+        monkeypatch.setattr(cli_chat, "remark", remark)
+        raise KeyboardInterrupt
+
+    remark = cli_chat.remark
+    monkeypatch.setattr(cli_chat, "remark", interrupted)
+    chat = FakeChat(KeyboardInterrupt(), fake_reply("well"))
+    assert cli_chat.converse(chat, options())
+    assert chat.heard == ["one", "two"] and capsys.readouterr().out == "\nwell\n"
+
+
+def test_bytes_that_are_no_text_are_asked_as_they_are_read(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\n\xff?\n")))
+    chat = FakeChat(fake_reply("first"), fake_reply("second"))
+    assert cli_chat.converse(chat, options())
+    assert chat.heard == ["one", "\N{REPLACEMENT CHARACTER}?"]
+    assert capsys.readouterr() == ("first\nsecond\n", "")
+
+
+def test_a_long_wait_is_explained(monkeypatch, capsys):
+    def pieces(seconds):
+        time.sleep(seconds)
+        yield from "ab"
+
+    assert list(terminal.announced(pieces(0))) == ["a", "b"]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(terminal, "_PATIENCE", 0.01)
+    assert list(terminal.announced(pieces(0.3))) == ["a", "b"]
+    assert capsys.readouterr().err.count("compiled, and kept") == 1
+
+
+def test_a_command_that_is_asked_to_end_cleans_up(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "verify", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as exit:
+            cli.main(["export", folder, str(tmp_path / "out"), "--to", "original"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert exit.value.code == 143 and not os.listdir(tmp_path)
+
+
+def test_closed_streams_are_no_error(folder):
+    program = f"{sys.executable} -m gpt_oss_jax"
+    done = subprocess.run(
+        f"{program} chat {folder} <&-; {program} --version >&-", shell=True, capture_output=True
+    )
+    assert (done.returncode, done.stdout) == (0, b"") and b"Traceback" not in done.stderr
 
 
 def test_one_shot_answers_from_a_checkpoint(folder, capsys):
@@ -274,19 +336,23 @@ class Terminal:
         return before
 
 
+# Three letters of the model's, after the remark that comes if compiling takes long.
+REPLY = r"^(gpt-oss-jax: [^\n]*\n)?(?!gpt)[^\n]*?\w{3}"
+
+
 def test_ctrl_c_stops_a_reply_and_keeps_the_session(folder):
     terminal = Terminal("chat", folder, "--show-reasoning")
     try:
         terminal.wait_for("> ")
         terminal.type("talk for long\r")
         terminal.wait_for("talk for long\r\n")
-        terminal.wait_for(r"\w{3}")
+        terminal.wait_for(REPLY)
         terminal.process.send_signal(signal.SIGINT)
         terminal.wait_for("stopped; the conversation goes on")
         terminal.wait_for("> ")
         terminal.type("and on\r")
         terminal.wait_for(r"and on\r\n")
-        terminal.wait_for(r"\w{3}")
+        terminal.wait_for(REPLY)
         terminal.process.send_signal(signal.SIGINT)
         terminal.wait_for("> ")
         terminal.type("\x04")

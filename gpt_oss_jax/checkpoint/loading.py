@@ -5,7 +5,9 @@ Tensors go one at a time from the file into their shards; the model is made arou
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -24,6 +26,8 @@ from gpt_oss_jax.checkpoint.source import open_safetensors
 from gpt_oss_jax.checkpoint.stream import Request
 from gpt_oss_jax.model import Transformer
 from gpt_oss_jax.sharding import named_sharding
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def load(
@@ -77,6 +81,8 @@ def load(
     graphdef, state = nnx.split(abstract)
     variables = {"/".join(map(str, path)): x for path, x in nnx.to_flat_state(state)}
     targets = {path: _target(variable, mesh) for path, variable in variables.items()}
+    if mesh is not None:
+        _tell_what_is_whole(variables, targets, mesh)
     total = sum(x.size * x.dtype.itemsize for x in targets.values())
     with progress("loading", total) as step:
         for path, array in arrays(targets):
@@ -86,13 +92,17 @@ def load(
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def open_source(path_or_id: str | os.PathLike) -> Source:
+def open_source(path_or_id: str | os.PathLike, *, download: bool = True) -> Source:
     """Opens a checkpoint and checks what is there against its config, without reading tensors.
+
+    Args:
+      path_or_id: What `load` takes, if it has files.
+      download: Whether a repository of the hub may be fetched.
 
     Raises:
       ValueError: If there is none, or naming everything that is wrong with it.
     """
-    folder = open_folder(resolve(path_or_id))
+    folder = open_folder(resolve(path_or_id, download=download))
     return open_orbax(folder) if is_orbax(folder) else open_safetensors(folder)
 
 
@@ -100,14 +110,28 @@ def _dtype(dtype, mesh: Mesh | None):
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     if dtype is None:
         return jnp.float32 if platform == "cpu" else jnp.bfloat16
-    if jnp.dtype(dtype) not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
-        raise ValueError(f"dtype must be float32 or bfloat16, got {jnp.dtype(dtype)}.")
-    return jnp.dtype(dtype)
+    for known in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
+        # What is no dtype at all compares unequal, where making one of it would raise TypeError.
+        if known == dtype:
+            return known
+    raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r}.")
 
 
 def _target(variable: nnx.Variable, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
     sharding = None if mesh is None else named_sharding(mesh, variable.axes, variable.shape)
     return jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding)
+
+
+def _tell_what_is_whole(variables, targets, mesh: Mesh) -> None:
+    """Says which weights every device gets more of than the mesh promises."""
+    whole = {
+        f"{re.sub('[0-9]+', '*', path)} {list(x.shape)}"
+        for path, x in variables.items()
+        if named_sharding(mesh, x.axes) != targets[path].sharding
+    }
+    if whole:
+        sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+        _LOGGER.info("the mesh %s does not divide %s: not split", sizes, "; ".join(sorted(whole)))
 
 
 def _arrays(

@@ -6,6 +6,7 @@ it is renamed.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -130,6 +131,7 @@ def _write(
     resumable = format == "orbax" and fingerprint is not None
     work = _work_folder(path, resumable)
     unfinished = work / path.name
+    lock = _locked(work, path)
     try:
         _check_room(work, total)
         with progress(f"writing {path.name}", total) as step:
@@ -151,6 +153,8 @@ def _write(
         if not resumable or isinstance(error, Exception):
             shutil.rmtree(work)
         raise
+    finally:
+        os.close(lock)
     os.rename(unfinished, path)
     shutil.rmtree(work)
 
@@ -171,6 +175,23 @@ def _work_folder(path: Path, resumable: bool) -> Path:
         raise ValueError(f"{work} is in the way and not ours: move it, or name another target.")
     work.mkdir(exist_ok=True)
     return work
+
+
+def _locked(work: Path, path: Path) -> int:
+    """Takes the folder for this process, until the descriptor that is returned is closed.
+
+    Raises:
+      ValueError: If another process has it.
+    """
+    lock = os.open(work, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise ValueError(
+            f"another process is writing {path}: wait for it, or name another target."
+        ) from error
+    return lock
 
 
 def _check(path: str | os.PathLike, format: str) -> Path:

@@ -8,6 +8,7 @@ which declares its arguments, and `run`. What a command does lives in the packag
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -33,11 +34,19 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add(commands)
+    for each in commands.choices.values():
+        # Behind the command, too, which is where it is put when something went wrong.
+        each.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code of the process."""
+    _open_closed_streams()
+    # Asked to end, a command cleans up as after Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args = build_parser().parse_args(argv)
     logging.basicConfig(format="gpt-oss-jax: %(message)s", force=True)
     logging.getLogger("gpt_oss_jax").setLevel(logging.INFO)
@@ -55,6 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         remark(_one_line(error))
         return 2
+
+
+def _open_closed_streams() -> None:
+    """Whoever starts a program may close them; Python then has None in their place."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
 
 
 def _one_line(error: Exception) -> str:

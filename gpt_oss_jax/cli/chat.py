@@ -11,9 +11,11 @@ from gpt_oss_jax.cli.terminal import (
     DIM,
     add_model_options,
     add_sampling_options,
+    announced,
     load_model,
     remark,
     sampling,
+    waiting,
     write,
 )
 from gpt_oss_jax.harmony import REASONING_EFFORTS, decode
@@ -72,8 +74,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.prompt is not None:
         return 0 if answer(chat, args.prompt, args) else 1
-    converse(chat, args)
-    return 0
+    return 0 if converse(chat, args) else 1
 
 
 def answer(chat: Chat, text: str, args: argparse.Namespace) -> bool:
@@ -83,7 +84,8 @@ def answer(chat: Chat, text: str, args: argparse.Namespace) -> bool:
       Whether there was an answer.
     """
     if args.raw:
-        reply = chat(text)
+        with waiting():
+            reply = chat(text)
         write(decode(reply.tokens) + "\n")
     else:
         _print_pieces(chat, text, args.show_reasoning)
@@ -101,7 +103,7 @@ def answer(chat: Chat, text: str, args: argparse.Namespace) -> bool:
 
 def _print_pieces(chat: Chat, text: str, show_reasoning: bool) -> None:
     last = None
-    for channel, piece in chat.stream(text):
+    for channel, piece in announced(chat.stream(text)):
         if channel in ("analysis", "call") and not show_reasoning:
             continue
         if last is not None and channel != last:
@@ -112,26 +114,39 @@ def _print_pieces(chat: Chat, text: str, show_reasoning: bool) -> None:
         write("\n")
 
 
-def converse(chat: Chat, args: argparse.Namespace) -> None:
-    """Answer line after line. Ctrl-C drops the line or the reply, never the conversation."""
+def converse(chat: Chat, args: argparse.Namespace) -> bool:
+    """Answer line after line. Ctrl-C drops the line or the reply, never the conversation.
+
+    Returns:
+      Whether there is no script that missed an answer: a person at the terminal has seen it.
+    """
     by_hand = sys.stdin.isatty() and sys.stdout.isatty()
     if by_hand:
         _remember_lines()
         remark("Ctrl-C stops a reply, Ctrl-D leaves")
+    else:
+        # Bytes that are no text, too, are somebody's question.
+        sys.stdin.reconfigure(errors="replace")
+    well = True
     while True:
         try:
-            text = input("> " if by_hand else "")
-            if text.strip():
-                answer(chat, text, args)
-        except EOFError:
-            if by_hand:
+            try:
+                text = input("> " if by_hand else "")
+                if text.strip():
+                    well &= answer(chat, text, args)
+            except EOFError:
+                if by_hand:
+                    write("\n")
+                return well or by_hand
+            except KeyboardInterrupt:
                 write("\n")
-            return
+                remark("stopped; the conversation goes on without that")
+            except ValueError as error:
+                well = False
+                remark(str(error))
         except KeyboardInterrupt:
-            write("\n")
-            remark("stopped; the conversation goes on without that")
-        except ValueError as error:
-            remark(str(error))
+            # Again, while that was said.
+            continue
 
 
 def _remember_lines() -> None:

@@ -6,6 +6,7 @@ import codecs
 from gpt_oss_jax.cli.terminal import (
     add_model_options,
     add_sampling_options,
+    announced,
     load_model,
     remark,
     sampling,
@@ -31,6 +32,8 @@ def add(commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the continuation as it comes."""
+    if not args.text:
+        raise ValueError("TEXT must not be empty: there is nothing to continue.")
     remark("these models expect harmony, which `gpt-oss-jax chat` speaks; this is raw text")
     steps = generate(
         load_model(args),
@@ -40,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     )
     # A character may be spread over several tokens.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for step in steps:
+    for step in announced(steps):
         if step.token not in STOP_TOKENS:
             write(decoder.decode(token_bytes(step.token)))
     write(decoder.decode(b"", final=True) + "\n")

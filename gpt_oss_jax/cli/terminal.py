@@ -4,8 +4,12 @@ It knows no command.
 """
 
 import argparse
+import contextlib
 import os
 import sys
+import threading
+from collections.abc import Iterator
+from typing import TypeVar
 
 import jax.numpy as jnp
 
@@ -15,6 +19,8 @@ from gpt_oss_jax.sampling import SamplingParams
 from gpt_oss_jax.sharding import make_mesh
 
 DIM = "\033[2m"
+_PATIENCE = 2.0  # Seconds.
+_T = TypeVar("_T")
 _PLAIN = "\033[0m"
 # A model may write what a terminal takes for commands.
 _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -34,6 +40,29 @@ def write(text: str, style: str = "") -> None:
             text = f"{style}{text}{_PLAIN}"
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """Says why, if what is waited for takes long."""
+    timer = threading.Timer(
+        _PATIENCE, remark, ["preparing; programs that are new here are compiled, and kept"]
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def announced(pieces: Iterator[_T]) -> Iterator[_T]:
+    """The pieces; if the first takes long, it is said why."""
+    with waiting():
+        first = next(pieces, None)
+    if first is not None:
+        yield first
+        yield from pieces
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -97,6 +126,6 @@ def _mesh_axes(text: str) -> dict[str, int]:
         axes = {}
     if not axes or not set(axes) <= {"data", "expert", "tensor"} or min(axes.values()) < 1:
         raise argparse.ArgumentTypeError(
-            f"wanted sizes of data, expert or tensor, such as expert=4, got {text!r}"
+            f"wanted sizes of data, expert or tensor, such as expert=4, got {text!r}."
         )
     return axes

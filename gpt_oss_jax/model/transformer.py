@@ -164,8 +164,10 @@ class Transformer(nnx.Module):
 
     def _checked_positions(self, tokens_BT, positions_BT, cache, logits_at) -> jax.Array:
         """The positions, after a look at everything whose mistakes JAX would not show."""
-        if tokens_BT.ndim != 2:
-            raise ValueError(f"tokens must have shape [B, T], got {tokens_BT.shape}.")
+        if tokens_BT.ndim != 2 or 0 in tokens_BT.shape:
+            raise ValueError(
+                f"tokens must have shape [B, T], both at least 1, got {tokens_BT.shape}."
+            )
         B, T = tokens_BT.shape
         if cache is not None and positions_BT is None:
             raise ValueError("positions must be given with a cache: where do these tokens go?")
