@@ -10,7 +10,7 @@ pytest.importorskip("libtpu", reason="libtpu is not installed: nothing compiles 
 import aot
 
 from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B
-from gpt_oss_jax.kernels import expert_mlp
+from gpt_oss_jax.kernels import attention, expert_mlp
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.quant import MXArray
 
@@ -64,3 +64,36 @@ def test_experts_of_one_row_are_read_in_place(topology, config):
 @pytest.mark.parametrize(("M", "dtype"), [(5, jnp.float32), (40, jnp.bfloat16)])
 def test_other_programs_build(topology, M, dtype):
     expert_program(topology, 8, 4, 320, 576, M, dtype)
+
+
+@pytest.mark.parametrize("topology", aot.TOPOLOGIES)
+@pytest.mark.parametrize(
+    ("T", "S", "window", "dtype"),
+    [
+        (1, 32768, None, jnp.bfloat16),
+        (1, 128, 128, jnp.bfloat16),
+        (16, 640, 128, jnp.bfloat16),
+        (1, 384, None, jnp.float32),
+    ],
+)
+def test_attention_reads_the_cache_in_place(topology, T, S, window, dtype):
+    t, K, G, H = target(topology), 8, 8, 64
+
+    def run(q, k, v, sinks, q_pos, k_pos):
+        where = {"q_pos_BT": q_pos, "k_pos_BS": k_pos, "window": window}
+        k, v = (x.reshape(1, S, K, H) for x in (k, v))  # As out of the cache.
+        return attention(q, k, v, sinks, **where, implementation="mosaic_tpu")
+
+    program = t.compile(
+        run,
+        t.array((1, T, K, G, H), dtype),
+        t.array((1, S, K * H), dtype),
+        t.array((1, S, K * H), dtype),
+        t.array((K, G), dtype),
+        t.array((1, T), jnp.int32),
+        t.array((1, S), jnp.int32),
+    )
+    memory = program.memory_analysis()
+    cache = 2 * S * K * H * jnp.dtype(dtype).itemsize
+    assert memory.argument_size_in_bytes < 1.1 * cache + (1 << 20)
+    assert memory.temp_size_in_bytes < cache / 100 + (3 << 20)

@@ -24,6 +24,7 @@ from gpt_oss_jax.checkpoint.orbax import is_orbax, open_orbax
 from gpt_oss_jax.checkpoint.progress import progress
 from gpt_oss_jax.checkpoint.source import open_safetensors
 from gpt_oss_jax.checkpoint.stream import Request
+from gpt_oss_jax.kernels.target import platform
 from gpt_oss_jax.model import Transformer
 from gpt_oss_jax.sharding import named_sharding
 
@@ -89,7 +90,13 @@ def load(
             variables[path] = variables[path].replace(array)
             step(array.nbytes)
     flat = [(path, variables["/".join(map(str, path))]) for path, _ in nnx.to_flat_state(state)]
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+    model = nnx.merge(graphdef, nnx.from_flat_state(flat))
+    if kind == "mxfp4" and _platform(mesh) == "tpu" and implementation in (None, "mosaic_tpu"):
+        # TPU kernels read words; on a mesh they do not run yet.
+        if mesh is None or mesh.size == 1:
+            for layer in model.layers:
+                layer.mlp.use_words()
+    return model
 
 
 def open_source(path_or_id: str | os.PathLike, *, download: bool = True) -> Source:
@@ -107,14 +114,17 @@ def open_source(path_or_id: str | os.PathLike, *, download: bool = True) -> Sour
 
 
 def _dtype(dtype, mesh: Mesh | None):
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     if dtype is None:
-        return jnp.float32 if platform == "cpu" else jnp.bfloat16
+        return jnp.float32 if _platform(mesh) == "cpu" else jnp.bfloat16
     for known in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
         # What is no dtype at all compares unequal, where making one of it would raise TypeError.
         if known == dtype:
             return known
     raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r}.")
+
+
+def _platform(mesh: Mesh | None) -> str:
+    return platform() if mesh is None else mesh.devices.flat[0].platform
 
 
 def _target(variable: nnx.Variable, mesh: Mesh | None) -> jax.ShapeDtypeStruct:

@@ -73,7 +73,7 @@ class Skeleton:
             return tree
 
         def place(x):
-            axes = ("batch", None, "kv_heads", "head_dim")[: x.ndim]
+            axes = ("batch", None, "kv_heads")[: x.ndim]
             return lax.with_sharding_constraint(x, named_sharding(self.mesh, axes, x.shape))
 
         return jax.tree.map(place, tree)

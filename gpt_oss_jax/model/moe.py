@@ -12,6 +12,8 @@ from gpt_oss_jax.model.attention import Context
 from gpt_oss_jax.model.layers import Linear, Packed, normal
 from gpt_oss_jax.quant import MXArray, quantize
 
+_in_words = jax.jit(MXArray.in_words)
+
 EXPERT_FORMATS = ("mxfp4", "dense")
 
 
@@ -38,6 +40,7 @@ class Projection(nnx.Module):
         dtype,
         experts: str,
     ):
+        self.words_of: tuple[int, ...] | None = None
         weight = normal(rngs, shape, shape[-1] ** -0.5, dtype)
         self.bias = nnx.Param(normal(rngs, shape[:-1], 0.1, dtype), axes=axes[:-1])
         if experts == "dense":
@@ -54,7 +57,14 @@ class Projection(nnx.Module):
         """The matrix, [E, ..., in], as the kernels take it."""
         if hasattr(self, "weight"):
             return self.weight[...]
-        return MXArray(self.blocks[...], self.scales[...])
+        return MXArray(self.blocks[...], self.scales[...], self.words_of)
+
+    def use_words(self) -> None:
+        """Puts an MXFP4 matrix into the order that kernels for TPU want, once, on one device."""
+        words = _in_words(self.matrix)
+        self.words_of = words.words_of
+        axes = ("experts", None, None, None)
+        self.blocks, self.scales = Packed(words.blocks, axes=axes), Packed(words.scales, axes=axes)
 
 
 class MoE(nnx.Module):
@@ -69,6 +79,11 @@ class MoE(nnx.Module):
         kind = {"rngs": rngs, "dtype": dtype, "experts": experts}
         self.up = Projection((E, F, 2, D), ("experts", "expert_width", None, "embed"), **kind)
         self.down = Projection((E, D, F), ("experts", "embed", "expert_width"), **kind)
+
+    def use_words(self) -> None:
+        """See `Projection.use_words`."""
+        self.up.use_words()
+        self.down.use_words()
 
     def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         """Output of the mixture, [B, T, D]."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import jax
 
-from gpt_oss_jax.kernels.attention import xla
+from gpt_oss_jax.kernels.attention import mosaic_tpu, xla
 from gpt_oss_jax.kernels.dispatch import dispatch
 
-IMPLEMENTATIONS = {"xla": xla.attention}
+IMPLEMENTATIONS = {"mosaic_tpu": mosaic_tpu.attention, "xla": xla.attention}
 
 
 def attention(
@@ -35,7 +35,7 @@ def attention(
       q_pos_BT: int32 positions of the queries, negative for padding.
       k_pos_BS: int32 positions of the keys, negative for empty slots.
       window: Keys visible to a query, itself included; None for all.
-      implementation: "xla", or None for the fastest that can.
+      implementation: "mosaic_tpu", "xla", or None for the fastest that can.
 
     Returns:
       [B, T, K, G, H] in the dtype of the queries.
