@@ -125,7 +125,10 @@ def _attend(q_BTKGH, k_BSKH, v_BSKH, sinks_KG, q_pos_BT, k_pos_BS, window):
                 pltpu.VMEM((rows * queries, lanes), jnp.float32),
             ],
         ),
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_VMEM),
+        compiler_params=pltpu.CompilerParams(
+            vmem_limit_bytes=_VMEM,
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+        ),
     )(flat, count_BQ.reshape(-1), q, k_BSL, v_BSL, sinks, q_pos_BT[..., None], k_pos_BS[:, None])
 
     out = out.reshape(B, groups, blocks, heads, G, queries, heads, H)

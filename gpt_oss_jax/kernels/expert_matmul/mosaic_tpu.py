@@ -114,15 +114,15 @@ def _few(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit):
         out_shape=jax.ShapeDtypeStruct((slots, M, N), x_MD.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(count, outputs),
+            grid=(outputs, count),
             in_specs=[
-                pl.BlockSpec(spread.shape, lambda s, n, experts: (0, 0)),
-                *_weight_specs(w.up, tile, lambda s, n, experts: (experts[s], 0, 0, n)),
-                pl.BlockSpec((1, 2, tile), lambda s, n, experts: (s, 0, n)),
+                pl.BlockSpec(spread.shape, lambda n, s, experts: (0, 0)),
+                *_weight_specs(w.up, tile, lambda n, s, experts: (experts[s], 0, 0, n)),
+                pl.BlockSpec((1, 2, tile), lambda n, s, experts: (s, 0, n)),
             ],
-            out_specs=pl.BlockSpec((1, M, tile), lambda s, n, experts: (s, 0, n)),
+            out_specs=pl.BlockSpec((1, M, tile), lambda n, s, experts: (s, 0, n)),
         ),
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_VMEM),
+        compiler_params=_params("parallel", "arbitrary"),
     )(experts_S.astype(jnp.int32), spread, w.up.blocks, w.up.scales, bias_S2F)
 
     spread = jax.vmap(lambda h: _spread(h, w.down.blocks.shape[2]))(h_SMF)
@@ -144,7 +144,7 @@ def _few(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit):
             ],
             out_specs=pl.BlockSpec((M, tile), lambda n, s, experts: (0, n)),
         ),
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_VMEM),
+        compiler_params=_params("parallel", "arbitrary"),
     )(experts_S.astype(jnp.int32), spread, w.down.blocks, w.down.scales, bias_S1D, weights_SM1)
     return y_MD.astype(x_MD.dtype)
 
@@ -159,7 +159,7 @@ def _few_up(experts, x_RD, words, scales, bias, out, *, N, limit, parts):
         )
         out[0, :, at] = xla.swiglu(gate, linear, limit).astype(out.dtype)
 
-    _over_lanes(lanes, N, out.shape[-1], pl.program_id(1))
+    _over_lanes(lanes, N, out.shape[-1], pl.program_id(0))
 
 
 def _few_down(experts, h_RF, words, scales, bias, weights, out, *, N, parts):
@@ -258,7 +258,7 @@ def _many_call(body, name, tiles, experts_T, x_TAPK, w: MXArray, bias_ECN, weigh
             out_specs=pl.BlockSpec((1, P, tile), lambda n, t, experts: (t, 0, n)),
             scratch_shapes=[pltpu.VMEM((C, K, tile), jnp.bfloat16)],
         ),
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_VMEM),
+        compiler_params=_params("parallel", "arbitrary"),
     )(experts_T, x_TAPK, w.blocks, w.scales, bias_ECN, *weights)
 
 
@@ -303,6 +303,11 @@ def _decode_if_new(experts, words, scales, decoded, N):
                     decoded[c, start:stop, at] = values.reshape(-1, at.size)
 
         _over_lanes(lanes, N, decoded.shape[-1], pl.program_id(0))
+
+
+def _params(*order):
+    """Where a chip has two cores, each takes half of what is "parallel"."""
+    return pltpu.CompilerParams(vmem_limit_bytes=_VMEM, dimension_semantics=order)
 
 
 def _weight_specs(w: MXArray, tile, index):
