@@ -29,7 +29,7 @@ class Target:
             shape, dtype, sharding=NamedSharding(self.mesh, PartitionSpec())
         )
 
-    def compile(self, function, *args):
+    def compile(self, function, *args, **options):
         with contextlib.ExitStack() as stack:
             stack.enter_context(jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh))
-            return jax.jit(function).trace(*args).lower().compile()
+            return jax.jit(function, **options).trace(*args).lower().compile()
