@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -21,19 +22,16 @@ def expert_program(topology, E, X, D, F, M, dtype=jnp.bfloat16):
     """The compiled expert layer, and the bytes of its weights."""
     t = target(topology)
 
-    def words(shape, columns, inputs, outputs):
-        outputs = -(-outputs // 128) * 128
-        scale_rows = 8 * -(-inputs // 1024)
-        return MXArray(
-            t.array((E, columns, inputs // 8, outputs), jnp.int32),
-            t.array((E, columns, scale_rows, outputs), jnp.int32),
-            words_of=shape,
-        )
+    def words(*shape):
+        scales = jax.ShapeDtypeStruct((*shape[:-1], shape[-1] // 32), jnp.uint8)
+        blocks = jax.ShapeDtypeStruct((*scales.shape, 16), jnp.uint8)
+        m = jax.eval_shape(MXArray.in_words, MXArray(blocks, scales))
+        return jax.tree.map(lambda x: t.array(x.shape, x.dtype), m)
 
     w = ExpertWeights(
-        words((E, F, 2, D), 2, D, F),
+        words(E, F, 2, D),
         t.array((E, F, 2), dtype),
-        words((E, D, F), 1, F, D),
+        words(E, D, F),
         t.array((E, D), dtype),
     )
     run = functools.partial(expert_mlp, limit=7.0, implementation="mosaic_tpu")

@@ -73,6 +73,8 @@ def test_a_tpu_copies_only_the_keys_that_a_block_of_queries_sees():
     for q_pos, window, blocks in (
         ([32, 33], None, [0, 1, 2, 3, 4]),
         ([32, 33], 7, [3, 4]),
+        ([31, 32], 2, [3, 4]),
+        ([-1, 8], 7, [0, 1]),
         ([-1, 5], 7, [0]),
         ([-1, -1], None, []),
     ):
