@@ -133,7 +133,8 @@ class Transformer(nnx.Module):
             NaN); None: everywhere.
           capture: Names of values to return, or patterns: "layers.*.mlp.router_logits". Attention
             scores are computed by XLA for this, whatever kernel the layer runs on.
-          patch: Values to use instead, by name, of the same shape.
+          patch: Values to use instead, by name, of the same shape. What is captured under a patched
+            name is what was computed.
 
         Returns:
           float32 logits, [B, T, V] or [B, V] with `logits_at`; the new cache, None without one;
