@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import jax
 
 from gpt_oss_jax import __version__, compile_cache
-from gpt_oss_jax.cli import bench, chat, checkpoints, doctor, generate
+from gpt_oss_jax.cli import bench, chat, checkpoints, doctor, generate, parity
 from gpt_oss_jax.cli.terminal import remark
 
-COMMANDS = (chat, generate, checkpoints, bench, doctor)
+COMMANDS = (chat, generate, checkpoints, bench, doctor, parity)
 
 
 def build_parser() -> argparse.ArgumentParser:

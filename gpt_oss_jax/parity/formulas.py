@@ -62,8 +62,9 @@ def _norm(module, x_D: np.ndarray) -> Variants:
     yield "one added to the scale", normed_D * (1 + scale_D)
     yield "the scale left out", normed_D
     centred_D = x_D - x_D.mean()
-    yield "the mean subtracted", (
-        centred_D / np.sqrt(np.mean(centred_D**2) + module.epsilon) * scale_D
+    yield (
+        "the mean subtracted",
+        (centred_D / np.sqrt(np.mean(centred_D**2) + module.epsilon) * scale_D),
     )
 
 
@@ -219,4 +220,3 @@ def _mlp(moe, x_D, experts_X, weights_X, config: Config) -> Variants:
     if config.hidden_size == config.intermediate_size:
         for e in experts_X:
             yield f"the down matrix of expert {e} transposed", mixed(transposed=int(e))
-

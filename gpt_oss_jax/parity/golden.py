@@ -31,7 +31,9 @@ from gpt_oss_jax.parity.values import Values
 _FORMAT = 1
 _ROWS, _COLUMNS, _TOP = 8, 8, 20
 _EXPERTS = "mlp.experts"  # kept whole: routing is compared exactly
-_LOGITS = ("ids", "logits", "logsumexp", "next")
+_LOGITS = tuple(f"logits_{field.name}" for field in dataclasses.fields(TopLogits))
+_KEYS = ("format", "provenance", "tokens", "names", "sizes", "rows", "columns", "samples")
+_KEYS += ("experts", *_LOGITS)
 _DISTRIBUTIONS = ("jax", "numpy", "torch", "transformers", "gpt-oss")
 
 
@@ -139,23 +141,24 @@ def fingerprint(source: Source) -> str:
 
 def save(golden: Golden, path: str | os.PathLike) -> None:
     """Writes a golden file, whole or not at all."""
+    sampled = {name: x for name, x in golden.values.items() if not x.is_whole}
+    pad = lambda x, fill: np.pad(
+        x, [(0, 0)] * (x.ndim - 1) + [(0, _COLUMNS - x.shape[-1])], constant_values=fill
+    )
     arrays = {
         "format": np.int32(_FORMAT),
-        "tokens": golden.tokens_T,
         "provenance": np.str_(json.dumps(golden.provenance)),
-        "rows": next(x.rows for x in golden.values.values() if x.rows is not None),
-        "names": np.array(list(golden.values)),
-        "logits/ids": golden.logits.ids,
-        "logits/logits": golden.logits.logits,
-        "logits/logsumexp": golden.logits.logsumexp_T,
-        "logits/next": golden.logits.next_T,
+        "tokens": golden.tokens_T,
+        "names": np.array(list(sampled)),
+        "sizes": np.stack([x.size_T for x in sampled.values()]),
+        "rows": next(iter(sampled.values())).rows,
+        "columns": np.stack([pad(x.columns, -1) for x in sampled.values()]),
+        "samples": np.stack([pad(x.values, 0) for x in sampled.values()]),
+        "experts": np.stack([x.values for x in golden.values.values() if x.is_whole]),
+        **{f"logits_{name}": x for name, x in dataclasses.asdict(golden.logits).items()},
     }
-    for name, x in golden.values.items():
-        arrays[f"{name}/values"] = x.values
-        if x.columns is not None:
-            arrays |= {f"{name}/size": x.size_T, f"{name}/columns": x.columns}
     path = Path(path)
-    handle, unfinished = tempfile.mkstemp(dir=path.parent or ".", prefix=f".{path.name}-")
+    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(handle, "wb") as file:
             np.savez_compressed(file, **arrays)
@@ -175,27 +178,21 @@ def load(path: str | os.PathLike) -> Golden:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a golden file: {error}") from error
-    if not isinstance(arrays, dict) or "format" not in arrays:
-        raise ValueError(f"{path} is not a golden file: it lacks format.")
+    if missing := [name for name in _KEYS if name not in arrays]:
+        raise ValueError(f"{path} is not a whole golden file; it lacks {', '.join(missing)}.")
     if arrays["format"] != _FORMAT:
         raise ValueError(f"{path} has format {arrays['format']}; this version reads {_FORMAT}.")
-    wanted = ["tokens", "provenance", "rows", "names", *(f"logits/{x}" for x in _LOGITS)]
-    for name in map(str, arrays.get("names", ())):
-        parts = ("values",) if name.endswith(_EXPERTS) else ("values", "size", "columns")
-        wanted += [f"{name}/{part}" for part in parts]
-    if missing := [name for name in wanted if name not in arrays]:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise ValueError(f"{path} lacks {', '.join(missing[:5])}{more}.")
     values = {}
-    for name in map(str, arrays["names"]):
-        x = arrays[f"{name}/values"]
-        values[name] = (
-            Values.whole(x)
-            if name.endswith(_EXPERTS)
-            else Values(arrays[f"{name}/size"], x, arrays["rows"], arrays[f"{name}/columns"])
-        )
-    about = json.loads(str(arrays["provenance"]))
-    logits = TopLogits(*(arrays[f"logits/{x}"] for x in _LOGITS))
-    return Golden(arrays["tokens"], values, logits, about)
+    for name, size_T, columns, sample in zip(
+        map(str, arrays["names"]),
+        *(arrays[x] for x in ("sizes", "columns", "samples")),
+        strict=True,
+    ):
+        known = columns >= 0
+        values[name] = Values(size_T, sample[:, known], arrays["rows"], columns[known])
+    for layer, experts_TX in enumerate(arrays["experts"]):
+        values[f"layers.{layer}.{_EXPERTS}"] = Values.whole(experts_TX)
+    logits = TopLogits(*(arrays[name] for name in _LOGITS))
+    return Golden(arrays["tokens"], values, logits, json.loads(str(arrays["provenance"])))
