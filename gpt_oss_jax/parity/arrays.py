@@ -20,6 +20,8 @@ Arrays = Mapping[str, np.ndarray]
 Reference = Arrays | Golden | Callable[[np.ndarray], Iterable[Arrays]]
 Known = Mapping[str, Values | TopLogits]
 
+_MASKED = -1e30  # Some write a large negative number for minus infinity.
+
 
 def by_stage(reference: Reference, tokens_T: np.ndarray, config: Config) -> Iterator[Known]:
     """What is known of the embedding, of each layer and of the end, under names without a layer.
@@ -97,6 +99,7 @@ def _checked(name: str, array, op: Op, config: Config, length: int) -> Values:
         raise ValueError(f"{name} of the reference must have shape ({text}), got {array.shape}.")
     if scores:
         array = np.moveaxis(array.reshape(-1, length, shape[-1]), 1, 0)
+        array = np.where(array < _MASKED, -np.inf, array)
     array = array.reshape(length, -1)
     if op.name == "mlp.expert_weights":
         array = -np.sort(-array, axis=-1)  # ours have the heaviest first

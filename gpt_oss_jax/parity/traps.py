@@ -49,7 +49,7 @@ def cause(
     columns = slice(None) if theirs.is_whole else theirs.columns
     # Some traps look alike at the worst position; the last one that is off tells them apart.
     over = [i for i, t in enumerate(rows) if excess_T[t] > 1] or [0]
-    texts = None
+    fits: dict[str, float] = {}
     for at in (max(over, key=lambda i: excess_T[rows[i]]), over[-1]):
         t = int(rows[at])
         variants = [
@@ -57,29 +57,30 @@ def cause(
             for text, row in formulas.of(stage.modules, name, t, inputs, config)
         ]
         ours, reference = (x.astype(np.float64) for x in (ours_TF[t][columns], theirs.values[at]))
-        fits = _explanations(ours, reference, variants)
-        texts = fits if texts is None else [text for text in texts if text in fits] or texts
-    return f" Likely cause: {texts[0]}." if texts else ""
+        here = _explanations(ours, reference, variants)
+        both = {text: off + here[text] for text, off in fits.items() if text in here}
+        fits = both or fits or here
+    return f" Likely cause: {min(fits, key=fits.get)}." if fits else ""
 
 
-def _explanations(ours: np.ndarray, reference: np.ndarray, variants: list) -> list[str]:
-    """What may have happened at one position, likeliest first."""
+def _explanations(ours: np.ndarray, reference: np.ndarray, variants: list) -> dict[str, float]:
+    """What may have happened at one position, and how much of the difference that leaves."""
+    if not variants or not np.isfinite(ours - reference).all():
+        return {}
     gap = float(np.abs(ours - reference).max(initial=0))
-    if not variants or not 0 < gap < np.inf:
-        return []
+    if not gap:
+        return {}
     (_, right), *wrong = variants
-    off = lambda a, b: float(np.abs(a - b).max())
+    off = lambda a, b: float(np.abs(a - b).max()) / gap
     sides = (("ours", ours, reference), ("the reference", reference, ours))
-    fits = [
-        (off(row, x), f"{who} is what the formula gives with {text}")
+    fits = {
+        f"{who} is what the formula gives with {text}": off(row, x)
         for who, row, other in sides
-        if off(other, right) < _SHARE * gap
+        if off(other, right) < _SHARE
         for text, x in wrong
-        if off(row, x) < _SHARE * gap
-    ]
-    if fits:
-        return [text for _, text in sorted(fits)]
-    if _COARSE[0] < gap / np.abs(reference).max() < _COARSE[1]:
+        if off(row, x) < _SHARE
+    }
+    if not fits and _COARSE[0] < gap / np.abs(reference).max() < _COARSE[1]:
         who = max(sides, key=lambda side: off(side[1], right))[0]
-        return [f"{who} computes this in bfloat16 or TF32, by the size of its error"]
-    return []
+        return {f"{who} computes this in bfloat16 or TF32, by the size of its error": 0.0}
+    return fits
