@@ -17,6 +17,7 @@ from gpt_oss_jax.config import Config
 # How many standard deviations of accumulated rounding are allowed: by Hoeffding's inequality one
 # value in 4e13 is further out, and a large comparison has 1e10.
 DEVIATIONS = 8
+_TINY = float(np.finfo(np.float32).tiny)
 ACCUMULATOR = 2.0**-24  # unit roundoff of float32, in which every contraction is summed
 
 
@@ -131,9 +132,18 @@ def _own(op: Op, config: Config, dtype, ours: Mapping[str, np.ndarray]) -> np.nd
         return DEVIATIONS * (roundings * roundoff(dtype) + 2 * ACCUMULATOR * np.sqrt(terms))
 
     flat_T = np.zeros_like(positions_T)
+    u = roundoff(dtype)
     if op.name.endswith("_rope"):
-        # An angle of p radians is off by its own rounding, and by that of the frequency.
-        return noise(4, 2) + 3 * ACCUMULATOR * positions_T
+        # Four roundings, none of them summed, and an angle of p radians is off by its own rounding
+        # and by those of the frequency. What is lost in a pair shows in its smaller element.
+        x_TF = ours[op.name]
+        largest_T = np.abs(x_TF).max(-1) / np.maximum(row_size(x_TF), _TINY)
+        return 2**0.5 * largest_T * (4 * u + 3 * ACCUMULATOR * positions_T)
+    if op.name in ("middle", "output"):
+        # Both terms and their sum are rounded; where they cancel, the terms are the larger ones.
+        sum_TD, branch_TD = ours[op.name], ours[op.inputs[1]]
+        scale_TD = np.maximum(np.abs(sum_TD), row_size(sum_TD)[:, None])
+        return u * (3 + 2 * (np.abs(branch_TD) / np.maximum(scale_TD, _TINY)).max(-1))
     if op.name == "attention.heads":
         q_TN, k_T = (
             np.linalg.norm(ours[f"attention.{x}_rope"].reshape(len(flat_T), -1, H), axis=-1)
@@ -152,8 +162,6 @@ def _own(op: Op, config: Config, dtype, ours: Mapping[str, np.ndarray]) -> np.nd
         "embedding": (1, 0),
         "attention.scores": (2, H),
         "attention.out": (2, N * H),
-        "middle": (3, 1),
-        "output": (3, 1),
     }.get(op.name, (2, D))
     return flat_T + noise(roundings, terms)
 
