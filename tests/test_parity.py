@@ -106,9 +106,9 @@ def test_few_arrays_are_compared_too(model, reference):
 
 def test_attention_scores(model, reference):
     """In the shape that most write them, [heads, T, S], masked by any large negative number."""
-    seen = model.forward(jnp.asarray(TOKENS)[None], capture="layers.1.attention.scores")[2]
-    scores_NTS = np.asarray(seen["layers.1.attention.scores"]).reshape(-1, 24, 24)
     name = "layers.1.attention.scores"
+    run = jax.jit(lambda model, tokens: model.forward(tokens, capture=name)[2])
+    scores_NTS = np.asarray(run(model, TOKENS[None])[name]).reshape(-1, 24, 24)
     large = np.where(np.isinf(scores_NTS), np.finfo(np.float32).min, scores_NTS)
     assert_parity(model, reference | {name: large}, TOKENS)
     assert compare(model, reference | {name: np.roll(large, 1, 0)}, TOKENS).first == name
@@ -135,7 +135,8 @@ def test_a_flip_that_rounding_explains_is_allowed(model):
     other = np.where(experts == first, twin, np.where(experts == twin, first, experts))
     choice = jnp.asarray(np.where(alone[:, None], other, experts))[None]
     capture = [f"layers.{i}.{op.name}" for i in range(2) for op in LAYER if "scores" not in op.name]
-    seen = model.forward(jnp.asarray(TOKENS)[None], capture=capture, patch={name: choice})[2]
+    run = jax.jit(lambda m, tokens, patch: m.forward(tokens, capture=capture, patch=patch)[2])
+    seen = run(model, TOKENS[None], {name: choice})
     report = assert_parity(model, dict(seen) | {name: choice}, TOKENS)
     assert alone.any()
     assert [flip.position for flip in report.routing[0].own] == list(np.flatnonzero(alone))

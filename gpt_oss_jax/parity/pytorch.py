@@ -35,7 +35,7 @@ def reference(name: str, source: Source, step: Callable[[int], None] = lambda nb
       step: Hears how many bytes of the checkpoint were read.
 
     Raises:
-      ValueError: If what it needs is not installed.
+      ValueError: If what it needs is not installed, or it cannot be configured as the model is.
     """
     modules, wanted = _MISSING[name]
     try:
@@ -46,6 +46,13 @@ def reference(name: str, source: Source, step: Callable[[int], None] = lambda nb
             f"the reference {name!r} needs {wanted}, but {error}; --golden FILE needs neither."
         ) from error
     run = {"official": _official, "hf": _hugging_face}[name]
+    if name == "official":
+        try:
+            source.config.to_original_dict()
+        except ValueError as error:
+            raise ValueError(
+                f"the reference 'official' lacks a setting, 'hf' has it: {error}"
+            ) from error
     return functools.partial(run, source, step)
 
 
