@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from faults import FAULTS
+from faults import FAULTS, Fault
 from flax import nnx
 from random_model import random_model
 from sizes import TINY
 
 from gpt_oss_jax.checkpoint import load, open_source, synthetic
+from gpt_oss_jax.model import rope
 from gpt_oss_jax.parity import Recorder, Streamed, assert_parity, compare, values
 from gpt_oss_jax.parity.ops import LAYER
 
@@ -102,6 +103,15 @@ def test_few_arrays_are_compared_too(model, reference):
     assert (report.first, report.ops[0].judged.worst) == ("layers.1.attention.out", 5)
     with pytest.raises(AssertionError, match="layers.1.attention.out, at position 5"):
         assert_parity(model, {"layers.1.attention.out": wrong}, TOKENS)
+
+
+def test_no_tolerance_grows_with_the_mistake(model, reference):
+    """Rotated queries a million times too large, of a reference that does not show them."""
+    hidden = {k: x for k, x in reference.items() if not k.endswith("_rope")}
+    large = Fault("", "", code=(rope, "concentration", lambda config: 1e6))
+    with large.planted(copy(model)) as faulty:
+        report = compare(faulty, hidden, TOKENS)
+    assert report.first == "layers.0.attention.heads"
 
 
 def test_attention_scores(model, reference):

@@ -108,6 +108,8 @@ def test_bad_golden_files_are_refused_in_one_line(recorded, tmp_path, capsys):
     np.savez(tmp_path / "lacking.npz", **{k: v for k, v in np.load(file).items() if k != "sizes"})
     np.savez(tmp_path / "arrays.npz", embedding=np.zeros(3))
     (tmp_path / "text.npz").write_text("no archive")
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
     small = str(synthetic.write(dataclasses.replace(CONFIG, vocab_size=97), tmp_path / "small"))
     for arguments, said in [
         ([folder, "--golden", str(tmp_path / "lacking.npz")], "it lacks sizes"),
@@ -121,6 +123,7 @@ def test_bad_golden_files_are_refused_in_one_line(recorded, tmp_path, capsys):
         ([folder, "--golden", str(file), "--save", "y.npz"], "nothing saved"),
         ([folder, "--length", "0"], "at least 1 token"),
         ([str(tmp_path / "none"), "--length", "3"], "none"),
+        ([str(tmp_path / "llama")], 'must have model_type "gpt_oss"'),
     ]:
         assert cli.main(["parity", *arguments]) == 2
         out, err = capsys.readouterr()

@@ -104,7 +104,8 @@ def tolerances(
       given: Names whose values both sides share: errors start anew behind them.
       before_T: What has gathered in the stage's input, unless that is given.
     """
-    own = {op.name: _own(op, config, dtype, ours) for op in ops}
+    # No rounding makes a row another one, however large the numbers are that went into it.
+    own = {op.name: np.minimum(1.0, _own(op, config, dtype, ours)) for op in ops}
     inputs = {op.name: op.inputs for op in ops}
 
     def sources(name: str) -> set[str]:
