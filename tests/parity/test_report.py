@@ -21,6 +21,7 @@ from gpt_oss_jax.parity.predictions import predictions
 
 NAMES = {"original": "official", "hf": "hf"}
 LENGTHS = {"window-7": (1, 7, 8, 300), "window-128": (1, 127, 128, 129, 4097)}
+ROTATED = tuple(f".attention.{x}" for x in ("q", "k", "q_rope", "k_rope"))
 PROMPTS, LENGTH = 64, 100
 
 
@@ -30,8 +31,7 @@ def both(source):
     def stages(tokens_T):
         references = (pytorch.reference(name, source)(tokens_T) for name in NAMES.values())
         for official, hf in zip(*references, strict=True):
-            rotated = (f"attention.{x}" for x in ("q", "k", "q_rope", "k_rope"))
-            yield hf | {k: v for k, v in official.items() if k.endswith(tuple(rotated))}
+            yield hf | {k: v for k, v in official.items() if k.endswith(ROTATED)}
 
     return stages
 
@@ -44,6 +44,7 @@ def both(source):
 def test_nothing_is_reported_on_the_unmodified_model(models, record, length):
     source = open_source(models.folders["hf"])
     report = assert_parity(Streamed(source), both(source), models.tokens(length))
+    assert {op.name for op in report.ops} >= {f"layers.1{name}" for name in ROTATED}
     worst = max(report.ops, key=lambda op: op.judged.excess_T.max())
     record(
         "remark",
