@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import glob
 import itertools
 import json
 import shutil
@@ -91,7 +92,7 @@ class OrbaxSource:
             check()
 
     def _check(self, path: str, out: np.ndarray) -> None:
-        if checksum(out, self.variables[path].dtype) != self.checksums.get(path):
+        if checksum(out, self.variables[path].dtype) != self.checksums[path]:
             raise ValueError(
                 f"{self.folder} is damaged: {path} holds other bytes than were written. Fetch or "
                 "convert it again."
@@ -112,6 +113,7 @@ def open_orbax(folder: Folder) -> OrbaxSource:
     config = read_config(folder)
     try:
         ours = json.loads(folder.read("_CHECKPOINT_METADATA"))["custom_metadata"][_OURS]
+        checksums = dict(ours["checksums"])
         arrays = _open_arrays(folder)
     except Exception as error:
         raise ValueError(f"{folder} is no whole Orbax checkpoint of ours: {error}") from error
@@ -126,6 +128,7 @@ def open_orbax(folder: Folder) -> OrbaxSource:
     }
     variables = {x.path: x for x in names.variables(config, kinds)}
     problems = [f"missing: {path}" for path in variables if path not in arrays]
+    problems += [f"no checksum: {path}" for path in variables if path not in checksums]
     for path, found in arrays.items():
         variable = variables.get(path)
         if variable is None:
@@ -141,7 +144,7 @@ def open_orbax(folder: Folder) -> OrbaxSource:
             f"{folder} must hold the gpt-oss model of its config.json, but\n  "
             + "\n  ".join(problems)
         )
-    return OrbaxSource(folder, config, variables, arrays, ours["checksums"])
+    return OrbaxSource(folder, config, variables, arrays, checksums)
 
 
 def write_orbax(source: Source, path: Path, fingerprint: str, step: Callable[[int], None]) -> None:
@@ -244,7 +247,7 @@ def _partial(path: Path) -> Path:
 def _begun(path: Path, fingerprint: str) -> set[str]:
     """The groups an earlier run has written; all is removed if it cannot be gone on with."""
     partial = _partial(path)
-    for leftover in path.parent.glob(f"{partial.name}.orbax-checkpoint-tmp*"):
+    for leftover in path.parent.glob(f"{glob.escape(partial.name)}.orbax-checkpoint-tmp*"):
         shutil.rmtree(leftover)
     done: set[str] = set()
     # A merge that was broken off cannot be gone on with: it leaves the tree beside the saves.
