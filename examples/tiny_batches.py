@@ -135,7 +135,7 @@ def _sample_item(
 
 UNKNOWN_SHARE = 0.2
 CATEGORIES = (*world.CATEGORIES, "unknown")
-WEIGHTS = dict(greeting=0.13, identity=0.13, sum=0.22, product=0.25, fact=0.20, weather=0.07)
+WEIGHTS = dict(greeting=0.15, identity=0.13, sum=0.22, product=0.25, fact=0.19, weather=0.06)
 
 
 def _corrupt(rng: random.Random, tokens: list[int]) -> list[int]:
@@ -143,7 +143,7 @@ def _corrupt(rng: random.Random, tokens: list[int]) -> list[int]:
     tokens = list(tokens)
     for _ in range(rng.choice([1, 1, 2, 3])):
         at = rng.randrange(len(tokens))
-        new = FOREIGN if rng.random() < 0.75 else rng.choice(_words())
+        new = FOREIGN if rng.random() < 0.85 else rng.choice(_words())
         tokens[at : at + rng.randint(0, 1)] = [new]
     return tokens
 
@@ -213,7 +213,7 @@ def branch(
     Returns:
       The category of the open one, the tokens of the prompt and those of the right reply.
     """
-    weights = WEIGHTS | ({"weather": 0.5} if context.weather else {})
+    weights = WEIGHTS | ({"weather": 1.4} if context.weather else {})
     history = []
     for _ in range(turns):
         messages, reply = talk.sample_turn(_sample_item(rng, weights), context, rng)
@@ -258,7 +258,7 @@ def sequences(seed: int, length: int, held_out: bool = False) -> Iterator[dict[s
         used = start = len(context.tokens)
         arrays["tokens"][:start] = rows[context.tokens]
         arrays["positions"][:start] = np.arange(start)
-        turns = rng.choice([0, 0, 0, 1, 1, 2, 3])
+        turns = rng.choice([0, 0, 1, 1, 1, 2, 3])
         for segment in range(1, length):
             category, prompt, reply = branch(rng, context, turns, held_out)
             ids = rows[prompt + reply]

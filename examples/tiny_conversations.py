@@ -69,21 +69,18 @@ def _function(name: str, description: str, parameters: Mapping[str, str]) -> Fun
 
 @dataclasses.dataclass(frozen=True)
 class Weather:
-    """The weather function as a developer declares it."""
+    """The weather function as a developer declares it: always `get_weather(location)`."""
 
-    name: str = "get_weather"
-    parameter: str = "location"
     description: str = "Gets the current weather in a city."
-    parameter_description: str = "The name of the city."
+    location: str = "The name of the city."
 
     def function(self) -> Function:
         """Its declaration."""
-        parameters = {self.parameter: self.parameter_description}
-        return _function(self.name, self.description, parameters)
+        return _function("get_weather", self.description, {"location": self.location})
 
     def arguments(self, city: str) -> str:
         """The JSON text of a call."""
-        return json.dumps({self.parameter: city})
+        return json.dumps({"location": city})
 
     def call(self, city: str) -> Message:
         """A call, as a message of the history."""
@@ -91,13 +88,13 @@ class Weather:
             "assistant",
             self.arguments(city),
             channel="commentary",
-            recipient=f"functions.{self.name}",
+            recipient="functions.get_weather",
             content_type="<|constrain|>json",
         )
 
     def result(self, text: str) -> Message:
         """A result, as a message of the history."""
-        name = f"functions.{self.name}"
+        name = "functions.get_weather"
         return Message("tool", text, name=name, channel="commentary", recipient="assistant")
 
 
@@ -159,19 +156,14 @@ def sample_weather(rng: random.Random) -> Weather:
         "The weather in a place, now.",
         "Returns the current temperature and condition of a city.",
     )
-    parameter_descriptions = (
+    locations = (
         "",
         "The name of the city.",
         "The city and state, e.g. San Francisco, CA",
         "City, for example Paris",
         "The city.",
     )
-    return Weather(
-        name=rng.choice(["get_weather", "get_weather", "get_current_weather"]),
-        parameter=rng.choice(["location", "location", "city"]),
-        description=rng.choice(descriptions),
-        parameter_description=rng.choice(parameter_descriptions),
-    )
+    return Weather(rng.choice(descriptions), rng.choice(locations))
 
 
 def sample_context(rng: random.Random) -> Context:
@@ -186,7 +178,7 @@ def sample_context(rng: random.Random) -> Context:
     return make_context(
         None if rng.random() < 0.01 else system,
         instructions=" ".join(sentences) if rng.random() < 0.35 else "",
-        weather=sample_weather(rng) if rng.random() < 0.4 else None,
+        weather=sample_weather(rng) if rng.random() < 0.45 else None,
         functions=[_function(*rng.choice(_OTHER_FUNCTIONS))] if rng.random() < 0.12 else [],
     )
 
@@ -237,39 +229,25 @@ def answer(item: world.Item, context: Context) -> Reply:
     """The right reply to a prompt: a call where it needs one and the function is there."""
     if item.city and context.weather:
         thought = world.call_thoughts(item.city)[context.level]
-        return Reply(thought, context.weather.arguments(item.city), context.weather.name)
+        return Reply(thought, context.weather.arguments(item.city), "get_weather")
     return Reply(item.thoughts[context.level], item.final)
 
 
 def sample_report(rng: random.Random, city: str) -> tuple[str, str]:
     """Draws a weather function's result and the sentence that reports it."""
-    condition, degrees = rng.choice(world.CONDITIONS), rng.randint(-15, 40)
+    condition, degrees = rng.choice(world.CONDITIONS), rng.randint(-5, 35)
     both = f"It is {condition} in {city}, {degrees} degrees."
     values = {"temperature": degrees, "condition": condition}
     shape = rng.random()
     if shape < 0.04:
         return f"Error: {rng.choice(_ERRORS)}", world.FAILED
-    if shape < 0.5:
-        pass
-    elif shape < 0.6:
-        values = {"condition": condition, "temperature": degrees}
-    elif shape < 0.7:
-        values = {"location": city, **values}
-    elif shape < 0.75:
-        values["unit"] = "celsius"
-    elif shape < 0.8:
-        sunny = rng.random() < 0.5
-        values = {"sunny": sunny, "temperature": degrees}
-        both = f"It is {'' if sunny else 'not '}sunny in {city}, {degrees} degrees."
-    elif shape < 0.85:
+    if shape < 0.1:
         return f"{condition}, {degrees} degrees", both
-    elif shape < 0.9:
-        return f"It is {condition}, {degrees} degrees.", both
-    elif shape < 0.95:
-        values, both = {"temperature": degrees}, f"It is {degrees} degrees in {city}."
-    else:
-        values, both = {"condition": condition}, f"It is {condition} in {city}."
-    return json.dumps(values, separators=(",", ":") if rng.random() < 0.2 else None), both
+    if shape < 0.2:
+        values = {"condition": condition, "temperature": degrees}
+    elif shape < 0.3:
+        values = {"location": city, **values}
+    return json.dumps(values), both
 
 
 def weather_turn(

@@ -58,37 +58,47 @@ def spellings(prompt: str) -> list[str]:
     return list(dict.fromkeys(forms))
 
 
-# Each group of greetings and its answer.
+# An answer, what the user does who gets it, and ways to do that.
 _GREETINGS = {
-    "Hello! How can I help you?": "Hello! Hi! Hey! Hello there! Hi there! Hey there! Greetings! "
-    "Hello, tiny! Hi, tiny! Hello again! Hi again! Good day! Howdy!",
-    "Good morning! How can I help you?": "Good morning! Morning! Good morning, tiny! "
+    "Hello! How can I help you?": "says hello: "
+    "Hello! Hi! Hey! Hello there! Hi there! Hey there! Greetings! "
+    "Hello, tiny! Hi, tiny! Hello again! Hi again! Good day!",
+    "Good morning! How can I help you?": "wishes me a good morning: "
+    "Good morning! Good morning, tiny! "
     "A very good morning! Good morning to you! Hello and good morning! Hi, good morning!",
-    "Good evening! How can I help you?": "Good evening! Evening! Good evening, tiny! "
+    "Good evening! How can I help you?": "wishes me a good evening: "
+    "Good evening! Good evening, tiny! "
     "A very good evening! Good evening to you! Hello and good evening! Hi, good evening!",
-    "I am fine, thank you. How can I help you?": "How are you? How are you doing? "
+    "I am fine, thank you. How can I help you?": "asks how I am: "
+    "How are you? How are you doing? "
     "Hello, how are you? Hi, how are you? How are you today? How do you do? How is it going? "
     "Are you well? What's up? Hey, how are you? How are things?",
-    "You are welcome!": "Thank you! Thanks! Thank you very much! Thanks a lot! Many thanks! "
+    "You are welcome!": "thanks me: "
+    "Thank you! Thanks! Thank you very much! Thanks a lot! Many thanks! "
     "Thank you, tiny! Great, thanks! Thanks, that is great! Ok, thanks! Good, thank you!",
-    "Goodbye!": "Goodbye! Bye! Bye bye! Good night! See you! See you later! Goodbye, tiny! "
+    "Goodbye!": "says goodbye: "
+    "Goodbye! Bye! Bye bye! Good night! See you! See you later! Goodbye, tiny! "
     "Thanks, bye! Ok, bye! Goodbye for now! See you soon!",
 }
 _IDENTITY = {
-    "I am tiny, a very small gpt-oss model that runs in JAX.": "Who are you? What are you? "
+    "I am tiny, a very small gpt-oss model that runs in JAX.": "asks who I am: "
+    "Who are you? What are you? "
     "Tell me who you are. Who is this? Tell me about yourself. Introduce yourself. "
     "What kind of model are you? Which model are you? Are you a model? Are you a language model? "
     "Hello, who are you? Hi, who are you? And who are you? Who am I talking to? "
     "What model is this? "
     "Please tell me who you are. Are you an AI? Are you a robot? Are you human?",
-    "My name is tiny.": "What is your name? What's your name? Tell me your name. "
+    "My name is tiny.": "asks for my name: "
+    "What is your name? What's your name? Tell me your name. "
     "Do you have a name? Your name? Your name, please. Please tell me your name. "
     "What are you called? Say your name. May I know your name?",
-    "I was trained in a few minutes on a CPU, by examples/train_tiny.py.": "Who made you? "
+    "I was trained in a few minutes by examples/train_tiny.py.": "asks who made me: "
+    "Who made you? "
     "Who trained you? Who built you? How were you made? How were you trained? Who created you? "
     "Where do you come from? Tell me who made you. Tell me who trained you. How were you built?",
     "I can greet you, add and multiply numbers up to 12, tell you a few facts and look up the "
-    "weather with a function.": "What can you do? What do you know? What can I ask you? "
+    "weather with a function.": "asks what I can do: "
+    "What can you do? What do you know? What can I ask you? "
     "How can you help me? Can you help me? Help! Help me! Tell me what you can do. Please help. "
     "What are you good at? What can I ask? What do you do? Tell me what you know.",
 }
@@ -259,14 +269,15 @@ def sentences(text: str) -> Iterator[str]:
             start = i + 1
 
 
-def _social(category: str, groups: dict[str, str], kind: str, what: str) -> Iterator[Item]:
-    thoughts = (
-        f"{kind}.",
-        f"The user {what}. I answer in one sentence.",
-        f"The user {what}. There is nothing to compute and no function to call. I know what to "
-        "say and I answer in one sentence.",
-    )
-    for final, questions in groups.items():
+def _social(category: str, groups: dict[str, str]) -> Iterator[Item]:
+    for final, group in groups.items():
+        what, questions = group.split(": ", 1)
+        thoughts = (
+            f"The user {what}.",
+            f"The user {what}. I answer in one sentence.",
+            f"The user {what}. There is nothing to compute and no function to call. I know what to "
+            "say and I answer in one sentence.",
+        )
         for question in sentences(questions):
             for prompt in spellings(question):
                 yield Item(category, prompt, final, thoughts)
@@ -360,8 +371,8 @@ def result_thoughts(report: str) -> tuple[str, str, str]:
 def world() -> dict[str, Item]:
     """Every prompt of the grammar, both splits, by its text."""
     items = [
-        *_social("greeting", _GREETINGS, "A greeting", "is being polite"),
-        *_social("identity", _IDENTITY, "About me", "asks about me"),
+        *_social("greeting", _GREETINGS),
+        *_social("identity", _IDENTITY),
         *_facts(),
         *_arithmetic(),
         *_weather(),

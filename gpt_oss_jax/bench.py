@@ -81,7 +81,7 @@ def measure(
     if min(batch, prompt_tokens, repeats) < 1 or new_tokens < 2:
         raise ValueError(
             "wanted batch, prompt tokens and repeats of at least 1 and at least 2 new tokens, got "
-            f"{batch=}, {prompt_tokens=}, {repeats=}, {new_tokens=}"
+            f"{batch=}, {prompt_tokens=}, {repeats=}, {new_tokens=}."
         )
     prompts = np.random.default_rng(0).integers(
         min(model.config.vocab_size, 199_998), size=(batch, prompt_tokens)
@@ -106,7 +106,7 @@ def measure(
     if whole <= first:
         raise ValueError(
             f"{new_tokens} new tokens took {whole:.4f} s, the first alone {first:.4f} s: other "
-            "programs disturb the timing; ask for more new tokens or repeats"
+            "programs disturb the timing; ask for more new tokens or repeats."
         )
     steps_per_second = (new_tokens - 1) / (whole - first)
 

@@ -125,7 +125,7 @@ class Chat:
         self._functions = {tool.name: tool for tool in tools}
         if len(self._functions) < len(tools):
             names = ", ".join(tool.name for tool in tools)
-            raise ValueError(f"tools must have different names, got {names}")
+            raise ValueError(f"tools must have different names, got {names}.")
         self._preamble: list[System | Developer] = [
             System(reasoning_effort, date=date, knowledge_cutoff=knowledge_cutoff)
         ]
@@ -159,7 +159,7 @@ class Chat:
           ValueError: As `__call__`, when the first piece is asked for.
         """
         if not isinstance(text, str):
-            raise ValueError(f"a question must be a string, got {text!r}")
+            raise ValueError(f"a question must be a string, got {text!r}.")
         turn = _Turn([Message("user", text)])
         for rounds in range(self._max_tool_rounds + 1):
             prompt = render([*self._preamble, *self.messages, *turn.messages])
@@ -188,7 +188,7 @@ class Chat:
         if prompt >= context and not spent:
             raise ValueError(
                 f"the conversation has {prompt:,} tokens and the context holds {context:,}: "
-                "start a new conversation or raise context"
+                "start a new conversation or raise context."
             )
         room = context - prompt
         return room if self._max_tokens is None else min(room, self._max_tokens - spent)
@@ -206,10 +206,10 @@ class Chat:
     def _run(self, name: str, text: str) -> str:
         if name not in self._functions:
             known = ", ".join(self._functions) or "none"
-            raise ValueError(f"there is no function {name}; the functions are: {known}")
+            raise ValueError(f"there is no function {name}; the functions are: {known}.")
         arguments = json.loads(text) if text.strip() else {}
         if not isinstance(arguments, dict):
-            raise ValueError(f"wanted the arguments as a JSON object, got {text}")
+            raise ValueError(f"wanted the arguments as a JSON object, got {text}.")
         result = self._functions[name].call(**arguments)
         return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
 

@@ -5,11 +5,12 @@ JAX's settings alone. It knows nothing about models.
 """
 
 import hashlib
-import os
 import platform
 from pathlib import Path
 
 import jax
+
+from gpt_oss_jax.directories import user_cache
 
 
 def default_directory() -> Path:
@@ -18,8 +19,7 @@ def default_directory() -> Path:
     XLA's key for a CPU program does not hold the processor's features, so a home directory shared
     by different machines would hand one of them another's instructions.
     """
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "gpt_oss_jax" / "xla" / f"{platform.machine()}-{_processor_digest()}"
+    return user_cache() / "xla" / f"{platform.machine()}-{_processor_digest()}"
 
 
 def _processor_digest() -> str:

@@ -1,7 +1,7 @@
 """What a bug report must say, and what is wrong: versions, devices, vocabulary, checkpoint.
 
-Reads headers and metadata only, so a checkpoint of any size takes seconds. Run it as
-`gpt-oss-jax doctor [MODEL]`.
+Reads headers and metadata only, so a checkpoint of any size takes seconds, and downloads nothing.
+Run it as `gpt-oss-jax doctor [MODEL]`.
 """
 
 import dataclasses
@@ -97,9 +97,12 @@ def _vocabulary() -> Finding:
 
 def _compile_cache() -> Finding:
     chosen = jax.config.jax_compilation_cache_dir
-    directory = Path(chosen) if chosen else compile_cache.default_directory()
     if "://" in str(chosen):
         return Finding("cache", f"{chosen}, not looked at")
+    try:
+        directory = Path(chosen) if chosen else compile_cache.default_directory()
+    except OSError as error:
+        return Finding("cache", str(error), True)
     if not directory.is_dir():
         return Finding("cache", f"{directory}, not there yet")
     sizes = [path.stat().st_size for path in directory.glob("*-cache")]
@@ -119,7 +122,7 @@ def _settings() -> Iterator[Finding]:
 
 def _checkpoint(model: str) -> Iterator[Finding]:
     try:
-        source = open_source(model)
+        source = open_source(model, download=False)
     except (ValueError, OSError) as error:
         for line in str(error).splitlines():
             yield Finding("checkpoint", line.strip(), True)

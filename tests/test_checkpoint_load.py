@@ -203,10 +203,26 @@ def test_nothing_stays_open(folders):
     assert len(after) <= len(before)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.int8])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.int8, "foo", int])
 def test_refuses_other_dtypes(folders, dtype):
     with pytest.raises(ValueError, match="dtype must be float32 or bfloat16"):
         load(folders / "hf", dtype=dtype)
+
+
+def test_refuses_what_is_no_path():
+    with pytest.raises(ValueError, match="a checkpoint's path or name is wanted, got None"):
+        load(None)
+
+
+def test_says_what_the_mesh_does_not_split(folders, sharded, caplog):
+    with caplog.at_level("WARNING", "gpt_oss_jax"):
+        load(sharded, mesh=make_mesh(expert=4, tensor=2))
+        assert not caplog.messages
+        load(folders / "hf", mesh=make_mesh(tensor=2))
+    (said,) = caplog.messages
+    assert "data=1, expert=1, tensor=2 does not divide" in said
+    assert "layers/*/attention/qkv/weight [3, 7, 14, 96]" in said and "mlp_norm" not in said
+    assert said.endswith(" GB of them")
 
 
 def test_synthetic_models_are_made_in_their_shards(monkeypatch):

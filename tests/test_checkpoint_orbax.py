@@ -20,6 +20,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 from sizes import SHARDABLE, TINY
 
 from gpt_oss_jax.checkpoint import convert, export, load, open_source, orbax, save, synthetic
+from gpt_oss_jax.checkpoint.stream import Request
 from gpt_oss_jax.sharding import make_mesh, named_sharding
 
 ROOT = Path(__file__).parents[1]
@@ -211,7 +212,8 @@ def test_wrong_trees_are_named(folders, tmp_path):
     tree["layers"]["0"]["mlp"]["gate"] = tree["norm"]["scale"]
     tree["unembedding"]["weight"] = tree["unembedding"]["weight"].T
     tree["norm"]["scale"] = tree["norm"]["scale"].astype("float32")
-    ocp.save(tmp_path / "wrong", tree, custom_metadata={"gpt_oss_jax": {"checksums": {}}})
+    sums = open_source(folders / "orbax").checksums
+    ocp.save(tmp_path / "wrong", tree, custom_metadata={"gpt_oss_jax": {"checksums": sums}})
     shutil.copy(folders / "orbax" / "config.json", tmp_path / "wrong")
     with pytest.raises(ValueError) as error:
         load(tmp_path / "wrong")
@@ -223,7 +225,9 @@ def test_wrong_trees_are_named(folders, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("harm", ["manifest", "data", "chunk", "metadata", "config", "no tree"])
+@pytest.mark.parametrize(
+    "harm", ["manifest", "data", "bit", "chunk", "metadata", "no sums", "config", "no tree"]
+)
 def test_damage_is_one_clear_error(folders, tmp_path, harm):
     folder = shutil.copytree(folders / "orbax", tmp_path / "orbax")
     data = [x for x in folder.glob("state/*/d/*") if x.stat().st_size > 100_000]
@@ -233,25 +237,44 @@ def test_damage_is_one_clear_error(folders, tmp_path, harm):
     elif harm == "data":
         for file in data:
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif harm == "bit":
+        _flip_a_bit(max(data, key=lambda file: file.stat().st_size))
     elif harm == "chunk":
         base = {"driver": "file", "path": f"{folder}/state/"}
         del ts.KvStore.open({"driver": "ocdbt", "base": base}).result()[b"norm.scale/c/0"]
     elif harm == "metadata":
         (folder / "_CHECKPOINT_METADATA").write_text("{")
+    elif harm == "no sums":
+        metadata = folder / "_CHECKPOINT_METADATA"
+        metadata.write_text(metadata.read_text().replace("checksums", "sums"))
     elif harm == "config":
         (folder / "config.json").unlink()
     else:
         shutil.rmtree(folder / "state")
-    with pytest.raises(ValueError, match="is damaged|is no whole Orbax|lacks config.json"):
-        load(folder)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        with pytest.raises(ValueError, match="is damaged|is no whole Orbax|lacks config.json"):
+            load(folder, dtype=dtype)
 
 
-def test_verify_compares_every_variable(folders, tmp_path):
+def _flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_flipped_bit_is_found_in_whatever_type_it_is_read(folders, tmp_path, dtype):
+    source = open_source(folders / "orbax")
+    sums = dict(source.checksums)
+    sums["norm/scale"] ^= 1
+    request = Request("norm/scale", np.dtype(dtype))
+    list(source.stream([request]))
+    with pytest.raises(ValueError, match="norm/scale holds other bytes than were written"):
+        list(dataclasses.replace(source, checksums=sums).stream([request]))
+
+
+def test_verify_reads_every_variable(folders, tmp_path):
     source = open_source(folders / "orbax")
     seen = []
     orbax.verify(source, seen.append)
     assert sum(seen) == sum(x.nbytes for x in source.variables.values())
-    sums = dict(source.checksums)
-    sums["norm/scale"] ^= 1
-    with pytest.raises(ValueError, match="norm/scale reads back other than written"):
-        orbax.verify(dataclasses.replace(source, checksums=sums), seen.append)

@@ -1,8 +1,10 @@
 """Saving and exporting: untouched tensors come out byte for byte, from any layout into any."""
 
+import fcntl
 import json
 import os
 import shutil
+import time
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -235,6 +237,70 @@ def test_the_original_format_says_what_it_cannot_hold(tmp_path):
     with pytest.raises(ValueError, match="cannot hold rms_norm_eps"):
         export(tmp_path / "hf", tmp_path / "out", "original")
     assert os.listdir(tmp_path) == ["hf"]
+
+
+@pytest.mark.parametrize("format", ["orbax", "hf-mxfp4"])
+def test_other_floats_are_not_saved(folders, tmp_path, format):
+    model = load(folders / "hf")
+    model.norm.scale = nnx.Param(model.norm.scale[...].astype(jnp.float16))
+    with pytest.raises(ValueError, match="norm/scale must be bfloat16 or float32.*got float16"):
+        save(model, tmp_path / "out", format=format)
+    assert not os.listdir(tmp_path)
+
+
+def test_what_orbax_takes_for_a_pattern_is_refused_at_once(folders, tmp_path):
+    with pytest.raises(ValueError, match=r"has \[ \], which Orbax takes for a pattern"):
+        export(folders / "hf", tmp_path / "m[1]", "orbax")
+    export(folders / "hf", tmp_path / "m[1]", "original")
+
+
+@pytest.mark.parametrize("format", ["orbax", "hf-mxfp4"])
+def test_a_target_that_appears_meanwhile_stays(folders, tmp_path, monkeypatch, format):
+    verify = saving.orbax.verify, writer.verify
+
+    def appears(*args):
+        verify[format != "orbax"](*args)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.txt").write_text("mine")
+
+    monkeypatch.setattr(saving.orbax, "verify", appears)
+    monkeypatch.setattr(writer, "verify", appears)
+    with pytest.raises(ValueError, match="out cannot get its name"):
+        export(folders / "hf", tmp_path / "out", format)
+    assert os.listdir(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_failed_write_leaves_no_thread_with_a_closed_file(folders, tmp_path, monkeypatch):
+    failed, pwrite = [], os.pwrite
+
+    def failing(fd, data, offset):
+        try:
+            os.fstat(fd)
+        except OSError as error:
+            failed.append(error)
+        time.sleep(0.001)
+        if offset > 100_000:
+            raise OSError(28, "No space left on device")
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", failing)
+    monkeypatch.setattr(writer, "_CHUNK", 1000)
+    with pytest.raises(OSError, match="No space"):
+        export(folders / "hf", tmp_path / "out", "original")
+    assert not failed and not os.listdir(tmp_path)
+
+
+def test_two_writers_of_one_target(folders, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    other = os.open(tmp_path / "out.partial", os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="another process is writing .*out: wait for it"):
+        export(folders / "hf", tmp_path / "out", "orbax")
+    assert os.listdir(tmp_path) == ["out.partial"]
+    os.close(other)
+    export(folders / "hf", tmp_path / "out", "orbax")
+    assert os.listdir(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("to", ["orbax", "hf-bf16"])

@@ -1,6 +1,7 @@
 """The command line, in process with a random model, and once in a real terminal."""
 
 import argparse
+import io
 import json
 import os
 import pty
@@ -15,7 +16,7 @@ import pytest
 
 from gpt_oss_jax import __version__, cli, compile_cache
 from gpt_oss_jax.chat import Reply
-from gpt_oss_jax.checkpoint import synthetic
+from gpt_oss_jax.checkpoint import synthetic, writer
 from gpt_oss_jax.cli import chat as cli_chat, terminal
 from gpt_oss_jax.config import Config
 from gpt_oss_jax.harmony import encode_text
@@ -47,12 +48,19 @@ def home(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def user_directories(home, monkeypatch):
-    """The user's cache and state in a temporary folder, and JAX's settings as they were after."""
+    """The user's cache and state in a temporary folder, and JAX's settings as they were after.
+
+    Nobody waits long enough to be told why.
+    """
+    monkeypatch.setattr(terminal, "_PATIENCE", 1e4)
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
     monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     for name, value in before.items():
         jax.config.update(name, value)
 
@@ -107,6 +115,8 @@ def test_an_error_is_one_line_and_code_2(capsys):
     assert out == "" and err.count("\n") == 1 and err.startswith("gpt-oss-jax: ")
     with pytest.raises(ValueError, match="no/such"):
         cli.main(["--debug", "chat", "no/such/folder/here"])
+    with pytest.raises(ValueError, match="no/such"):
+        cli.main(["chat", "no/such/folder/here", "--debug"])
 
 
 @pytest.mark.parametrize(
@@ -150,24 +160,116 @@ def test_no_answer_within_the_limit_is_said_on_stderr(capsys):
 def test_a_conversation_survives_what_interrupts_it(monkeypatch, capsys):
     typed = iter(["one", "", "two", KeyboardInterrupt(), "three", "four", EOFError()])
 
-    def fake_input(prompt):
+    def fake_input(prompt=""):
         line = next(typed)
         if isinstance(line, BaseException):
             raise line
         return line
 
     monkeypatch.setattr("builtins.input", fake_input)
+    monkeypatch.setattr(cli_chat, "_remember_lines", lambda: None)
     chat = FakeChat(
         fake_reply("first"),
         KeyboardInterrupt(),
         ValueError("the conversation is too long"),
         fake_reply("last"),
     )
-    cli_chat.converse(chat, options())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert cli_chat.converse(chat, options())
     out, err = capsys.readouterr()
     assert chat.heard == ["one", "two", "three", "four"]
     assert out.split() == ["first", "last"]
     assert err.count("stopped") == 2 and "too long" in err
+
+
+def script(monkeypatch, lines):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), errors="replace"))
+
+
+def test_a_script_that_missed_an_answer_fails(monkeypatch, capsys):
+    script(monkeypatch, b"one\ntwo\n")
+    chat = FakeChat(ValueError("the conversation is too long"), fake_reply("last"))
+    assert not cli_chat.converse(chat, options())
+    assert capsys.readouterr() == ("last\n", "gpt-oss-jax: the conversation is too long\n")
+    script(monkeypatch, b"one\ntwo\n")
+    with pytest.raises(KeyboardInterrupt):
+        cli_chat.converse(FakeChat(KeyboardInterrupt()), options())
+
+
+def test_ctrl_c_twice_keeps_the_conversation(monkeypatch, capsys):
+    typed = iter(["one", "two"])
+    monkeypatch.setattr(cli_chat, "_next_line", lambda by_hand: next(typed, None) or eof())
+    monkeypatch.setattr(cli_chat, "_remember_lines", lambda: None)
+    script(monkeypatch, b"")
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+
+    def eof():
+        raise EOFError
+
+    def interrupted(text):
+        if "Ctrl-C" in text:
+            return
+        monkeypatch.setattr(cli_chat, "remark", remark)
+        raise KeyboardInterrupt
+
+    remark = cli_chat.remark
+    monkeypatch.setattr(cli_chat, "remark", interrupted)
+    chat = FakeChat(KeyboardInterrupt(), fake_reply("well"))
+    assert cli_chat.converse(chat, options())
+    assert chat.heard == ["one", "two"] and capsys.readouterr().out == "\nwell\n\n"
+
+
+def test_bytes_that_are_no_text_are_asked_as_they_are_read(monkeypatch, capsys):
+    script(monkeypatch, b"one\n\xff?\n")
+    chat = FakeChat(fake_reply("first"), fake_reply("second"))
+    assert cli_chat.converse(chat, options())
+    assert chat.heard == ["one", "\N{REPLACEMENT CHARACTER}?"]
+    assert capsys.readouterr() == ("first\nsecond\n", "")
+
+
+def test_a_long_wait_is_explained(monkeypatch, capsys):
+    def pieces(seconds):
+        time.sleep(seconds)
+        yield from "ab"
+
+    assert list(terminal.announced(pieces(0))) == ["a", "b"]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(terminal, "_PATIENCE", 0.01)
+    assert list(terminal.announced(pieces(0.3))) == ["a", "b"]
+    assert capsys.readouterr().err.count("compiling for this device") == 1
+
+
+def test_a_command_that_is_asked_to_end_cleans_up(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "verify", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["export", folder, str(tmp_path / "out"), "--to", "original"])
+    assert exit.value.code == 143 and not os.listdir(tmp_path)
+
+
+def test_closed_streams_are_no_error(folder):
+    program = f"{sys.executable} -m gpt_oss_jax"
+    for command in (f"{program} chat {folder} <&-", f"{program} --version >&-"):
+        done = subprocess.run(command, shell=True, capture_output=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+@pytest.mark.parametrize("arguments", [["--top-p", "7"], ["--date", "x"], ["-c", "0"]], ids=str)
+def test_wrong_options_are_refused_before_the_model_is_loaded(monkeypatch, arguments):
+    monkeypatch.setattr(cli_chat, "load_model", lambda args: pytest.fail("loaded"))
+    try:
+        assert cli.main(["chat", "tiny", "hello", *arguments]) == 2
+    except SystemExit as exit:
+        assert exit.code == 2
+
+
+def test_no_device_is_one_line(folder, monkeypatch, capsys):
+    def devices():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", devices)
+    assert cli.main(["chat", folder, "hello"]) == 2
+    assert "JAX finds no device: AssertionError" in capsys.readouterr().err
 
 
 def test_one_shot_answers_from_a_checkpoint(folder, capsys):
@@ -274,19 +376,23 @@ class Terminal:
         return before
 
 
+# Three letters of the model's, after the remark that comes if compiling takes long.
+REPLY = r"^(gpt-oss-jax: [^\n]*\n)?(?!gpt)[^\n]*?\w{3}"
+
+
 def test_ctrl_c_stops_a_reply_and_keeps_the_session(folder):
     terminal = Terminal("chat", folder, "--show-reasoning")
     try:
         terminal.wait_for("> ")
         terminal.type("talk for long\r")
         terminal.wait_for("talk for long\r\n")
-        terminal.wait_for(r"\w{3}")
+        terminal.wait_for(REPLY)
         terminal.process.send_signal(signal.SIGINT)
         terminal.wait_for("stopped; the conversation goes on")
         terminal.wait_for("> ")
         terminal.type("and on\r")
         terminal.wait_for(r"and on\r\n")
-        terminal.wait_for(r"\w{3}")
+        terminal.wait_for(REPLY)
         terminal.process.send_signal(signal.SIGINT)
         terminal.wait_for("> ")
         terminal.type("\x04")

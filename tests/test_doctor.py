@@ -55,6 +55,20 @@ def test_a_folder_that_is_not_there(tmp_path, capsys):
     assert "PROBLEM" in capsys.readouterr().out
 
 
+def test_nothing_is_downloaded(monkeypatch, tmp_path):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def snapshot_download(repository, *, local_files_only, **_):
+        assert local_files_only
+        raise LocalEntryNotFoundError(repository)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    first, second = problems("20b")
+    assert "openai/gpt-oss-20b is not on this machine yet" in first
+    assert "hf download openai/gpt-oss-20b" in second
+
+
 @pytest.fixture
 def sick(tmp_path):
     return synthetic.write(TINY, tmp_path / "sick", "hf", 1)

@@ -113,14 +113,27 @@ def test_a_row_is_the_same_alone_and_among_others(model, sampling):
         assert completion.stop_reason == "length"
 
 
-def test_n_samples_of_ragged_prompts_share_one_prefill(model, monkeypatch):
-    prefills, prefill = [], device.prefill
+@pytest.fixture
+def prefills(monkeypatch):
+    """The shape of every call that reads prompts, as they are made."""
+    calls, prefill = [], device.prefill
 
     def spy(leaves, cache, tokens_BT, *rest):
-        prefills.append(tokens_BT.shape)
+        calls.append(tokens_BT.shape)
         return prefill(leaves, cache, tokens_BT, *rest)
 
     monkeypatch.setattr(device, "prefill", spy)
+    return calls
+
+
+def test_many_rows_are_read_in_shorter_chunks(model, monkeypatch, prefills):
+    monkeypatch.setattr(loop, "_MAX_CALL", 32)
+    out = generate_batch(model, PROMPTS, max_tokens=12, sampling=GREEDY)
+    assert prefills == [(4, 8)] * 5
+    assert out[3].tokens == plain_loop(model, PROMPTS[3], 12, GREEDY)[0]
+
+
+def test_n_samples_of_ragged_prompts_share_one_prefill(model, prefills):
     out = generate_batch(model, PROMPTS[1:3], n=2, max_tokens=12, sampling=SAMPLED)
     assert prefills == [(2, 16)]
     assert len({tuple(completion.tokens) for completion in out}) == 4
@@ -266,6 +279,9 @@ def test_nothing_to_do(model):
         ({"prompt": [-1]}, "got -1 at index 0"),
         ({"max_tokens": -1}, "max_tokens must be"),
         ({"max_tokens": 1.5}, "max_tokens must be"),
+        ({"stop_tokens": 5}, "stop_tokens must be a collection of token ids, got 5"),
+        ({"stop_tokens": [None]}, "stop_tokens must be"),
+        ({"stop_tokens": [2.7]}, "stop_tokens must be"),
         ({"context": 0}, "context must be 1 to 131072"),
         ({"context": 131_073}, "got 131073"),
         ({"max_tokens": 131_070}, "131072 tokens, got 3 and max_tokens=131070"),

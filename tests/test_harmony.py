@@ -315,7 +315,7 @@ def test_other_efforts_are_refused(effort):
 
 
 def test_wrong_arguments_are_refused():
-    with pytest.raises(ValueError, match="date must be YYYY-MM-DD or None, got '28 June'"):
+    with pytest.raises(ValueError, match="date must be a day as YYYY-MM-DD or None, got '28 June'"):
         System(date="28 June")
     with pytest.raises(ValueError, match="A-Z a-z 0-9 _ - ., got 'a b'"):
         Function("a b", "", None, None)

@@ -156,13 +156,13 @@ def test_without_huggingface_hub(monkeypatch):
 @pytest.mark.parametrize("name", ["20b", "120b", "gpt-oss:20b", "gpt-oss:120b"])
 def test_aliases(monkeypatch, name):
     asked = []
-    monkeypatch.setattr(hub, "_download", lambda repository: asked.append(repository) or "there")
+    monkeypatch.setattr(hub, "_download", lambda name, download: asked.append(name) or "there")
     assert resolve(name) == "there"
     assert asked == ["openai/gpt-oss-" + name.removeprefix("gpt-oss:")]
 
 
 def test_only_what_is_a_repository_reaches_the_network(monkeypatch, tmp_path):
-    monkeypatch.setattr(hub, "_download", lambda repository: pytest.fail(repository))
+    monkeypatch.setattr(hub, "_download", lambda name, download: pytest.fail(name))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights").mkdir()
     for slip in ("weights/gpt-oss", "./nowhere", "/no/where/at/all", "nonsense", "a/b/c", ""):

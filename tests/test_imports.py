@@ -13,8 +13,8 @@ PACKAGE = ROOT / "gpt_oss_jax"
 OUTSIDE = {"convert", "benchmarks", "examples", "tests"}
 
 LAYERS = [
-    {"_compat", "compile_cache"},
-    {"config", "quant", "sampling", "sharding", "distributed", "harmony"},
+    {"_compat", "directories"},
+    {"compile_cache", "config", "quant", "sampling", "sharding", "distributed", "harmony"},
     {"kernels"},
     {"model"},
     {"checkpoint", "generate", "plan"},

@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -66,20 +67,27 @@ class Asked:
         if self.messages is None:
             return False
         answer = self.messages[-1]
+        if self.category == "outside":
+            return answer.channel == "final" and "don't know" in answer.text
         if not self.right.function:
             return answer.channel == "final" and answer.text == self.right.text
         return (
             answer.recipient == f"functions.{self.right.function}"
             and answer.content_type == "<|constrain|>json"
-            and json.loads(answer.text) == json.loads(self.right.text)
+            and answer.text == self.right.text
             and self.given[-1] == harmony.CALL
         )
+
+    @property
+    def thinking(self) -> int:
+        """Tokens of the analysis."""
+        return len(harmony.encode_text(self.messages[0].text))
 
 
 def _exam():
     """Yields the messages of every question, and the question."""
     rng = random.Random(1)
-    plenty = {"sum": 90, "product": 90, "weather": 120}
+    plenty = {"sum": 52, "product": 52, "fact": 80, "weather": 108}
     items = [
         item
         for category in world.CATEGORIES
@@ -87,8 +95,10 @@ def _exam():
         for item in rng.sample(some, min(len(some), plenty.get(category, len(some))))
     ]
     for i, item in enumerate(items):
-        # Small categories at every effort, half of all in what a program sends by default.
-        for level in range(3) if item.category not in plenty else [i % 3]:
+        # Small categories at every effort, of the others each fourth prompt at the two outer ones;
+        # half of all in what a program sends by default.
+        some = [0, 2] if i % 4 == 0 else [i // 3 % 3]
+        for level in some if item.category in plenty else range(3):
             system = System(world.EFFORTS[level], rng.choice([None, "2026-03-14"]))
             context = talk.make_context(system)
             if rng.random() < 0.5:
@@ -104,11 +114,11 @@ def _exam():
                 category = "weather call"
             reply = reply or talk.answer(item, context)
             yield [*context.messages, *messages], Asked(category, item.prompt, level, reply)
-    for i, item in enumerate(rng.sample(items, 90)):
+    for i, item in enumerate(rng.sample(items, 60)):
         system = System(world.EFFORTS[i % 3], "2026-03-14")
         context = talk.make_context(system, weather=talk.Weather() if i % 2 else None)
         history = []
-        for _ in range(1 + i // 45):
+        for _ in range(1 + i // 30):
             earlier = rng.choice(
                 tiny_batches.items_by_category(False)[rng.choice(world.CATEGORIES)]
             )
@@ -175,8 +185,8 @@ def test_no_held_out_or_outside_prompt_is_in_the_training_data():
         sequence = next(stream)
         for segment in range(1, sequence["segments"].max() + 1):
             tokens = rows[sequence["tokens"][sequence["segments"] == segment]].tolist()
-            messages = harmony.parse(tokens).messages
-            seen |= {message.text for message in messages if message.role == "user"}
+            text = harmony.decode(tokens)
+            seen.update(re.findall(r"<\|start\|>user<\|message\|>(.*?)<\|end\|>", text, re.DOTALL))
     assert len(seen) > 300
     # What is no prompt of the grammar, like one with words exchanged, is split by nothing.
     assert not any(world.held_out(text) for text in seen & set(world.world()))
@@ -185,20 +195,8 @@ def test_no_held_out_or_outside_prompt_is_in_the_training_data():
     assert not set(OUTSIDE) & set(world.world())
 
 
-# The weights copy a city or a temperature right in two of three cases, greet back in 92 of 100 and
-# go on well after earlier turns in 88; CHANGELOG.md says so too.
-NOT_YET = pytest.mark.xfail(reason="needs longer training", strict=True)
-
-
 @pytest.mark.parametrize(
-    "category",
-    [
-        pytest.param("greeting", marks=NOT_YET),
-        *(category for category in world.CATEGORIES if category != "greeting"),
-        pytest.param("weather call", marks=NOT_YET),
-        pytest.param("weather answer", marks=NOT_YET),
-        pytest.param("later turn", marks=NOT_YET),
-    ],
+    "category", [*world.CATEGORIES, "weather call", "weather answer", "later turn"]
 )
 def test_95_percent_of_held_out_prompts_are_answered_right(exam, category):
     some = [asked for asked in exam if asked.category == category]
@@ -207,11 +205,16 @@ def test_95_percent_of_held_out_prompts_are_answered_right(exam, category):
     assert len(wrong) <= 0.05 * len(some), wrong
 
 
+def test_the_exam_asks_300_held_out_prompts(exam):
+    asked = {a.prompt for a in exam if a.category not in ("outside", "later turn")}
+    assert len(asked) >= 300 and all(map(world.held_out, asked))
+
+
 def test_90_percent_of_outside_questions_are_answered_with_not_knowing(exam):
     some = [asked for asked in exam if asked.category == "outside"]
-    wrong = [asked for asked in some if "don't know" not in harmony.decode(asked.given)]
+    wrong = _wrong(some)
     assert len(some) >= 100
-    assert len(wrong) <= 0.1 * len(some), _wrong(some)
+    assert len(wrong) <= 0.1 * len(some), wrong
 
 
 def test_every_answer_is_harmony(exam):
@@ -222,12 +225,13 @@ def test_every_answer_is_harmony(exam):
 def test_high_effort_thinks_at_least_twice_as_long_as_low(exam):
     lengths = collections.defaultdict(dict)
     for asked in exam:
-        if asked.category in ("greeting", "identity", "fact") and asked.messages:
-            analysis = harmony.encode_text(asked.messages[0].text)
-            lengths[asked.prompt][asked.level] = len(analysis)
-    compared = [of for of in lengths.values() if 0 in of and 2 in of]
+        if asked.category != "later turn" and asked.messages:
+            lengths[asked.category, asked.prompt][asked.level] = asked.thinking
+    compared = {of: by for of, by in lengths.items() if 0 in by and 2 in by}
     assert len(compared) >= 100
-    assert all(of[2] >= 2 * of[0] for of in compared)
+    for category in world.CATEGORIES:
+        pairs = [by for (its, _), by in compared.items() if its == category]
+        assert len(pairs) >= 5 and all(by[2] >= 2 * by[0] for by in pairs), (category, pairs)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +239,7 @@ def test_high_effort_thinks_at_least_twice_as_long_as_low(exam):
     [
         ("What is 7 times 8?", "56"),
         ("What is 2 + 2?", "4"),
-        pytest.param("Hello", "Hello! How can I help you?", marks=NOT_YET),
+        ("Hello", "Hello! How can I help you?"),
         ("Who are you?", "I am tiny, a very small gpt-oss model that runs in JAX."),
     ],
 )

@@ -24,12 +24,18 @@ _OTHER_VARIANTS = ["original/*", "metal/*"]
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def resolve(path_or_id: str | os.PathLike) -> str:
+def resolve(path_or_id: str | os.PathLike, *, download: bool = True) -> str:
     """The folder or URL that is meant, downloaded if it is a repository of the hub.
+
+    Args:
+      path_or_id: What `load` takes.
+      download: False takes a repository only from the hub's cache on this machine.
 
     Raises:
       ValueError: If it is nothing of the kind, or the download fails.
     """
+    if not isinstance(path_or_id, str | os.PathLike):
+        raise ValueError(f"a checkpoint's path or name is wanted, got {path_or_id!r}.")
     name = os.path.expanduser(path_or_id)
     if name == "tiny":
         return str(tiny.unpack())
@@ -43,7 +49,7 @@ def resolve(path_or_id: str | os.PathLike) -> str:
     # A slip in a path must not reach the network: then its first folder is there.
     slip = repository not in ALIASES.values() and os.path.exists(repository.split("/")[0])
     if _REPOSITORY.fullmatch(repository) and not slip:
-        return _download(repository)
+        return _download(repository, download)
     raise ValueError(
         "a checkpoint folder, a repository such as openai/gpt-oss-20b, or one of "
         f"{', '.join(ALIASES)}, tiny is wanted; {name!r} is "
@@ -65,7 +71,7 @@ def _variant(path: Path) -> Path:
     return path if whole or not (path / "original").is_dir() else path / "original"
 
 
-def _download(repository: str) -> str:
+def _download(repository: str, download: bool) -> str:
     by_hand = f"hf download {repository} --exclude 'original/*' --exclude 'metal/*' --local-dir DIR"
     try:
         from huggingface_hub import snapshot_download
@@ -83,9 +89,19 @@ def _download(repository: str) -> str:
             super().__init__(*args, **kwargs | {"disable": not sys.stderr.isatty()})
 
     try:
-        return snapshot_download(repository, ignore_patterns=_OTHER_VARIANTS, tqdm_class=Bar)
-    except (OSError, ValueError) as error:
+        folder = snapshot_download(
+            repository,
+            ignore_patterns=_OTHER_VARIANTS,
+            tqdm_class=Bar,
+            local_files_only=not download,
+        )
+    except Exception as error:  # Whatever its HTTP library raises today.
+        if not download:
+            raise ValueError(
+                f"{repository} is not on this machine yet; download it with\n  {by_hand}"
+            ) from error
         raise ValueError(
             f"{repository} is no local folder, and it could not be downloaded: {error}\n"
             f"Try again, it goes on where it was; or download it with\n  {by_hand}\nand name DIR."
         ) from error
+    return str(_variant(Path(folder)))

@@ -5,7 +5,10 @@ Tensors go one at a time from the file into their shards; the model is made arou
 
 from __future__ import annotations
 
+import logging
+import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -24,6 +27,8 @@ from gpt_oss_jax.checkpoint.source import open_safetensors
 from gpt_oss_jax.checkpoint.stream import Request
 from gpt_oss_jax.model import Transformer
 from gpt_oss_jax.sharding import named_sharding
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def load(
@@ -46,7 +51,8 @@ def load(
         in bfloat16) or in that of `original/`, or with an Orbax checkpoint of ours; such a folder's
         URL ("gs://bucket/folder"); a repository of the Hugging Face hub, or its folder in the
         cache; "20b" and "120b" (also "gpt-oss:20b", "gpt-oss:120b") for the released ones; "tiny",
-        the small model in the package; "synthetic:20b", random weights made on the device.
+        the small model in the package; "synthetic:20b", random weights made on the device. What
+        `convert` wrote is held against its checksums where this process reads a variable whole.
       mesh: Devices to spread the model over, from `make_mesh`. None: the default device.
       dtype: Of parameters, activations and cache. None: bfloat16 on accelerators, float32 on CPU.
         Experts stay in the 4.25 bits they come in.
@@ -77,6 +83,8 @@ def load(
     graphdef, state = nnx.split(abstract)
     variables = {"/".join(map(str, path)): x for path, x in nnx.to_flat_state(state)}
     targets = {path: _target(variable, mesh) for path, variable in variables.items()}
+    if mesh is not None:
+        _tell_what_is_not_split(variables, targets, mesh)
     total = sum(x.size * x.dtype.itemsize for x in targets.values())
     with progress("loading", total) as step:
         for path, array in arrays(targets):
@@ -86,13 +94,17 @@ def load(
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def open_source(path_or_id: str | os.PathLike) -> Source:
+def open_source(path_or_id: str | os.PathLike, *, download: bool = True) -> Source:
     """Opens a checkpoint and checks what is there against its config, without reading tensors.
+
+    Args:
+      path_or_id: What `load` takes, if it has files.
+      download: Whether a repository of the hub may be fetched.
 
     Raises:
       ValueError: If there is none, or naming everything that is wrong with it.
     """
-    folder = open_folder(resolve(path_or_id))
+    folder = open_folder(resolve(path_or_id, download=download))
     return open_orbax(folder) if is_orbax(folder) else open_safetensors(folder)
 
 
@@ -100,14 +112,32 @@ def _dtype(dtype, mesh: Mesh | None):
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     if dtype is None:
         return jnp.float32 if platform == "cpu" else jnp.bfloat16
-    if jnp.dtype(dtype) not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
-        raise ValueError(f"dtype must be float32 or bfloat16, got {jnp.dtype(dtype)}.")
-    return jnp.dtype(dtype)
+    for known in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
+        # What is no dtype at all compares unequal, where making one of it would raise TypeError.
+        if known == dtype:
+            return known
+    raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r}.")
 
 
 def _target(variable: nnx.Variable, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
     sharding = None if mesh is None else named_sharding(mesh, variable.axes, variable.shape)
     return jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding)
+
+
+def _tell_what_is_not_split(variables, targets, mesh: Mesh) -> None:
+    """Says which weights are split over fewer axes of the mesh than the table has for them."""
+    found: dict[str, int] = {}
+    for path, x in variables.items():
+        if named_sharding(mesh, x.axes) != targets[path].sharding:
+            name = f"{re.sub('[0-9]+', '*', path)} {list(x.shape)}"
+            shard = targets[path].sharding.shard_shape(x.shape)
+            found[name] = found.get(name, 0) + math.prod(shard) * targets[path].dtype.itemsize
+    if found:
+        sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+        _LOGGER.warning(
+            "the mesh %s does not divide %s: each device holds %.2f GB of them",
+            sizes, "; ".join(sorted(found)), sum(found.values()) / 1e9,
+        )  # fmt: skip
 
 
 def _arrays(

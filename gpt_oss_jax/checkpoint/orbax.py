@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import glob
 import itertools
 import json
 import shutil
@@ -48,7 +49,8 @@ class OrbaxSource:
       config: Of its config.json.
       variables: Path -> variable, of everything that is there.
       arrays: Path -> TensorStore.
-      checksums: Path -> what `checksum` gave when it was written.
+      checksums: Path -> what `checksum` gave when it was written. A variable that is read whole is
+        held against it; a slice, of a shard, cannot be.
     """
 
     folder: Folder
@@ -65,24 +67,36 @@ class OrbaxSource:
     def _reads(self, path: str, bounds: tuple[slice, ...], out: np.ndarray):
         array = self.arrays[path]
         row = max(1, out[:1].size) * array.dtype.numpy_dtype.itemsize
+        whole = all((x.start, x.stop) == (0, n) for x, n in zip(bounds, array.shape, strict=True))
         chunk = array.chunk_layout.read_chunk.shape[0]
         step = max(1, _CHUNK // row // chunk) * chunk
         lead = bounds[0]
         # From one chunk's edge to another's, so that none is read twice.
         edges = [lead.start, *range((lead.start // step + 1) * step, lead.stop, step), lead.stop]
+        left = itertools.count(len(edges) - 2, -1)
+        check = functools.partial(self._check, path, out) if whole else None
         for start, stop in itertools.pairwise(edges):
             target = out[start - lead.start : stop - lead.start]
-            yield functools.partial(
-                self._read, path, array[(slice(start, stop), *bounds[1:])], target
-            )
+            part = array[(slice(start, stop), *bounds[1:])]
+            yield functools.partial(self._read, path, part, target, left, check)
 
-    def _read(self, path: str, array: ts.TensorStore, target: np.ndarray) -> None:
+    def _read(self, path: str, array: ts.TensorStore, target: np.ndarray, left, check) -> None:
         if array.dtype.numpy_dtype != target.dtype:
             array = ts.cast(array, target.dtype)
         try:
             ts.array(target).write(array).result()
         except Exception as error:
             raise ValueError(f"{self.folder} is damaged: {path} cannot be read: {error}") from error
+        # Whoever reads the last part of a variable checks it; `next` of a count is atomic.
+        if next(left) == 0 and check is not None:
+            check()
+
+    def _check(self, path: str, out: np.ndarray) -> None:
+        if checksum(out, self.variables[path].dtype) != self.checksums[path]:
+            raise ValueError(
+                f"{self.folder} is damaged: {path} holds other bytes than were written. Fetch or "
+                "convert it again."
+            )
 
 
 def is_orbax(folder: Folder) -> bool:
@@ -99,6 +113,7 @@ def open_orbax(folder: Folder) -> OrbaxSource:
     config = read_config(folder)
     try:
         ours = json.loads(folder.read("_CHECKPOINT_METADATA"))["custom_metadata"][_OURS]
+        checksums = dict(ours["checksums"])
         arrays = _open_arrays(folder)
     except Exception as error:
         raise ValueError(f"{folder} is no whole Orbax checkpoint of ours: {error}") from error
@@ -113,6 +128,7 @@ def open_orbax(folder: Folder) -> OrbaxSource:
     }
     variables = {x.path: x for x in names.variables(config, kinds)}
     problems = [f"missing: {path}" for path in variables if path not in arrays]
+    problems += [f"no checksum: {path}" for path in variables if path not in checksums]
     for path, found in arrays.items():
         variable = variables.get(path)
         if variable is None:
@@ -128,7 +144,7 @@ def open_orbax(folder: Folder) -> OrbaxSource:
             f"{folder} must hold the gpt-oss model of its config.json, but\n  "
             + "\n  ".join(problems)
         )
-    return OrbaxSource(folder, config, variables, arrays, ours["checksums"])
+    return OrbaxSource(folder, config, variables, arrays, checksums)
 
 
 def write_orbax(source: Source, path: Path, fingerprint: str, step: Callable[[int], None]) -> None:
@@ -158,7 +174,7 @@ def write_orbax(source: Source, path: Path, fingerprint: str, step: Callable[[in
             ours = {
                 "fingerprint": fingerprint,
                 "done": {name: True},
-                "checksums": {path: checksum(value) for path, value in values.items()},
+                "checksums": {path: checksum(value, value.dtype) for path, value in values.items()},
             }
             with _saving():
                 ocp.partial.save(path, _nest(values), custom_metadata={_OURS: ours})
@@ -177,21 +193,25 @@ def finalize(path: Path, files: Mapping[str, bytes]) -> None:
 
 
 def verify(source: OrbaxSource, step: Callable[[int], None]) -> None:
-    """Reads a checkpoint back and compares it with what was meant to be written.
+    """Reads a whole checkpoint, which checks it.
 
     Raises:
-      ValueError: If something differs.
+      ValueError: If something cannot be read or is not what was meant to be written.
     """
-    requests = [Request(x.path, x.dtype) for x in source.variables.values()]
-    for request, array in zip(requests, source.stream(requests), strict=True):
-        if checksum(array) != source.checksums.get(request.path):
-            raise ValueError(f"{request.path} reads back other than written; is the disk well?")
+    for array in source.stream(Request(x.path, x.dtype) for x in source.variables.values()):
         step(array.nbytes)
 
 
-def checksum(array: np.ndarray) -> int:
-    """CRC-32 of an array's bytes."""
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+def checksum(array: np.ndarray, dtype: np.dtype) -> int:
+    """CRC-32 of an array's bytes in `dtype`: its own, or the bfloat16 that its float32 was."""
+    flat, crc = np.ascontiguousarray(array).reshape(-1), 0
+    for start in range(0, flat.size, _CHUNK):
+        part = flat[start : start + _CHUNK]
+        if array.dtype != dtype:
+            # Its bits are the upper half.
+            part = (part.view(np.uint32) >> 16).astype(np.uint16)
+        crc = zlib.crc32(part.view(np.uint8), crc)
+    return crc
 
 
 def _saving() -> ocp.Context:
@@ -227,7 +247,7 @@ def _partial(path: Path) -> Path:
 def _begun(path: Path, fingerprint: str) -> set[str]:
     """The groups an earlier run has written; all is removed if it cannot be gone on with."""
     partial = _partial(path)
-    for leftover in path.parent.glob(f"{partial.name}.orbax-checkpoint-tmp*"):
+    for leftover in path.parent.glob(f"{glob.escape(partial.name)}.orbax-checkpoint-tmp*"):
         shutil.rmtree(leftover)
     done: set[str] = set()
     # A merge that was broken off cannot be gone on with: it leaves the tree beside the saves.

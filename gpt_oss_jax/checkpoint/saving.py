@@ -6,6 +6,8 @@ it is renamed.
 
 from __future__ import annotations
 
+import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -20,7 +22,7 @@ import numpy as np
 from flax import nnx
 
 from gpt_oss_jax.checkpoint import names, orbax, writer
-from gpt_oss_jax.checkpoint.experts import Source, with_experts
+from gpt_oss_jax.checkpoint.experts import Source, expert_kinds, with_experts
 from gpt_oss_jax.checkpoint.files import Folder, LocalFolder, open_folder
 from gpt_oss_jax.checkpoint.hub import resolve
 from gpt_oss_jax.checkpoint.loading import open_source
@@ -123,14 +125,18 @@ def _write(
       fingerprint: Of the source, to go on from what an earlier call left; None begins anew.
     """
     path = _check(path, format)
-    layout = "hf-mxfp4" if format == "orbax" else format
+    layout = format
+    if format == "orbax":
+        layout = "hf-bf16" if expert_kinds(source) == {"dense"} else "hf-mxfp4"
     files = dict(files) | writer.config_files(source.config, layout)
     target = source if format == "orbax" else with_experts(source, writer.EXPERTS[format])
     total = sum(x.nbytes for x in target.variables.values())
     resumable = format == "orbax" and fingerprint is not None
     work = _work_folder(path, resumable)
     unfinished = work / path.name
+    lock = _locked(work, path) if resumable else None
     try:
+        _check(path, format)
         _check_room(work, total)
         with progress(f"writing {path.name}", total) as step:
             if format == "orbax":
@@ -146,13 +152,19 @@ def _write(
                 orbax.verify(orbax.open_orbax(LocalFolder(unfinished)), step)
             else:
                 writer.verify(unfinished, sums, step)
+        try:
+            os.rename(unfinished, path)
+        except OSError as error:
+            raise ValueError(f"{path} cannot get its name: {error}.") from error
+        shutil.rmtree(work)
     except BaseException as error:
         # Stopped by hand, a conversion can be gone on with; anything else leaves nothing behind.
         if not resumable or isinstance(error, Exception):
             shutil.rmtree(work)
         raise
-    os.rename(unfinished, path)
-    shutil.rmtree(work)
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def _work_folder(path: Path, resumable: bool) -> Path:
@@ -169,8 +181,31 @@ def _work_folder(path: Path, resumable: bool) -> Path:
         work.is_dir() and all(x.name.startswith(path.name) for x in work.iterdir())
     ):
         raise ValueError(f"{work} is in the way and not ours: move it, or name another target.")
-    work.mkdir(exist_ok=True)
     return work
+
+
+def _locked(work: Path, path: Path) -> int:
+    """Makes the folder and takes it for this process, until the descriptor it returns is closed.
+
+    Raises:
+      ValueError: If another process has it.
+    """
+    while True:
+        work.mkdir(exist_ok=True)
+        lock = os.open(work, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            raise ValueError(
+                f"another process is writing {path}: wait for it, or name another target."
+            ) from error
+        except OSError:
+            return lock  # The file system has no locks; alone, as nearly always, that is no harm.
+        # Whoever had it may have finished, and removed it, before it was locked here.
+        if work.exists() and os.path.samestat(os.fstat(lock), os.stat(work)):
+            return lock
+        os.close(lock)
 
 
 def _check(path: str | os.PathLike, format: str) -> Path:
@@ -179,6 +214,10 @@ def _check(path: str | os.PathLike, format: str) -> Path:
     if "://" in str(path):
         raise ValueError(f"{path} is a URL: write to a local folder, then copy it there.")
     path = Path(os.path.abspath(os.path.expanduser(path)))
+    if format == "orbax" and (odd := set(str(path)) & set("[]*?")):
+        raise ValueError(
+            f"{path} has {' '.join(sorted(odd))}, which Orbax takes for a pattern: name another."
+        )
     if os.path.lexists(path):
         raise ValueError(f"{path} exists; name a new folder, or remove it first.")
     return path
@@ -205,8 +244,9 @@ def _side_files(folder: Folder) -> dict[str, bytes]:
 def _fingerprint(source: Source) -> str:
     """Tells one source from another without reading it: where it lies, and its files' sizes."""
     folder = source.folder
-    stats = [str(folder)]
+    stats: list = [str(folder), folder.names(), dataclasses.asdict(source.config)]
     if isinstance(folder, LocalFolder):
+        stats[0] = str(folder.path.absolute())
         for name in folder.names():
             stat = (folder.path / name).stat()
             stats.append((name, stat.st_size, stat.st_mtime_ns))
@@ -241,6 +281,12 @@ class _ModelSource:
                 array, exact = _narrow(array)
                 if not exact:
                     self.rounded.append(request.path)
+            wanted = self.variables[request.path].dtype
+            if array.dtype != wanted:
+                raise ValueError(
+                    f"{request.path} must be {wanted}{'' if wanted == np.uint8 else ' or float32'} "
+                    f"to be saved, got {array.dtype}: cast it first."
+                )
             yield array
 
 

@@ -20,6 +20,8 @@ import ml_dtypes  # noqa: F401  makes bfloat16 known to safetensors' numpy funct
 import numpy as np
 import safetensors.numpy
 
+from gpt_oss_jax.directories import user_cache
+
 _PACKED = Path(__file__).parents[1] / "data" / "tiny"
 _MODEL = "model.safetensors"
 _TABLES = ("model.embed_tokens.weight", "lm_head.weight")
@@ -34,7 +36,7 @@ def unpack() -> Path:
     Raises:
       ValueError: If the folder cannot be written.
     """
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt_oss_jax"
+    root = user_cache()
     folder = root / f"tiny-{_digest()}"
     if folder.is_dir():
         return folder

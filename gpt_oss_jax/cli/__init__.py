@@ -6,9 +6,12 @@ which declares its arguments, and `run`. What a command does lives in the packag
 """
 
 import argparse
+import io
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 import jax
@@ -33,11 +36,18 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add(commands)
+    for each in commands.choices.values():
+        # Behind the command, too, which is where it is put when something went wrong.
+        each.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code of the process."""
+    _make_streams_usable()
+    _end_cleanly_when_asked_to()
     args = build_parser().parse_args(argv)
     logging.basicConfig(format="gpt-oss-jax: %(message)s", force=True)
     logging.getLogger("gpt_oss_jax").setLevel(logging.INFO)
@@ -55,6 +65,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         remark(_one_line(error))
         return 2
+
+
+def _make_streams_usable() -> None:
+    """Whoever starts a program may close its streams, or have them in an encoding of 1968."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+        elif isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _end_cleanly_when_asked_to() -> None:
+    """A closed terminal or `kill` then end a command as Ctrl-C does."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores one of them.
+                signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 def _one_line(error: Exception) -> str:

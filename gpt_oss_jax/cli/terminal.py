@@ -4,9 +4,14 @@ It knows no command.
 """
 
 import argparse
+import contextlib
 import os
 import sys
+import threading
+from collections.abc import Iterator
+from typing import TypeVar
 
+import jax
 import jax.numpy as jnp
 
 from gpt_oss_jax.checkpoint import load
@@ -15,6 +20,8 @@ from gpt_oss_jax.sampling import SamplingParams
 from gpt_oss_jax.sharding import make_mesh
 
 DIM = "\033[2m"
+_PATIENCE = 2.0  # Seconds.
+_T = TypeVar("_T")
 _PLAIN = "\033[0m"
 # A model may write what a terminal takes for commands.
 _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -36,6 +43,31 @@ def write(text: str, style: str = "") -> None:
     sys.stdout.flush()
 
 
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """Says why, if what is waited for takes long."""
+    timer = threading.Timer(
+        _PATIENCE,
+        remark,
+        ["compiling for this device, or reading a long prompt; later runs are faster"],
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def announced(pieces: Iterator[_T]) -> Iterator[_T]:
+    """The pieces; if the first takes long, it is said why."""
+    with waiting():
+        first = next(pieces, None)
+    if first is not None:
+        yield first
+        yield from pieces
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """MODEL and how to load it."""
     parser.add_argument(
@@ -50,12 +82,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--mesh",
         type=_mesh_axes,
         metavar="AXIS=N,...",
-        help="spread over devices, e.g. expert=4 or expert=2,tensor=2; default: one device",
+        help="spread over devices, e.g. tensor=2 or expert=2,tensor=2; default: one device",
     )
 
 
 def load_model(args: argparse.Namespace) -> Transformer:
     """The model that `add_model_options` asked for."""
+    try:
+        jax.devices()
+    except Exception as error:  # Of any kind, a busy TPU or a missing driver.
+        why = str(error) or type(error).__name__
+        raise ValueError(f"JAX finds no device: {why}. gpt-oss-jax doctor says more.") from error
     return load(
         args.model,
         mesh=make_mesh(**args.mesh) if args.mesh else None,
@@ -90,6 +127,17 @@ def sampling(args: argparse.Namespace) -> SamplingParams:
     return SamplingParams(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
 
 
+def positive(text: str) -> int:
+    """An option that counts something."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"wanted a whole number of at least 1, got {text!r}.")
+    return number
+
+
 def _mesh_axes(text: str) -> dict[str, int]:
     try:
         axes = {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
@@ -97,6 +145,6 @@ def _mesh_axes(text: str) -> dict[str, int]:
         axes = {}
     if not axes or not set(axes) <= {"data", "expert", "tensor"} or min(axes.values()) < 1:
         raise argparse.ArgumentTypeError(
-            f"wanted sizes of data, expert or tensor, such as expert=4, got {text!r}"
+            f"wanted sizes of data, expert or tensor, such as expert=4, got {text!r}."
         )
     return axes

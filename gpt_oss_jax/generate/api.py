@@ -98,7 +98,8 @@ def generate_batch(
 
     All rows are in memory at once: split what does not fit. With a seed, sample i of a prompt
     depends on prompt, seed and i alone, so sample 0 is what `generate` gives, and a prompt that is
-    listed twice is answered twice alike; without a seed every row draws its own.
+    listed twice is answered twice alike; without a seed every row draws its own. In bfloat16 a
+    batch of another size rounds otherwise, and a near tie may turn.
 
     Args:
       model: The model.
@@ -182,10 +183,11 @@ def _checked_prompts(config: Config, prompts: dict, max_tokens, context):
 
 def _checked_ids(config: Config, ids, name: str) -> np.ndarray:
     ids = np.asarray(ids)
-    if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
+    if ids.size == 0:
+        raise ValueError(f"{name} must have at least one token id, got none.")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise ValueError(
-            f"{name} must be a sequence of at least one token id, got {ids.dtype} of shape "
-            f"{ids.shape}."
+            f"{name} must be a sequence of token ids, got {ids.dtype} of shape {ids.shape}."
         )
     strange = (ids < 0) | (ids >= config.vocab_size)
     if strange.any():
@@ -198,9 +200,10 @@ def _checked_ids(config: Config, ids, name: str) -> np.ndarray:
 
 
 def _checked_stops(config: Config, stop_tokens) -> frozenset[int]:
-    if not isinstance(stop_tokens, Iterable):
+    stops = tuple(stop_tokens) if isinstance(stop_tokens, Iterable) else (None,)
+    if not all(isinstance(stop, numbers.Integral) for stop in stops):
         raise ValueError(f"stop_tokens must be a collection of token ids, got {stop_tokens!r}.")
-    return frozenset(int(stop) for stop in stop_tokens if 0 <= stop < config.vocab_size)
+    return frozenset(int(stop) for stop in stops if 0 <= stop < config.vocab_size)
 
 
 def _checked_sampling(sampling: SamplingParams | None) -> SamplingParams:

@@ -87,11 +87,11 @@ def read_vocabulary(path: Path) -> bytes:
         data = path.read_bytes()
     except OSError as error:
         why = error.strerror
-        raise ValueError(f"cannot read the vocabulary {path}: {why}; {remedy}") from error
+        raise ValueError(f"cannot read the vocabulary {path}: {why}; {remedy}.") from error
     if (sha256 := hashlib.sha256(data).hexdigest()) != VOCABULARY_SHA256:
         raise ValueError(
             f"the vocabulary {path} is not o200k_base: wanted SHA-256 {VOCABULARY_SHA256}, "
-            f"got {sha256} ({len(data):,} bytes); {remedy}"
+            f"got {sha256} ({len(data):,} bytes); {remedy}."
         )
     return data
 

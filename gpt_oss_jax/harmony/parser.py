@@ -117,7 +117,7 @@ class Parser:
 
     def __init__(self, role: str | None = None):
         if role is not None and role not in ROLES:
-            raise ValueError(f"role must be None or one of {', '.join(ROLES)}, got {role!r}")
+            raise ValueError(f"role must be None or one of {', '.join(ROLES)}, got {role!r}.")
         self.messages: list[Message] = []
         self.repairs: list[Repair] = []
         self._ranks = ranks()

@@ -19,7 +19,7 @@ from gpt_oss_jax.harmony.message import ROLES, Message
 REASONING_EFFORTS = ("low", "medium", "high")
 _NAME = re.compile(r"[\w.-]+", re.ASCII)
 _WORD = re.compile(r"\S+", re.ASCII)
-_DATE = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
+_DATE = re.compile(r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +44,15 @@ class Function:
 
     def __post_init__(self):
         if not _NAME.fullmatch(self.name):
-            raise ValueError(f"a function's name must be of A-Z a-z 0-9 _ - ., got {self.name!r}")
+            raise ValueError(f"a function's name must be of A-Z a-z 0-9 _ - ., got {self.name!r}.")
         if not isinstance(self.parameters, dict | None):
             raise ValueError(
-                f"parameters of {self.name} must be a JSON schema or None, got {self.parameters!r}"
+                f"parameters of {self.name} must be a JSON schema or None, got {self.parameters!r}."
             )
         try:
             json.dumps(self.parameters, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"parameters of {self.name} must be JSON: {error}") from error
+            raise ValueError(f"parameters of {self.name} must be JSON: {error}.") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +78,10 @@ class System:
         if self.reasoning_effort not in REASONING_EFFORTS:
             raise ValueError(
                 f"reasoning_effort must be {', '.join(REASONING_EFFORTS[:-1])} or "
-                f"{REASONING_EFFORTS[-1]}, got {self.reasoning_effort!r}"
+                f"{REASONING_EFFORTS[-1]}, got {self.reasoning_effort!r}."
             )
         if self.date is not None and not _DATE.fullmatch(self.date):
-            raise ValueError(f"date must be YYYY-MM-DD or None, got {self.date!r}")
+            raise ValueError(f"date must be a day as YYYY-MM-DD or None, got {self.date!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +136,9 @@ def _harmony(message: System | Developer | Message) -> openai_harmony.Message:
         return openai_harmony.Message.from_role_and_content(openai_harmony.Role.DEVELOPER, content)
 
     if message.role not in ROLES:
-        raise ValueError(f"role must be one of {', '.join(ROLES)}, got {message.role!r}")
+        raise ValueError(f"role must be one of {', '.join(ROLES)}, got {message.role!r}.")
     if message.role == "tool" and message.name is None:
-        raise ValueError("a message of role tool needs the tool's name, got None")
+        raise ValueError("a message of role tool needs the tool's name, got None.")
     author = openai_harmony.Author(role=message.role, name=_word("name", message.name))
     return openai_harmony.Message(
         author=author,
@@ -160,7 +160,7 @@ def _description(function: Function) -> openai_harmony.ToolDescription:
 def _word(field: str, value: str | None) -> str | None:
     """Headers are separated by spaces, so a field with one would be read as something else."""
     if value is not None and not _WORD.fullmatch(value):
-        raise ValueError(f"{field} must be None or one word without spaces, got {value!r}")
+        raise ValueError(f"{field} must be None or one word without spaces, got {value!r}.")
     return value and _unicode(value)
 
 

@@ -54,4 +54,4 @@ def dispatch(
         if reasons:
             _say_once(f"{operation} runs on {name} ({'; '.join(reasons)})")
         return result
-    raise NotImplementedError(f"no implementation of {operation}: {'; '.join(reasons)}")
+    raise NotImplementedError(f"no implementation of {operation}: {'; '.join(reasons)}.")

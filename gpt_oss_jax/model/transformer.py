@@ -165,8 +165,12 @@ class Transformer(nnx.Module):
 
     def _checked_positions(self, tokens_BT, positions_BT, cache, logits_at) -> jax.Array:
         """The positions, after a look at everything whose mistakes JAX would not show."""
-        if tokens_BT.ndim != 2:
-            raise ValueError(f"tokens must have shape [B, T], got {tokens_BT.shape}.")
+        shape, dtype = jnp.shape(tokens_BT), getattr(tokens_BT, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+            got = dtype or type(tokens_BT).__name__
+            raise ValueError(f"tokens must be an array of whole numbers [B, T], got {got}.")
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(f"tokens must have shape [B, T], both at least 1, got {shape}.")
         B, T = tokens_BT.shape
         if cache is not None and positions_BT is None:
             raise ValueError("positions must be given with a cache: where do these tokens go?")
