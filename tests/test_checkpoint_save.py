@@ -131,10 +131,13 @@ def test_values_that_bfloat16_cannot_hold_are_rounded_and_said(folders, tmp_path
 
 def test_files_that_came_in_go_out(folders, tmp_path):
     model = load(folders / "hf")
-    save(model, tmp_path / "with", format="original", files_from=folders / "hf")
-    save(model, tmp_path / "without", format="original")
+    another = nnx.merge(*nnx.split(model))
+    save(model, tmp_path / "own", format="original")
+    save(another, tmp_path / "named", format="original", files_from=folders / "hf")
+    save(another, tmp_path / "without", format="original")
     for name in SIDE_FILES:
-        assert (tmp_path / "with" / name).read_text() == f"the {name} of the release"
+        for target in ("own", "named"):
+            assert (tmp_path / target / name).read_text() == f"the {name} of the release"
         assert not (tmp_path / "without" / name).exists()
     # The hub keeps the tokenizer beside original/, not in it.
     shutil.copytree(folders / "hf", tmp_path / "hub")

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import weakref
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -19,7 +20,7 @@ from jax.sharding import Mesh
 
 from gpt_oss_jax.checkpoint import synthetic
 from gpt_oss_jax.checkpoint.experts import Source, expert_kinds, with_experts
-from gpt_oss_jax.checkpoint.files import open_folder
+from gpt_oss_jax.checkpoint.files import Folder, LocalFolder, open_folder
 from gpt_oss_jax.checkpoint.hub import resolve
 from gpt_oss_jax.checkpoint.orbax import is_orbax, open_orbax
 from gpt_oss_jax.checkpoint.progress import progress
@@ -29,6 +30,8 @@ from gpt_oss_jax.model import Transformer
 from gpt_oss_jax.sharding import named_sharding
 
 _LOGGER = logging.getLogger(__name__)
+# Not an attribute of the model: what is compiled for one would not serve another.
+_ORIGINS: weakref.WeakKeyDictionary[Transformer, Folder] = weakref.WeakKeyDictionary()
 
 
 def load(
@@ -68,10 +71,11 @@ def load(
     dtype = _dtype(dtype, mesh)
     name = str(path_or_id)
     if name.startswith(synthetic.PREFIX):
-        config, kind = synthetic.config_of(name), "mxfp4"
+        config, kind, folder = synthetic.config_of(name), "mxfp4", None
         arrays = lambda targets: synthetic.arrays(config, targets)
     else:
         source = open_source(path_or_id)
+        folder = source.folder
         # One dense matrix makes all of them dense: a model holds its experts in one way.
         config, kind = source.config, "dense" if "dense" in expert_kinds(source) else "mxfp4"
         arrays = lambda targets: _arrays(with_experts(source, kind), targets)
@@ -91,7 +95,17 @@ def load(
             variables[path] = variables[path].replace(array)
             step(array.nbytes)
     flat = [(path, variables["/".join(map(str, path))]) for path, _ in nnx.to_flat_state(state)]
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+    model = nnx.merge(graphdef, nnx.from_flat_state(flat))
+    if folder is not None:
+        _ORIGINS[model] = folder
+    return model
+
+
+def origin(model: Transformer) -> Folder | None:
+    """The folder that `load` made this very object from; None if it is gone or never was."""
+    folder = _ORIGINS.get(model)
+    gone = isinstance(folder, LocalFolder) and not folder.path.is_dir()
+    return None if gone else folder
 
 
 def open_source(path_or_id: str | os.PathLike, *, download: bool = True) -> Source:

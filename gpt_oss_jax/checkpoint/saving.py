@@ -25,7 +25,7 @@ from gpt_oss_jax.checkpoint import names, orbax, writer
 from gpt_oss_jax.checkpoint.experts import Source, expert_kinds, with_experts
 from gpt_oss_jax.checkpoint.files import Folder, LocalFolder, open_folder
 from gpt_oss_jax.checkpoint.hub import resolve
-from gpt_oss_jax.checkpoint.loading import open_source
+from gpt_oss_jax.checkpoint.loading import open_source, origin
 from gpt_oss_jax.checkpoint.names import BF16, Variable
 from gpt_oss_jax.checkpoint.progress import progress
 from gpt_oss_jax.checkpoint.stream import Request
@@ -64,14 +64,15 @@ def save(
       model: To write.
       path: A folder that does not exist.
       format: "orbax" (ours), "hf-mxfp4" or "hf-bf16" (Transformers), "original" (the reference).
-      files_from: What the model was loaded from, to carry its tokenizer, chat template, generation
-        config and licence over.
+      files_from: Whose tokenizer, chat template, generation config and licence to carry over. None:
+        of what the model was loaded from, if it was.
 
     Raises:
       ValueError: If the folder exists, the format is unknown or cannot hold the model, or what was
         written does not read back the same.
     """
-    files = {} if files_from is None else _side_files(open_folder(resolve(files_from)))
+    folder = origin(model) if files_from is None else open_folder(resolve(files_from))
+    files = {} if folder is None else _side_files(folder)
     source = _ModelSource(model)
     _write(source, path, format, files)
     if source.rounded:

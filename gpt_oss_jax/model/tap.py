@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 
 
 class Tap:
@@ -44,7 +45,7 @@ class Tap:
         if self.wants(name):
             self.captured[name] = value
         if name in self._patch:
-            patch = self._patch[name]
+            patch = jnp.asarray(self._patch[name])
             if patch.shape != value.shape:
                 raise ValueError(
                     f"patch {name!r} must have shape {value.shape}, got {patch.shape}."
