@@ -35,6 +35,7 @@ from gpt_oss_jax.config import Config
 
 _MARKER = "orbax.checkpoint"
 _CHUNK = 8 << 20
+_SUMMED = 1 << 18  # Elements that are turned back at once to be summed.
 _OURS = "gpt_oss_jax"
 _TREE = "state"
 _ZARR = "/zarr.json"
@@ -205,8 +206,8 @@ def verify(source: OrbaxSource, step: Callable[[int], None]) -> None:
 def checksum(array: np.ndarray, dtype: np.dtype) -> int:
     """CRC-32 of an array's bytes in `dtype`: its own, or the bfloat16 that its float32 was."""
     flat, crc = np.ascontiguousarray(array).reshape(-1), 0
-    for start in range(0, flat.size, _CHUNK):
-        part = flat[start : start + _CHUNK]
+    for start in range(0, flat.size, _SUMMED):
+        part = flat[start : start + _SUMMED]
         if array.dtype != dtype:
             # Its bits are the upper half.
             part = (part.view(np.uint32) >> 16).astype(np.uint16)
