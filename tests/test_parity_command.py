@@ -69,6 +69,16 @@ def test_the_golden_files_find_a_fault(golden_folder):
     assert f"a window of {window} keys, not {window + 1}" in report.sentence
 
 
+def test_a_golden_file_that_judges_nothing_is_no_parity(golden_folder):
+    file, folder = golden_folder
+    kept, model = golden.load(file), load(folder, dtype=jnp.float32)
+    with pytest.raises(ValueError, match="must hold a value that can be judged"):
+        compare(model, dataclasses.replace(kept, values={}))
+    renamed = {f"x{name}": value for name, value in kept.values.items()}
+    with pytest.raises(ValueError, match="of no known name: xembedding"):
+        compare(model, dataclasses.replace(kept, values=renamed))
+
+
 def test_a_golden_file_comes_back_as_it_was(recorded, tmp_path):
     golden.save(recorded, tmp_path / "x.npz")
     again = golden.load(tmp_path / "x.npz")

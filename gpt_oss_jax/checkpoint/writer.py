@@ -111,7 +111,7 @@ def write_tensors(
             files[file].truncate(size)
             files[file].flush()
         # Left before the files are closed, and with nothing still to be written.
-        pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
+        pool = ThreadPoolExecutor(os.cpu_count())
         stack.callback(pool.shutdown, cancel_futures=True)
         arrays = source.stream([Request(x.path, x.dtype) for x in source.variables.values()])
         for variable, array in zip(source.variables.values(), arrays, strict=True):

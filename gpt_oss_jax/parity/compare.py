@@ -50,7 +50,10 @@ def compare(model, reference: Reference, tokens=None) -> Report:
     ours = open_stages(model)
     for theirs in by_stage(reference, tokens_T, model.config):
         walk.take(next(ours), theirs)
-    return walk.report()
+    report = walk.report()
+    if not (report.ops or report.routing):
+        raise ValueError("the reference must hold a value that can be judged, got none.")
+    return report
 
 
 def assert_parity(model, reference: Reference, tokens=None) -> Report:

@@ -71,6 +71,9 @@ class Golden:
             raise ValueError(f"the golden file is of another model; this one has {', '.join(odd)}.")
         if not np.array_equal(tokens_T, self.tokens_T):
             raise ValueError("the golden file is of other tokens; leave them out to use its own.")
+        known = {prefix + op.name for prefix, ops in stages(config) for op in ops}
+        if odd := sorted(self.values.keys() - known):
+            raise ValueError(f"the golden file has values of no known name: {', '.join(odd[:5])}.")
 
 
 class Recorder:
