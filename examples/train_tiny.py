@@ -314,6 +314,7 @@ def main():
     examine = jax.jit(score)
     stream = tiny_batches.batches(args.seed, LENGTH, args.batch)
     start = last = time.perf_counter()
+    before = 0
     for i in range(1, args.steps + 1):
         params, state, report = step(params, state, next(stream))
         if i % args.every == 0 or i == args.steps:
@@ -321,7 +322,7 @@ def main():
             now = time.perf_counter()
             print(
                 f"step {i} of {args.steps}: loss {loss:.4f} nats a token, {right:.2%} right, "
-                f"balance {balance:.3f}, {args.every * args.batch * LENGTH / (now - last):.0f} "
+                f"balance {balance:.3f}, {(i - before) * args.batch * LENGTH / (now - last):.0f} "
                 f"tokens/s, {(now - start) / 60:.1f} min",
             )
             right, asked = np.zeros((2, len(tiny_batches.CATEGORIES)), int)
@@ -330,7 +331,7 @@ def main():
                     np.add.at(counts, batch["categories"][np.asarray(where)], 1)
             parts = zip(tiny_batches.CATEGORIES, right, asked, strict=True)
             print("  held out, answers right:", *(f"{n} {r}/{a}" for n, r, a in parts), flush=True)
-            last = time.perf_counter()
+            last, before = time.perf_counter(), i
     write(jax.device_get(params), rows, args.out)
 
 

@@ -30,6 +30,7 @@ _YARN_NAMES = {
     "rope_ntk_beta": "beta_fast",
     "rope_truncate": "truncate",
 }
+_RELEASED_ROPE = {"rope_type": "yarn", "truncate": False}
 _TOKEN_IDS = {"eos_token_id": 200002, "pad_token_id": 199999}
 _ONLY = {"tie_word_embeddings": False, "attention_bias": True, "hidden_act": "silu"}
 _NOT_IN_YARN = ("attention_factor", "mscale", "mscale_all_dim")
@@ -202,7 +203,8 @@ def _from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
     values = {ours: hf[theirs] for ours, theirs in _HF_NAMES.items() if hf.get(theirs) is not None}
 
     # Transformers 5 saves `rope_parameters`, which includes the base; 4 saved them apart.
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {"rope_type": "default"}
+    # Where neither is given it takes the released models' scaling.
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or _RELEASED_ROPE
     if (theta := rope.get("rope_theta", hf.get("rope_theta"))) is not None:
         values["rope_theta"] = theta
     kind = rope.get("rope_type", rope.get("type"))

@@ -97,9 +97,12 @@ def _vocabulary() -> Finding:
 
 def _compile_cache() -> Finding:
     chosen = jax.config.jax_compilation_cache_dir
-    directory = Path(chosen) if chosen else compile_cache.default_directory()
     if "://" in str(chosen):
         return Finding("cache", f"{chosen}, not looked at")
+    try:
+        directory = Path(chosen) if chosen else compile_cache.default_directory()
+    except OSError as error:
+        return Finding("cache", str(error), True)
     if not directory.is_dir():
         return Finding("cache", f"{directory}, not there yet")
     sizes = [path.stat().st_size for path in directory.glob("*-cache")]

@@ -291,3 +291,12 @@ def test_fuzz_of_config_and_index(good, tmp_path):
         # Another value of the right kind, such as a clamp or a base of the rotation, may pass.
         assert found == want, seed
     assert refused["config.json"] > 60 and refused["model.safetensors.index.json"] > 120, refused
+
+
+@pytest.mark.parametrize("value", ["mxfp4", {"quant_method": "fp8"}])
+def test_another_quantization_is_refused_by_name(tmp_path, value):
+    folder = synthetic.write(TINY, tmp_path / "sick", "hf")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": value}))
+    with pytest.raises(ValueError, match="quant_method mxfp4, or none, got"):
+        load(folder)

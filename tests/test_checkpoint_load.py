@@ -215,13 +215,14 @@ def test_refuses_what_is_no_path():
 
 
 def test_says_what_the_mesh_does_not_split(folders, sharded, caplog):
-    with caplog.at_level("INFO", "gpt_oss_jax"):
+    with caplog.at_level("WARNING", "gpt_oss_jax"):
         load(sharded, mesh=make_mesh(expert=4, tensor=2))
         assert not caplog.messages
         load(folders / "hf", mesh=make_mesh(tensor=2))
     (said,) = caplog.messages
     assert "data=1, expert=1, tensor=2 does not divide" in said
     assert "layers/*/attention/qkv/weight [3, 7, 14, 96]" in said and "mlp_norm" not in said
+    assert said.endswith(" GB of them")
 
 
 def test_synthetic_models_are_made_in_their_shards(monkeypatch):

@@ -212,7 +212,8 @@ def test_wrong_trees_are_named(folders, tmp_path):
     tree["layers"]["0"]["mlp"]["gate"] = tree["norm"]["scale"]
     tree["unembedding"]["weight"] = tree["unembedding"]["weight"].T
     tree["norm"]["scale"] = tree["norm"]["scale"].astype("float32")
-    ocp.save(tmp_path / "wrong", tree, custom_metadata={"gpt_oss_jax": {"checksums": {}}})
+    sums = open_source(folders / "orbax").checksums
+    ocp.save(tmp_path / "wrong", tree, custom_metadata={"gpt_oss_jax": {"checksums": sums}})
     shutil.copy(folders / "orbax" / "config.json", tmp_path / "wrong")
     with pytest.raises(ValueError) as error:
         load(tmp_path / "wrong")
@@ -225,7 +226,7 @@ def test_wrong_trees_are_named(folders, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "harm", ["manifest", "data", "bit", "chunk", "metadata", "config", "no tree"]
+    "harm", ["manifest", "data", "bit", "chunk", "metadata", "no sums", "config", "no tree"]
 )
 def test_damage_is_one_clear_error(folders, tmp_path, harm):
     folder = shutil.copytree(folders / "orbax", tmp_path / "orbax")
@@ -243,12 +244,16 @@ def test_damage_is_one_clear_error(folders, tmp_path, harm):
         del ts.KvStore.open({"driver": "ocdbt", "base": base}).result()[b"norm.scale/c/0"]
     elif harm == "metadata":
         (folder / "_CHECKPOINT_METADATA").write_text("{")
+    elif harm == "no sums":
+        metadata = folder / "_CHECKPOINT_METADATA"
+        metadata.write_text(metadata.read_text().replace("checksums", "sums"))
     elif harm == "config":
         (folder / "config.json").unlink()
     else:
         shutil.rmtree(folder / "state")
-    with pytest.raises(ValueError, match="is damaged|is no whole Orbax|lacks config.json"):
-        load(folder)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        with pytest.raises(ValueError, match="is damaged|is no whole Orbax|lacks config.json"):
+            load(folder, dtype=dtype)
 
 
 def _flip_a_bit(file):

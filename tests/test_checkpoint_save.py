@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -130,10 +131,13 @@ def test_values_that_bfloat16_cannot_hold_are_rounded_and_said(folders, tmp_path
 
 def test_files_that_came_in_go_out(folders, tmp_path):
     model = load(folders / "hf")
-    save(model, tmp_path / "with", format="original", files_from=folders / "hf")
-    save(model, tmp_path / "without", format="original")
+    another = nnx.merge(*nnx.split(model))
+    save(model, tmp_path / "own", format="original")
+    save(another, tmp_path / "named", format="original", files_from=folders / "hf")
+    save(another, tmp_path / "without", format="original")
     for name in SIDE_FILES:
-        assert (tmp_path / "with" / name).read_text() == f"the {name} of the release"
+        for target in ("own", "named"):
+            assert (tmp_path / target / name).read_text() == f"the {name} of the release"
         assert not (tmp_path / "without" / name).exists()
     # The hub keeps the tokenizer beside original/, not in it.
     shutil.copytree(folders / "hf", tmp_path / "hub")
@@ -236,6 +240,58 @@ def test_the_original_format_says_what_it_cannot_hold(tmp_path):
     with pytest.raises(ValueError, match="cannot hold rms_norm_eps"):
         export(tmp_path / "hf", tmp_path / "out", "original")
     assert os.listdir(tmp_path) == ["hf"]
+
+
+@pytest.mark.parametrize("format", ["orbax", "hf-mxfp4"])
+def test_other_floats_are_not_saved(folders, tmp_path, format):
+    model = load(folders / "hf")
+    model.norm.scale = nnx.Param(model.norm.scale[...].astype(jnp.float16))
+    with pytest.raises(ValueError, match="norm/scale must be bfloat16 or float32.*got float16"):
+        save(model, tmp_path / "out", format=format)
+    assert not os.listdir(tmp_path)
+
+
+def test_what_orbax_takes_for_a_pattern_is_refused_at_once(folders, tmp_path):
+    with pytest.raises(ValueError, match=r"has \[ \], which Orbax takes for a pattern"):
+        export(folders / "hf", tmp_path / "m[1]", "orbax")
+    export(folders / "hf", tmp_path / "m[1]", "original")
+
+
+@pytest.mark.parametrize("format", ["orbax", "hf-mxfp4"])
+def test_a_target_that_appears_meanwhile_stays(folders, tmp_path, monkeypatch, format):
+    verify = saving.orbax.verify, writer.verify
+
+    def appears(*args):
+        verify[format != "orbax"](*args)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.txt").write_text("mine")
+
+    monkeypatch.setattr(saving.orbax, "verify", appears)
+    monkeypatch.setattr(writer, "verify", appears)
+    with pytest.raises(ValueError, match="out cannot get its name"):
+        export(folders / "hf", tmp_path / "out", format)
+    assert os.listdir(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_failed_write_leaves_no_thread_with_a_closed_file(folders, tmp_path, monkeypatch):
+    failed, pwrite = [], os.pwrite
+
+    def failing(fd, data, offset):
+        try:
+            os.fstat(fd)
+        except OSError as error:
+            failed.append(error)
+        time.sleep(0.001)
+        if offset > 100_000:
+            raise OSError(28, "No space left on device")
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", failing)
+    monkeypatch.setattr(writer, "_CHUNK", 1000)
+    with pytest.raises(OSError, match="No space"):
+        export(folders / "hf", tmp_path / "out", "original")
+    assert not failed and not os.listdir(tmp_path)
 
 
 def test_two_writers_of_one_target(folders, tmp_path):

@@ -57,7 +57,10 @@ def user_directories(home, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     for name, value in before.items():
         jax.config.update(name, value)
 
@@ -157,13 +160,14 @@ def test_no_answer_within_the_limit_is_said_on_stderr(capsys):
 def test_a_conversation_survives_what_interrupts_it(monkeypatch, capsys):
     typed = iter(["one", "", "two", KeyboardInterrupt(), "three", "four", EOFError()])
 
-    def fake_input(prompt):
+    def fake_input(prompt=""):
         line = next(typed)
         if isinstance(line, BaseException):
             raise line
         return line
 
     monkeypatch.setattr("builtins.input", fake_input)
+    monkeypatch.setattr(cli_chat, "_remember_lines", lambda: None)
     chat = FakeChat(
         fake_reply("first"),
         KeyboardInterrupt(),
@@ -171,18 +175,41 @@ def test_a_conversation_survives_what_interrupts_it(monkeypatch, capsys):
         fake_reply("last"),
     )
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
-    # No person saw that one answer is missing, so the exit code says it.
-    assert not cli_chat.converse(chat, options())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert cli_chat.converse(chat, options())
     out, err = capsys.readouterr()
     assert chat.heard == ["one", "two", "three", "four"]
     assert out.split() == ["first", "last"]
     assert err.count("stopped") == 2 and "too long" in err
 
 
+def script(monkeypatch, lines):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), errors="replace"))
+
+
+def test_a_script_that_missed_an_answer_fails(monkeypatch, capsys):
+    script(monkeypatch, b"one\ntwo\n")
+    chat = FakeChat(ValueError("the conversation is too long"), fake_reply("last"))
+    assert not cli_chat.converse(chat, options())
+    assert capsys.readouterr() == ("last\n", "gpt-oss-jax: the conversation is too long\n")
+    script(monkeypatch, b"one\ntwo\n")
+    with pytest.raises(KeyboardInterrupt):
+        cli_chat.converse(FakeChat(KeyboardInterrupt()), options())
+
+
 def test_ctrl_c_twice_keeps_the_conversation(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\n")))
+    typed = iter(["one", "two"])
+    monkeypatch.setattr(cli_chat, "_next_line", lambda by_hand: next(typed, None) or eof())
+    monkeypatch.setattr(cli_chat, "_remember_lines", lambda: None)
+    script(monkeypatch, b"")
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+
+    def eof():
+        raise EOFError
 
     def interrupted(text):
+        if "Ctrl-C" in text:
+            return
         monkeypatch.setattr(cli_chat, "remark", remark)
         raise KeyboardInterrupt
 
@@ -190,11 +217,11 @@ def test_ctrl_c_twice_keeps_the_conversation(monkeypatch, capsys):
     monkeypatch.setattr(cli_chat, "remark", interrupted)
     chat = FakeChat(KeyboardInterrupt(), fake_reply("well"))
     assert cli_chat.converse(chat, options())
-    assert chat.heard == ["one", "two"] and capsys.readouterr().out == "\nwell\n"
+    assert chat.heard == ["one", "two"] and capsys.readouterr().out == "\nwell\n\n"
 
 
 def test_bytes_that_are_no_text_are_asked_as_they_are_read(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\n\xff?\n")))
+    script(monkeypatch, b"one\n\xff?\n")
     chat = FakeChat(fake_reply("first"), fake_reply("second"))
     assert cli_chat.converse(chat, options())
     assert chat.heard == ["one", "\N{REPLACEMENT CHARACTER}?"]
@@ -210,26 +237,39 @@ def test_a_long_wait_is_explained(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(terminal, "_PATIENCE", 0.01)
     assert list(terminal.announced(pieces(0.3))) == ["a", "b"]
-    assert capsys.readouterr().err.count("compiled, and kept") == 1
+    assert capsys.readouterr().err.count("compiling for this device") == 1
 
 
 def test_a_command_that_is_asked_to_end_cleans_up(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "verify", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit) as exit:
-            cli.main(["export", folder, str(tmp_path / "out"), "--to", "original"])
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["export", folder, str(tmp_path / "out"), "--to", "original"])
     assert exit.value.code == 143 and not os.listdir(tmp_path)
 
 
 def test_closed_streams_are_no_error(folder):
     program = f"{sys.executable} -m gpt_oss_jax"
-    done = subprocess.run(
-        f"{program} chat {folder} <&-; {program} --version >&-", shell=True, capture_output=True
-    )
-    assert (done.returncode, done.stdout) == (0, b"") and b"Traceback" not in done.stderr
+    for command in (f"{program} chat {folder} <&-", f"{program} --version >&-"):
+        done = subprocess.run(command, shell=True, capture_output=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+@pytest.mark.parametrize("arguments", [["--top-p", "7"], ["--date", "x"], ["-c", "0"]], ids=str)
+def test_wrong_options_are_refused_before_the_model_is_loaded(monkeypatch, arguments):
+    monkeypatch.setattr(cli_chat, "load_model", lambda args: pytest.fail("loaded"))
+    try:
+        assert cli.main(["chat", "tiny", "hello", *arguments]) == 2
+    except SystemExit as exit:
+        assert exit.code == 2
+
+
+def test_no_device_is_one_line(folder, monkeypatch, capsys):
+    def devices():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", devices)
+    assert cli.main(["chat", folder, "hello"]) == 2
+    assert "JAX finds no device: AssertionError" in capsys.readouterr().err
 
 
 def test_one_shot_answers_from_a_checkpoint(folder, capsys):
@@ -317,6 +357,11 @@ class Terminal:
         os.close(inside)
         self.seen = ""
 
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.screen)
+
     def type(self, text):
         os.write(self.screen, text.encode())
 
@@ -336,12 +381,13 @@ class Terminal:
         return before
 
 
-# Three letters of the model's, after the remark that comes if compiling takes long.
-REPLY = r"^(gpt-oss-jax: [^\n]*\n)?(?!gpt)[^\n]*?\w{3}"
+# Three letters of the model's, wherever its lines break, after the remark that comes if
+# compiling takes long.
+REPLY = r"(?s)^(gpt-oss-jax: [^\n]*\n)*(?!gpt).*?\w{3}"
 
 
 def test_ctrl_c_stops_a_reply_and_keeps_the_session(folder):
-    terminal = Terminal("chat", folder, "--show-reasoning")
+    terminal = Terminal("chat", folder, "--show-reasoning", "--seed", "0")
     try:
         terminal.wait_for("> ")
         terminal.type("talk for long\r")
@@ -358,5 +404,4 @@ def test_ctrl_c_stops_a_reply_and_keeps_the_session(folder):
         terminal.type("\x04")
         assert terminal.process.wait(30) == 0
     finally:
-        terminal.process.kill()
-        os.close(terminal.screen)
+        terminal.close()

@@ -60,8 +60,15 @@ def test_truncate_is_what_transformers_assumes_when_it_is_absent():
 
 
 def test_plain_rope_has_no_scaling():
-    hf = GPT_OSS_20B.to_hf_dict() | {"rope_scaling": None}
+    hf = GPT_OSS_20B.to_hf_dict() | {"rope_scaling": {"rope_type": "default"}}
     assert Config.from_dict(hf).rope_scaling_factor == 1
+
+
+def test_without_scaling_it_is_that_of_the_released_models_as_in_transformers():
+    hf = GPT_OSS_20B.to_hf_dict() | {"rope_scaling": None}
+    assert Config.from_dict(hf) == GPT_OSS_20B
+    del hf["rope_scaling"]
+    assert Config.from_dict(hf) == GPT_OSS_20B
 
 
 def test_even_layers_are_windowed():

@@ -204,6 +204,7 @@ def test_capture_returns_every_intermediate(tiny):
         "attention.q_rope": (B, T, K, N // K, H),
         "attention.k_rope": (B, T, K, H),
         "attention.scores": (B, K, N // K, T, T),
+        "attention.heads": (B, T, K, N // K, H),
         "attention.out": wide,
         "middle": wide,
         "mlp_norm": wide,
@@ -234,6 +235,16 @@ def test_patching_a_captured_value_back_changes_nothing_and_another_does(tiny):
     # All that comes after a layer's input follows from it.
     name = "layers.1.input"
     np.testing.assert_allclose(patched(m, t, {name: others[name]}), whole(m, other), atol=1e-5)
+
+
+def test_a_patched_value_is_captured_as_it_was_computed(tiny):
+    m, t = model(tiny), tokens(tiny)
+    names = ("layers.1.input", "layers.1.output")
+    run = jax.jit(lambda m, t, patch: m.forward(t, capture=names, patch=patch)[2])
+    own = run(m, t, {})
+    seen = run(m, t, {"layers.1.input": jnp.zeros_like(own["layers.1.input"])})
+    np.testing.assert_array_equal(seen["layers.1.input"], own["layers.1.input"])
+    assert jnp.abs(seen["layers.1.output"] - own["layers.1.output"]).max() > 1e-2
 
 
 def test_gradients_flow_through_patches(tiny):

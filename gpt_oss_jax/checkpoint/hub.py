@@ -89,13 +89,13 @@ def _download(repository: str, download: bool) -> str:
             super().__init__(*args, **kwargs | {"disable": not sys.stderr.isatty()})
 
     try:
-        return snapshot_download(
+        folder = snapshot_download(
             repository,
             ignore_patterns=_OTHER_VARIANTS,
             tqdm_class=Bar,
             local_files_only=not download,
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # Whatever its HTTP library raises today.
         if not download:
             raise ValueError(
                 f"{repository} is not on this machine yet; download it with\n  {by_hand}"
@@ -104,3 +104,4 @@ def _download(repository: str, download: bool) -> str:
             f"{repository} is no local folder, and it could not be downloaded: {error}\n"
             f"Try again, it goes on where it was; or download it with\n  {by_hand}\nand name DIR."
         ) from error
+    return str(_variant(Path(folder)))

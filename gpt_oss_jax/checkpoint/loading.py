@@ -6,8 +6,10 @@ Tensors go one at a time from the file into their shards; the model is made arou
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
+import weakref
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -18,7 +20,7 @@ from jax.sharding import Mesh
 
 from gpt_oss_jax.checkpoint import synthetic
 from gpt_oss_jax.checkpoint.experts import Source, expert_kinds, with_experts
-from gpt_oss_jax.checkpoint.files import open_folder
+from gpt_oss_jax.checkpoint.files import Folder, LocalFolder, open_folder
 from gpt_oss_jax.checkpoint.hub import resolve
 from gpt_oss_jax.checkpoint.orbax import is_orbax, open_orbax
 from gpt_oss_jax.checkpoint.progress import progress
@@ -29,6 +31,8 @@ from gpt_oss_jax.model import Transformer
 from gpt_oss_jax.sharding import named_sharding
 
 _LOGGER = logging.getLogger(__name__)
+# Not an attribute of the model: what is compiled for one would not serve another.
+_ORIGINS: weakref.WeakKeyDictionary[Transformer, Folder] = weakref.WeakKeyDictionary()
 
 
 def load(
@@ -51,7 +55,8 @@ def load(
         in bfloat16) or in that of `original/`, or with an Orbax checkpoint of ours; such a folder's
         URL ("gs://bucket/folder"); a repository of the Hugging Face hub, or its folder in the
         cache; "20b" and "120b" (also "gpt-oss:20b", "gpt-oss:120b") for the released ones; "tiny",
-        the small model in the package; "synthetic:20b", random weights made on the device.
+        the small model in the package; "synthetic:20b", random weights made on the device. What
+        `convert` wrote is held against its checksums where this process reads a variable whole.
       mesh: Devices to spread the model over, from `make_mesh`. None: the default device.
       dtype: Of parameters, activations and cache. None: bfloat16 on accelerators, float32 on CPU.
         Experts stay in the 4.25 bits they come in.
@@ -67,10 +72,11 @@ def load(
     dtype = _dtype(dtype, mesh)
     name = str(path_or_id)
     if name.startswith(synthetic.PREFIX):
-        config, kind = synthetic.config_of(name), "mxfp4"
+        config, kind, folder = synthetic.config_of(name), "mxfp4", None
         arrays = lambda targets: synthetic.arrays(config, targets)
     else:
         source = open_source(path_or_id)
+        folder = source.folder
         # One dense matrix makes all of them dense: a model holds its experts in one way.
         config, kind = source.config, "dense" if "dense" in expert_kinds(source) else "mxfp4"
         arrays = lambda targets: _arrays(with_experts(source, kind), targets)
@@ -83,7 +89,7 @@ def load(
     variables = {"/".join(map(str, path)): x for path, x in nnx.to_flat_state(state)}
     targets = {path: _target(variable, mesh) for path, variable in variables.items()}
     if mesh is not None:
-        _tell_what_is_whole(variables, targets, mesh)
+        _tell_what_is_not_split(variables, targets, mesh)
     total = sum(x.size * x.dtype.itemsize for x in targets.values())
     with progress("loading", total) as step:
         for path, array in arrays(targets):
@@ -96,7 +102,16 @@ def load(
         if mesh is None or mesh.size == 1:
             for layer in model.layers:
                 layer.mlp.use_words()
+    if folder is not None:
+        _ORIGINS[model] = folder
     return model
+
+
+def origin(model: Transformer) -> Folder | None:
+    """The folder that `load` made this very object from; None if it is gone or never was."""
+    folder = _ORIGINS.get(model)
+    gone = isinstance(folder, LocalFolder) and not folder.path.is_dir()
+    return None if gone else folder
 
 
 def open_source(path_or_id: str | os.PathLike, *, download: bool = True) -> Source:
@@ -132,16 +147,20 @@ def _target(variable: nnx.Variable, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding)
 
 
-def _tell_what_is_whole(variables, targets, mesh: Mesh) -> None:
-    """Says which weights every device gets more of than the mesh promises."""
-    whole = {
-        f"{re.sub('[0-9]+', '*', path)} {list(x.shape)}"
-        for path, x in variables.items()
-        if named_sharding(mesh, x.axes) != targets[path].sharding
-    }
-    if whole:
+def _tell_what_is_not_split(variables, targets, mesh: Mesh) -> None:
+    """Says which weights are split over fewer axes of the mesh than the table has for them."""
+    found: dict[str, int] = {}
+    for path, x in variables.items():
+        if named_sharding(mesh, x.axes) != targets[path].sharding:
+            name = f"{re.sub('[0-9]+', '*', path)} {list(x.shape)}"
+            shard = targets[path].sharding.shard_shape(x.shape)
+            found[name] = found.get(name, 0) + math.prod(shard) * targets[path].dtype.itemsize
+    if found:
         sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
-        _LOGGER.info("the mesh %s does not divide %s: not split", sizes, "; ".join(sorted(whole)))
+        _LOGGER.warning(
+            "the mesh %s does not divide %s: each device holds %.2f GB of them",
+            sizes, "; ".join(sorted(found)), sum(found.values()) / 1e9,
+        )  # fmt: skip
 
 
 def _arrays(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import glob
 import itertools
 import json
 import shutil
@@ -34,6 +35,7 @@ from gpt_oss_jax.config import Config
 
 _MARKER = "orbax.checkpoint"
 _CHUNK = 8 << 20
+_SUMMED = 1 << 18  # Elements that are turned back at once to be summed.
 _OURS = "gpt_oss_jax"
 _TREE = "state"
 _ZARR = "/zarr.json"
@@ -91,7 +93,7 @@ class OrbaxSource:
             check()
 
     def _check(self, path: str, out: np.ndarray) -> None:
-        if checksum(out, self.variables[path].dtype) != self.checksums.get(path):
+        if checksum(out, self.variables[path].dtype) != self.checksums[path]:
             raise ValueError(
                 f"{self.folder} is damaged: {path} holds other bytes than were written. Fetch or "
                 "convert it again."
@@ -112,6 +114,7 @@ def open_orbax(folder: Folder) -> OrbaxSource:
     config = read_config(folder)
     try:
         ours = json.loads(folder.read("_CHECKPOINT_METADATA"))["custom_metadata"][_OURS]
+        checksums = dict(ours["checksums"])
         arrays = _open_arrays(folder)
     except Exception as error:
         raise ValueError(f"{folder} is no whole Orbax checkpoint of ours: {error}") from error
@@ -126,6 +129,7 @@ def open_orbax(folder: Folder) -> OrbaxSource:
     }
     variables = {x.path: x for x in names.variables(config, kinds)}
     problems = [f"missing: {path}" for path in variables if path not in arrays]
+    problems += [f"no checksum: {path}" for path in variables if path not in checksums]
     for path, found in arrays.items():
         variable = variables.get(path)
         if variable is None:
@@ -141,7 +145,7 @@ def open_orbax(folder: Folder) -> OrbaxSource:
             f"{folder} must hold the gpt-oss model of its config.json, but\n  "
             + "\n  ".join(problems)
         )
-    return OrbaxSource(folder, config, variables, arrays, ours["checksums"])
+    return OrbaxSource(folder, config, variables, arrays, checksums)
 
 
 def write_orbax(source: Source, path: Path, fingerprint: str, step: Callable[[int], None]) -> None:
@@ -202,8 +206,8 @@ def verify(source: OrbaxSource, step: Callable[[int], None]) -> None:
 def checksum(array: np.ndarray, dtype: np.dtype) -> int:
     """CRC-32 of an array's bytes in `dtype`: its own, or the bfloat16 that its float32 was."""
     flat, crc = np.ascontiguousarray(array).reshape(-1), 0
-    for start in range(0, flat.size, _CHUNK):
-        part = flat[start : start + _CHUNK]
+    for start in range(0, flat.size, _SUMMED):
+        part = flat[start : start + _SUMMED]
         if array.dtype != dtype:
             # Its bits are the upper half.
             part = (part.view(np.uint32) >> 16).astype(np.uint16)
@@ -244,7 +248,7 @@ def _partial(path: Path) -> Path:
 def _begun(path: Path, fingerprint: str) -> set[str]:
     """The groups an earlier run has written; all is removed if it cannot be gone on with."""
     partial = _partial(path)
-    for leftover in path.parent.glob(f"{partial.name}.orbax-checkpoint-tmp*"):
+    for leftover in path.parent.glob(f"{glob.escape(partial.name)}.orbax-checkpoint-tmp*"):
         shutil.rmtree(leftover)
     done: set[str] = set()
     # A merge that was broken off cannot be gone on with: it leaves the tree beside the saves.

@@ -6,6 +6,7 @@ it is renamed.
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -21,10 +22,10 @@ import numpy as np
 from flax import nnx
 
 from gpt_oss_jax.checkpoint import names, orbax, writer
-from gpt_oss_jax.checkpoint.experts import Source, with_experts
+from gpt_oss_jax.checkpoint.experts import Source, expert_kinds, with_experts
 from gpt_oss_jax.checkpoint.files import Folder, LocalFolder, open_folder
 from gpt_oss_jax.checkpoint.hub import resolve
-from gpt_oss_jax.checkpoint.loading import open_source
+from gpt_oss_jax.checkpoint.loading import open_source, origin
 from gpt_oss_jax.checkpoint.names import BF16, Variable
 from gpt_oss_jax.checkpoint.progress import progress
 from gpt_oss_jax.checkpoint.stream import Request
@@ -64,14 +65,15 @@ def save(
       model: To write.
       path: A folder that does not exist.
       format: "orbax" (ours), "hf-mxfp4" or "hf-bf16" (Transformers), "original" (the reference).
-      files_from: What the model was loaded from, to carry its tokenizer, chat template, generation
-        config and licence over.
+      files_from: Whose tokenizer, chat template, generation config and licence to carry over. None:
+        of what the model was loaded from, if it was.
 
     Raises:
       ValueError: If the folder exists, the format is unknown or cannot hold the model, or what was
         written does not read back the same.
     """
-    files = {} if files_from is None else _side_files(open_folder(resolve(files_from)))
+    folder = origin(model) if files_from is None else open_folder(resolve(files_from))
+    files = {} if folder is None else _side_files(folder)
     source = _ModelSource(model)
     _write(source, path, format, files)
     if source.rounded:
@@ -125,15 +127,18 @@ def _write(
       fingerprint: Of the source, to go on from what an earlier call left; None begins anew.
     """
     path = _check(path, format)
-    layout = "hf-mxfp4" if format == "orbax" else format
+    layout = format
+    if format == "orbax":
+        layout = "hf-bf16" if expert_kinds(source) == {"dense"} else "hf-mxfp4"
     files = dict(files) | writer.config_files(source.config, layout)
     target = source if format == "orbax" else with_experts(source, writer.EXPERTS[format])
     total = sum(x.nbytes for x in target.variables.values())
     resumable = format == "orbax" and fingerprint is not None
     work = _work_folder(path, resumable)
     unfinished = work / path.name
-    lock = _locked(work, path)
+    lock = _locked(work, path) if resumable else None
     try:
+        _check(path, format)
         _check_room(work, total)
         with progress(f"writing {path.name}", total) as step:
             if format == "orbax":
@@ -149,15 +154,19 @@ def _write(
                 orbax.verify(orbax.open_orbax(LocalFolder(unfinished)), step)
             else:
                 writer.verify(unfinished, sums, step)
+        try:
+            os.rename(unfinished, path)
+        except OSError as error:
+            raise ValueError(f"{path} cannot get its name: {error}.") from error
+        shutil.rmtree(work)
     except BaseException as error:
         # Stopped by hand, a conversion can be gone on with; anything else leaves nothing behind.
         if not resumable or isinstance(error, Exception):
             shutil.rmtree(work)
         raise
     finally:
-        os.close(lock)
-    os.rename(unfinished, path)
-    shutil.rmtree(work)
+        if lock is not None:
+            os.close(lock)
 
 
 def _work_folder(path: Path, resumable: bool) -> Path:
@@ -174,25 +183,31 @@ def _work_folder(path: Path, resumable: bool) -> Path:
         work.is_dir() and all(x.name.startswith(path.name) for x in work.iterdir())
     ):
         raise ValueError(f"{work} is in the way and not ours: move it, or name another target.")
-    work.mkdir(exist_ok=True)
     return work
 
 
 def _locked(work: Path, path: Path) -> int:
-    """Takes the folder for this process, until the descriptor that is returned is closed.
+    """Makes the folder and takes it for this process, until the descriptor it returns is closed.
 
     Raises:
       ValueError: If another process has it.
     """
-    lock = os.open(work, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    while True:
+        work.mkdir(exist_ok=True)
+        lock = os.open(work, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            raise ValueError(
+                f"another process is writing {path}: wait for it, or name another target."
+            ) from error
+        except OSError:
+            return lock  # The file system has no locks; alone, as nearly always, that is no harm.
+        # Whoever had it may have finished, and removed it, before it was locked here.
+        if work.exists() and os.path.samestat(os.fstat(lock), os.stat(work)):
+            return lock
         os.close(lock)
-        raise ValueError(
-            f"another process is writing {path}: wait for it, or name another target."
-        ) from error
-    return lock
 
 
 def _check(path: str | os.PathLike, format: str) -> Path:
@@ -201,6 +216,10 @@ def _check(path: str | os.PathLike, format: str) -> Path:
     if "://" in str(path):
         raise ValueError(f"{path} is a URL: write to a local folder, then copy it there.")
     path = Path(os.path.abspath(os.path.expanduser(path)))
+    if format == "orbax" and (odd := set(str(path)) & set("[]*?")):
+        raise ValueError(
+            f"{path} has {' '.join(sorted(odd))}, which Orbax takes for a pattern: name another."
+        )
     if os.path.lexists(path):
         raise ValueError(f"{path} exists; name a new folder, or remove it first.")
     return path
@@ -227,8 +246,9 @@ def _side_files(folder: Folder) -> dict[str, bytes]:
 def _fingerprint(source: Source) -> str:
     """Tells one source from another without reading it: where it lies, and its files' sizes."""
     folder = source.folder
-    stats = [str(folder)]
+    stats: list = [str(folder), folder.names(), dataclasses.asdict(source.config)]
     if isinstance(folder, LocalFolder):
+        stats[0] = str(folder.path.absolute())
         for name in folder.names():
             stat = (folder.path / name).stat()
             stats.append((name, stat.st_size, stat.st_mtime_ns))
@@ -272,6 +292,12 @@ class _ModelSource:
                 array, exact = _narrow(array)
                 if not exact:
                     self.rounded.append(request.path)
+            wanted = self.variables[request.path].dtype
+            if array.dtype != wanted:
+                raise ValueError(
+                    f"{request.path} must be {wanted}{'' if wanted == np.uint8 else ' or float32'} "
+                    f"to be saved, got {array.dtype}: cast it first."
+                )
             yield array
 
     def _array(self, path: str) -> jax.Array:

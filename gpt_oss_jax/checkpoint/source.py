@@ -85,6 +85,12 @@ def read_config(folder: Folder) -> Config:
       ValueError: If it is not there, broken, or not gpt-oss's.
     """
     values = read_json(folder, "config.json")
+    quantized = values.get("quantization_config") or {"quant_method": "mxfp4"}
+    if not isinstance(quantized, dict) or quantized.get("quant_method") != "mxfp4":
+        raise ValueError(
+            f"config.json in {folder} must have a quantization_config with quant_method mxfp4, or "
+            f"none, got {quantized!r}."
+        )
     try:
         return Config.from_dict(values)
     except (AttributeError, KeyError, TypeError, OverflowError) as error:

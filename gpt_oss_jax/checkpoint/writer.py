@@ -104,13 +104,15 @@ def write_tensors(
     slots, headers = _plan(source.variables, layout)
     sums = {}
     with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
         files = {}
         for file, (header, size) in headers.items():
             files[file] = stack.enter_context((folder / file).open("wb"))
             files[file].write(header)
             files[file].truncate(size)
             files[file].flush()
+        # Left before the files are closed, and with nothing still to be written.
+        pool = ThreadPoolExecutor(os.cpu_count())
+        stack.callback(pool.shutdown, cancel_futures=True)
         arrays = source.stream([Request(x.path, x.dtype) for x in source.variables.values()])
         for variable, array in zip(source.variables.values(), arrays, strict=True):
             for name, stored in names.to_stored(variable, layout, array).items():

@@ -6,19 +6,21 @@ which declares its arguments, and `run`. What a command does lives in the packag
 """
 
 import argparse
+import io
 import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 import jax
 
 from gpt_oss_jax import __version__, compile_cache
-from gpt_oss_jax.cli import bench, chat, checkpoints, doctor, generate
+from gpt_oss_jax.cli import bench, chat, checkpoints, doctor, generate, parity
 from gpt_oss_jax.cli.terminal import remark
 
-COMMANDS = (chat, generate, checkpoints, bench, doctor)
+COMMANDS = (chat, generate, checkpoints, bench, doctor, parity)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,9 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code of the process."""
-    _open_closed_streams()
-    # Asked to end, a command cleans up as after Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    _make_streams_usable()
+    _end_cleanly_when_asked_to()
     args = build_parser().parse_args(argv)
     logging.basicConfig(format="gpt-oss-jax: %(message)s", force=True)
     logging.getLogger("gpt_oss_jax").setLevel(logging.INFO)
@@ -66,11 +67,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _open_closed_streams() -> None:
-    """Whoever starts a program may close them; Python then has None in their place."""
+def _make_streams_usable() -> None:
+    """Whoever starts a program may close its streams, or have them in an encoding of 1968."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
+        elif isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _end_cleanly_when_asked_to() -> None:
+    """A closed terminal or `kill` then end a command as Ctrl-C does."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores one of them.
+                signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 def _one_line(error: Exception) -> str:

@@ -2,9 +2,7 @@
 
 import argparse
 import datetime
-import os
 import sys
-from pathlib import Path
 
 from gpt_oss_jax.chat import Chat
 from gpt_oss_jax.cli.terminal import (
@@ -13,12 +11,14 @@ from gpt_oss_jax.cli.terminal import (
     add_sampling_options,
     announced,
     load_model,
+    positive,
     remark,
     sampling,
     waiting,
     write,
 )
-from gpt_oss_jax.harmony import REASONING_EFFORTS, decode
+from gpt_oss_jax.directories import user_state
+from gpt_oss_jax.harmony import REASONING_EFFORTS, System, decode
 
 _HISTORY_LINES = 1000
 
@@ -47,11 +47,11 @@ def add(commands) -> None:
         help="what the model is told; default today",
     )
     parser.add_argument(
-        "-c", "--context", type=int, default=8192, metavar="N",
+        "-c", "--context", type=positive, default=8192, metavar="N",
         help="most tokens of conversation and reply together; default %(default)s",
     )  # fmt: skip
     parser.add_argument(
-        "--max-tokens", type=int, metavar="N", help="most tokens of a reply; default what fits"
+        "--max-tokens", type=positive, metavar="N", help="most tokens of a reply; default what fits"
     )
     parser.add_argument(
         "--raw", action="store_true", help="print each reply's tokens as they are, when it is whole"
@@ -62,12 +62,16 @@ def add(commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer the prompt, or each line that is typed until the end of input."""
+    if args.prompt is not None and not args.prompt.strip():
+        raise ValueError("PROMPT must not be empty; leave it out for a conversation.")
+    # Before the model is loaded, which takes a while: whatever may be wrong with the rest.
+    params, _ = sampling(args), System(args.reasoning_effort, args.date)
     model = load_model(args)
     chat = Chat(
         model,
         reasoning_effort=args.reasoning_effort,
         developer_message=args.developer_message,
-        sampling=sampling(args),
+        sampling=params,
         max_tokens=args.max_tokens,
         context=min(args.context, model.config.max_context),
         date=args.date,
@@ -120,18 +124,15 @@ def converse(chat: Chat, args: argparse.Namespace) -> bool:
     Returns:
       Whether there is no script that missed an answer: a person at the terminal has seen it.
     """
-    by_hand = sys.stdin.isatty() and sys.stdout.isatty()
+    by_hand = sys.stdin.isatty()
     if by_hand:
         _remember_lines()
         remark("Ctrl-C stops a reply, Ctrl-D leaves")
-    else:
-        # Bytes that are no text, too, are somebody's question.
-        sys.stdin.reconfigure(errors="replace")
     well = True
     while True:
         try:
             try:
-                text = input("> " if by_hand else "")
+                text = _next_line(by_hand)
                 if text.strip():
                     well &= answer(chat, text, args)
             except EOFError:
@@ -139,6 +140,8 @@ def converse(chat: Chat, args: argparse.Namespace) -> bool:
                     write("\n")
                 return well or by_hand
             except KeyboardInterrupt:
+                if not by_hand:
+                    raise
                 write("\n")
                 remark("stopped; the conversation goes on without that")
             except ValueError as error:
@@ -146,18 +149,30 @@ def converse(chat: Chat, args: argparse.Namespace) -> bool:
                 remark(str(error))
         except KeyboardInterrupt:
             # Again, while that was said.
-            continue
+            if not by_hand:
+                raise
+
+
+def _next_line(by_hand: bool) -> str:
+    """What is typed next; the prompt is no part of answers that go elsewhere."""
+    if by_hand and not sys.stdout.isatty():
+        sys.stderr.write("> ")
+        sys.stderr.flush()
+        return input()
+    return input("> " if by_hand else "")
 
 
 def _remember_lines() -> None:
     """Line editing, with what was typed in earlier conversations."""
     import atexit
-    import readline
 
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    history = Path(state) / "gpt_oss_jax" / "history"
+    try:
+        import readline
+    except ImportError:
+        return
     readline.set_history_length(_HISTORY_LINES)
     try:
+        history = user_state() / "history"
         history.parent.mkdir(parents=True, exist_ok=True)
         history.touch(mode=0o600)
         readline.read_history_file(history)

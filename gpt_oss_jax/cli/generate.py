@@ -8,6 +8,7 @@ from gpt_oss_jax.cli.terminal import (
     add_sampling_options,
     announced,
     load_model,
+    positive,
     remark,
     sampling,
     write,
@@ -24,7 +25,7 @@ def add(commands) -> None:
         "text", metavar="TEXT", help="what to continue; special tokens are plain text"
     )
     parser.add_argument(
-        "--max-tokens", type=int, default=256, metavar="N", help="default %(default)s"
+        "--max-tokens", type=positive, default=256, metavar="N", help="default %(default)s"
     )
     add_sampling_options(parser)
     parser.set_defaults(run=run)
@@ -35,11 +36,10 @@ def run(args: argparse.Namespace) -> int:
     if not args.text:
         raise ValueError("TEXT must not be empty: there is nothing to continue.")
     remark("these models expect harmony, which `gpt-oss-jax chat` speaks; this is raw text")
+    # Checked before the model is loaded, which takes a while.
+    params = sampling(args)
     steps = generate(
-        load_model(args),
-        encode_text(args.text),
-        max_tokens=args.max_tokens,
-        sampling=sampling(args),
+        load_model(args), encode_text(args.text), max_tokens=args.max_tokens, sampling=params
     )
     # A character may be spread over several tokens.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")

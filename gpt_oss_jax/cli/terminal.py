@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from typing import TypeVar
 
+import jax
 import jax.numpy as jnp
 
 from gpt_oss_jax.checkpoint import load
@@ -46,7 +47,9 @@ def write(text: str, style: str = "") -> None:
 def waiting() -> Iterator[None]:
     """Says why, if what is waited for takes long."""
     timer = threading.Timer(
-        _PATIENCE, remark, ["preparing; programs that are new here are compiled, and kept"]
+        _PATIENCE,
+        remark,
+        ["compiling for this device, or reading a long prompt; later runs are faster"],
     )
     timer.daemon = True
     timer.start()
@@ -79,12 +82,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--mesh",
         type=_mesh_axes,
         metavar="AXIS=N,...",
-        help="spread over devices, e.g. expert=4 or expert=2,tensor=2; default: one device",
+        help="spread over devices, e.g. tensor=2 or expert=2,tensor=2; default: one device",
     )
 
 
 def load_model(args: argparse.Namespace) -> Transformer:
     """The model that `add_model_options` asked for."""
+    try:
+        jax.devices()
+    except Exception as error:  # Of any kind, a busy TPU or a missing driver.
+        why = str(error) or type(error).__name__
+        raise ValueError(f"JAX finds no device: {why}. gpt-oss-jax doctor says more.") from error
     return load(
         args.model,
         mesh=make_mesh(**args.mesh) if args.mesh else None,
@@ -117,6 +125,17 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 def sampling(args: argparse.Namespace) -> SamplingParams:
     """The parameters that `add_sampling_options` asked for."""
     return SamplingParams(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
+
+
+def positive(text: str) -> int:
+    """An option that counts something."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"wanted a whole number of at least 1, got {text!r}.")
+    return number
 
 
 def _mesh_axes(text: str) -> dict[str, int]:

@@ -98,7 +98,8 @@ def generate_batch(
 
     All rows are in memory at once: split what does not fit. With a seed, sample i of a prompt
     depends on prompt, seed and i alone, so sample 0 is what `generate` gives, and a prompt that is
-    listed twice is answered twice alike; without a seed every row draws its own.
+    listed twice is answered twice alike; without a seed every row draws its own. In bfloat16 a
+    batch of another size rounds otherwise, and a near tie may turn.
 
     Args:
       model: The model.
@@ -186,8 +187,7 @@ def _checked_ids(config: Config, ids, name: str) -> np.ndarray:
         raise ValueError(f"{name} must have at least one token id, got none.")
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise ValueError(
-            f"{name} must be a sequence of token ids, got {ids.dtype} of shape "
-            f"{ids.shape}."
+            f"{name} must be a sequence of token ids, got {ids.dtype} of shape {ids.shape}."
         )
     strange = (ids < 0) | (ids >= config.vocab_size)
     if strange.any():

@@ -89,6 +89,7 @@ class Attention(nnx.Module):
             **sees,
             implementation=context.implementation,
         )
+        heads_BTKGH = tap(f"{name}.heads", heads_BTKGH)
         out_BTD = tap(f"{name}.out", self.out(heads_BTKGH).astype(x_BTD.dtype))
         return out_BTD, k_new, v_new
 

@@ -6,10 +6,14 @@ import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 
 
 class Tap:
     """Passes values through by name, keeping those asked for and replacing those patched.
+
+    A value that is both is kept as it was computed: so one pass can give every operation the inputs
+    of another model and show what it makes of them.
 
     Lives for one call of `Transformer.forward`; under `jax.jit` the captured values are outputs and
     the patches inputs, so nothing is hidden in module state.
@@ -32,21 +36,21 @@ class Tap:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self._patterns)
 
     def __call__(self, name: str, value: jax.Array) -> jax.Array:
-        """Returns `value`, or what it is patched with; keeps it if asked to.
+        """Returns `value`, or what it is patched with; keeps `value` if asked to.
 
         Raises:
           ValueError: If the patch has another shape.
         """
+        self._names.append(name)
+        if self.wants(name):
+            self.captured[name] = value
         if name in self._patch:
-            patch = self._patch[name]
+            patch = jnp.asarray(self._patch[name])
             if patch.shape != value.shape:
                 raise ValueError(
                     f"patch {name!r} must have shape {value.shape}, got {patch.shape}."
                 )
             value = patch.astype(value.dtype)
-        self._names.append(name)
-        if self.wants(name):
-            self.captured[name] = value
         return value
 
     def only_if_captured(self, name: str, compute: Callable[[], jax.Array]) -> None:

@@ -133,7 +133,8 @@ class Transformer(nnx.Module):
             NaN); None: everywhere.
           capture: Names of values to return, or patterns: "layers.*.mlp.router_logits". Attention
             scores are computed by XLA for this, whatever kernel the layer runs on.
-          patch: Values to use instead, by name, of the same shape.
+          patch: Values to use instead, by name, of the same shape. What is captured under a patched
+            name is what was computed.
 
         Returns:
           float32 logits, [B, T, V] or [B, V] with `logits_at`; the new cache, None without one;
@@ -164,10 +165,12 @@ class Transformer(nnx.Module):
 
     def _checked_positions(self, tokens_BT, positions_BT, cache, logits_at) -> jax.Array:
         """The positions, after a look at everything whose mistakes JAX would not show."""
-        if tokens_BT.ndim != 2 or 0 in tokens_BT.shape:
-            raise ValueError(
-                f"tokens must have shape [B, T], both at least 1, got {tokens_BT.shape}."
-            )
+        shape, dtype = jnp.shape(tokens_BT), getattr(tokens_BT, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+            got = dtype or type(tokens_BT).__name__
+            raise ValueError(f"tokens must be an array of whole numbers [B, T], got {got}.")
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(f"tokens must have shape [B, T], both at least 1, got {shape}.")
         B, T = tokens_BT.shape
         if cache is not None and positions_BT is None:
             raise ValueError("positions must be given with a cache: where do these tokens go?")

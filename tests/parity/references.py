@@ -1,12 +1,10 @@
 """The two PyTorch implementations of gpt-oss, made to speak with one voice.
 
 `Official` is the model of OpenAI's `gpt-oss` package, `HuggingFace` the one of `transformers`. Both
-load a checkpoint folder as they always do, take the tokens of one row and return numpy arrays
-[T, ...] under the names that our `capture=` uses. Knows nothing of our model.
+load a checkpoint folder as they always do, take the tokens of one row and return logits [T, V] as
+numpy arrays. Knows nothing of our model.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gpt_oss.torch.model
@@ -57,32 +55,6 @@ class Official:
     def __call__(self, tokens_T: np.ndarray) -> np.ndarray:
         return _numpy(self.model(torch.from_numpy(tokens_T)))
 
-    def captured(self, tokens_T: np.ndarray) -> dict[str, np.ndarray]:
-        seen = {}
-        with _watching(seen) as watch:
-            watch(self.model.embedding, "embedding")
-            for i, block in enumerate(self.model.block):
-                layer = f"layers.{i}."
-                watch(block, layer + "input", lambda inputs, output: inputs[0])
-                watch(block.attn.norm, layer + "attention_norm")
-                watch(block.attn.qkv, layer + "attention.qkv")
-                watch(block.attn.rope, layer + "attention.q_rope", lambda _, output: output[0])
-                watch(block.attn.rope, layer + "attention.k_rope", lambda _, output: output[1])
-                watch(block.attn.out, layer + "attention.out")
-                watch(block.attn, layer + "middle")
-                watch(block.mlp.norm, layer + "mlp_norm")
-                watch(block.mlp.gate, layer + "mlp.router_logits")
-                watch(block, layer + "output")
-            watch(self.model.norm, "final_norm")
-            watch(self.model.unembedding, "logits")
-            self(tokens_T)
-        attention = self.model.block[0].attn
-        heads = np.cumsum([attention.num_attention_heads, attention.num_key_value_heads])
-        for i in range(len(self.model.block)):
-            split = np.split(seen.pop(f"layers.{i}.attention.qkv"), heads * attention.head_dim, 1)
-            seen |= {f"layers.{i}.attention.{n}": x for n, x in zip("qkv", split, strict=True)}
-        return seen
-
 
 class HuggingFace:
     """`transformers.GptOssForCausalLM`, from a Hugging Face folder, experts dequantised."""
@@ -102,52 +74,11 @@ class HuggingFace:
     def __call__(self, tokens_T: np.ndarray) -> np.ndarray:
         return _numpy(self.model(torch.from_numpy(tokens_T)[None]).logits[0])
 
-    def captured(self, tokens_T: np.ndarray) -> dict[str, np.ndarray]:
-        seen = {}
-        decoder = self.model.model
-        row = lambda _, output: output[0]
-        with _watching(seen) as watch:
-            watch(decoder.embed_tokens, "embedding", row)
-            for i, block in enumerate(decoder.layers):
-                layer, attention = f"layers.{i}.", block.self_attn
-                watch(block, layer + "input", lambda inputs, _: inputs[0][0])
-                watch(block.input_layernorm, layer + "attention_norm", row)
-                watch(attention.q_proj, layer + "attention.q", row)
-                watch(attention.k_proj, layer + "attention.k", row)
-                watch(attention.v_proj, layer + "attention.v", row)
-                watch(attention, layer + "attention.weights", lambda _, output: output[1][0])
-                watch(attention.o_proj, layer + "attention.out", row)
-                after = block.post_attention_layernorm
-                watch(after, layer + "middle", lambda inputs, _: inputs[0][0])
-                watch(after, layer + "mlp_norm", row)
-                watch(block.mlp.router, layer + "mlp.router_logits", row)
-                watch(block.mlp.router, layer + "mlp.expert_weights", lambda _, output: output[1])
-                watch(block.mlp.router, layer + "mlp.experts", lambda _, output: output[2])
-                watch(block.mlp.experts, layer + "mlp.out")
-                watch(block, layer + "output", row)
-            watch(decoder.norm, "final_norm", row)
-            watch(self.model.lm_head, "logits", row)
-            self(tokens_T)
-        return seen
-
-
-@contextlib.contextmanager
-def _watching(seen: dict[str, np.ndarray]) -> Iterator[Callable]:
-    """Gives `watch(module, name, pick)`, which files what a module returns into `seen`."""
-    hooks = []
-
-    def watch(module, name, pick=lambda inputs, output: output):
-        def hook(_, inputs, output):
-            x = _numpy(pick(inputs, output))
-            seen[name] = x.reshape(x.shape[0], -1)
-
-        hooks.append(module.register_forward_hook(hook))
-
-    try:
-        yield watch
-    finally:
-        for hook in hooks:
-            hook.remove()
+    @torch.no_grad()
+    def attention_weights(self, tokens_T: np.ndarray) -> list[np.ndarray]:
+        """Of each layer after the softmax, without the sink, [N, T, S]."""
+        found = self.model(torch.from_numpy(tokens_T)[None], output_attentions=True).attentions
+        return [_numpy(x[0]) for x in found]
 
 
 def _numpy(x: torch.Tensor) -> np.ndarray:

@@ -1,0 +1,201 @@
+"""Golden files: what a reference computed, small enough to be kept beside a test.
+
+Tokens, the likeliest logits and the sum of all, the size of every row of every op, and some of its
+values, as one npz that needs no PyTorch to be read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt_oss_jax.checkpoint.experts import Source
+from gpt_oss_jax.checkpoint.stream import Request
+from gpt_oss_jax.config import Config
+from gpt_oss_jax.parity.ops import stages
+from gpt_oss_jax.parity.predictions import TopLogits
+from gpt_oss_jax.parity.values import Values
+
+_FORMAT = 1
+_ROWS, _COLUMNS, _TOP = 8, 8, 20
+_EXPERTS = "mlp.experts"  # kept whole: routing is compared exactly
+_LOGITS = tuple(f"logits_{field.name}" for field in dataclasses.fields(TopLogits))
+_KEYS = ("format", "provenance", "tokens", "names", "sizes", "rows", "columns", "samples")
+_KEYS += ("experts", *_LOGITS)
+_DISTRIBUTIONS = ("jax", "numpy", "torch", "transformers", "gpt-oss")
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """A reference's values on one text, sampled.
+
+    Attributes:
+      tokens_T: Ids.
+      values: Samples by the names of `capture=`.
+      logits: The likeliest.
+      provenance: What made it: versions, config, checkpoint.
+    """
+
+    tokens_T: np.ndarray
+    values: Mapping[str, Values]
+    logits: TopLogits
+    provenance: Mapping[str, Any]
+
+    def by_stage(self) -> Iterator[dict[str, Values | TopLogits]]:
+        """What is known of the embedding, of each layer and of the end."""
+        found = self.values | {"logits": self.logits}
+        for prefix, ops in stages(Config(**self.provenance["config"])):
+            names = [op.name for op in ops if prefix + op.name in found]
+            yield {name: found[prefix + name] for name in names}
+
+    def check(self, tokens_T: np.ndarray, config: Config) -> None:
+        """Refuses to be compared with another model or text.
+
+        Raises:
+          ValueError: Naming what differs.
+        """
+        ours, theirs = dataclasses.asdict(config), self.provenance["config"]
+        if odd := [f"{x} {ours[x]}, not {theirs.get(x)}" for x in ours if ours[x] != theirs.get(x)]:
+            raise ValueError(f"the golden file is of another model; this one has {', '.join(odd)}.")
+        if not np.array_equal(tokens_T, self.tokens_T):
+            raise ValueError("the golden file is of other tokens; leave them out to use its own.")
+        known = {prefix + op.name for prefix, ops in stages(config) for op in ops}
+        if odd := sorted(self.values.keys() - known):
+            raise ValueError(f"the golden file has values of no known name: {', '.join(odd[:5])}.")
+
+
+class Recorder:
+    """A reference that passes another one through and remembers what a golden file keeps."""
+
+    def __init__(self, reference):
+        """Takes a function from tokens to an iterator of flat arrays [T, features], by stage."""
+        self._reference = reference
+        self._values: dict[str, Values] = {}
+        self._logits: TopLogits | None = None
+
+    def __call__(self, tokens_T: np.ndarray) -> Iterator[Mapping[str, np.ndarray]]:
+        """Yields what the reference does."""
+        self._tokens_T = tokens_T
+        rows = np.unique(np.linspace(0, len(tokens_T) - 1, _ROWS).astype(np.int32))
+        for arrays in self._reference(tokens_T):
+            for name, x in arrays.items():
+                if name == "logits":
+                    self._logits = TopLogits.of(x, tokens_T, _TOP)
+                elif name.endswith(_EXPERTS):
+                    self._values[name] = Values.whole(x.astype(np.int32))
+                else:
+                    count = min(_COLUMNS, x.shape[1])
+                    random = np.random.default_rng(zlib.crc32(name.encode()))
+                    columns = np.sort(random.permutation(x.shape[1])[:count]).astype(np.int32)
+                    self._values[name] = Values.whole(x).sample(rows, columns)
+            yield arrays
+            del arrays, x
+
+    def golden(self, provenance: Mapping[str, Any]) -> Golden:
+        """What was remembered, once all has passed."""
+        return Golden(self._tokens_T, self._values, self._logits, provenance)
+
+
+def provenance(reference: str, source: Source) -> dict[str, Any]:
+    """What a golden file says about its making."""
+    versions = {"python": platform.python_version()}
+    for name in _DISTRIBUTIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    config = dataclasses.asdict(source.config)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    return {
+        "reference": reference,
+        "versions": versions,
+        "config": config,
+        "config_sha256": digest,
+        "checkpoint": fingerprint(source),
+    }
+
+
+def fingerprint(source: Source) -> str:
+    """A hash of some bytes of every variable: the same in every layout of one checkpoint."""
+    digest = hashlib.sha256()
+    paths = sorted(source.variables)
+    requests = []
+    for path in paths:
+        variable = source.variables[path]
+        lead = (slice(0, 1),) * (len(variable.shape) - 1)
+        requests.append(Request(path, variable.dtype, (*lead, slice(None))))
+    for path, array in zip(paths, source.stream(requests), strict=True):
+        digest.update(f"{path} {source.variables[path].shape} {array.dtype}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def save(golden: Golden, path: str | os.PathLike) -> None:
+    """Writes a golden file, whole or not at all."""
+    sampled = {name: x for name, x in golden.values.items() if not x.is_whole}
+    pad = lambda x, fill: np.pad(
+        x, [(0, 0)] * (x.ndim - 1) + [(0, _COLUMNS - x.shape[-1])], constant_values=fill
+    )
+    arrays = {
+        "format": np.int32(_FORMAT),
+        "provenance": np.str_(json.dumps(golden.provenance)),
+        "tokens": golden.tokens_T,
+        "names": np.array(list(sampled)),
+        "sizes": np.stack([x.size_T for x in sampled.values()]),
+        "rows": next(iter(sampled.values())).rows,
+        "columns": np.stack([pad(x.columns, -1) for x in sampled.values()]),
+        "samples": np.stack([pad(x.values, 0) for x in sampled.values()]),
+        "experts": np.stack([x.values for x in golden.values.values() if x.is_whole]),
+        **{f"logits_{name}": x for name, x in dataclasses.asdict(golden.logits).items()},
+    }
+    path = Path(path)
+    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez_compressed(file, **arrays)
+        os.chmod(unfinished, 0o644)
+        os.replace(unfinished, path)
+    except BaseException:
+        os.unlink(unfinished)
+        raise
+
+
+def load(path: str | os.PathLike) -> Golden:
+    """Reads a golden file.
+
+    Raises:
+      ValueError: If it is none, or parts of it are missing.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a golden file: {error}") from error
+    if missing := [name for name in _KEYS if name not in arrays]:
+        raise ValueError(f"{path} is not a whole golden file; it lacks {', '.join(missing)}.")
+    if arrays["format"] != _FORMAT:
+        raise ValueError(f"{path} has format {arrays['format']}; this version reads {_FORMAT}.")
+    values = {}
+    for name, size_T, columns, sample in zip(
+        map(str, arrays["names"]),
+        *(arrays[x] for x in ("sizes", "columns", "samples")),
+        strict=True,
+    ):
+        known = columns >= 0
+        values[name] = Values(size_T, sample[:, known], arrays["rows"], columns[known])
+    for layer, experts_TX in enumerate(arrays["experts"]):
+        values[f"layers.{layer}.{_EXPERTS}"] = Values.whole(experts_TX)
+    logits = TopLogits(*(arrays[name] for name in _LOGITS))
+    return Golden(arrays["tokens"], values, logits, json.loads(str(arrays["provenance"])))

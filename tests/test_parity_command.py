@@ -1,0 +1,171 @@
+"""The parity command without PyTorch: golden files, the page, and what it refuses."""
+
+import dataclasses
+import html as escaping
+import re
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from faults import FAULTS
+from random_model import random_model
+from sizes import TINY
+
+from gpt_oss_jax import cli
+from gpt_oss_jax.checkpoint import load, open_source, synthetic
+from gpt_oss_jax.config import Config
+from gpt_oss_jax.parity import Recorder, compare, golden, html, values
+
+CONFIG = dataclasses.replace(TINY, num_hidden_layers=2)
+TOKENS = np.random.default_rng(1).integers(0, CONFIG.vocab_size, 24, np.int32)
+FILES = sorted((Path(__file__).parent / "golden").glob("*.npz"))
+
+
+@pytest.fixture(autouse=True)
+def user_directories(tmp_path_factory, monkeypatch):
+    """No compiled program is kept in the user's cache."""
+    monkeypatch.setattr(cli, "_enable_compile_cache", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def recorded(model):
+    recorder = Recorder(lambda tokens: values(model, tokens))
+    for _ in recorder(TOKENS):
+        pass
+    return recorder.golden({"config": dataclasses.asdict(CONFIG)})
+
+
+@pytest.fixture(scope="module", params=FILES, ids=lambda path: path.stem)
+def golden_folder(request, tmp_path_factory):
+    """A committed golden file, and the random checkpoint that it is of."""
+    config = Config(**golden.load(request.param).provenance["config"])
+    folder = tmp_path_factory.mktemp("golden") / "checkpoint"
+    return request.param, synthetic.write(config, folder)
+
+
+def test_we_agree_with_the_golden_files(golden_folder, capsys):
+    """Made with PyTorch by `parity --save`, they need none to be compared with."""
+    file, folder = golden_folder
+    assert cli.main(["parity", str(folder), "--golden", str(file)]) == 0
+    out, err = capsys.readouterr()
+    assert "No divergence" in out and "other weights" not in err
+    assert golden.load(file).provenance["versions"]["torch"]
+
+
+def test_the_golden_files_find_a_fault(golden_folder):
+    file, folder = golden_folder
+    model = load(folder, dtype=jnp.float32)
+    with FAULTS["window off by one"].planted(model):
+        report = compare(model, golden.load(file))
+    assert report.first == "layers.0.attention.heads"
+    window = model.config.sliding_window
+    assert f"a window of {window} keys, not {window + 1}" in report.sentence
+
+
+def test_a_golden_file_that_judges_nothing_is_no_parity(golden_folder):
+    file, folder = golden_folder
+    kept, model = golden.load(file), load(folder, dtype=jnp.float32)
+    with pytest.raises(ValueError, match="must hold a value that can be judged"):
+        compare(model, dataclasses.replace(kept, values={}))
+    renamed = {f"x{name}": value for name, value in kept.values.items()}
+    with pytest.raises(ValueError, match="of no known name: xembedding"):
+        compare(model, dataclasses.replace(kept, values=renamed))
+
+
+def test_a_golden_file_comes_back_as_it_was(recorded, tmp_path):
+    golden.save(recorded, tmp_path / "x.npz")
+    again = golden.load(tmp_path / "x.npz")
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.npz"]
+    assert again.provenance == recorded.provenance and again.values.keys() == recorded.values.keys()
+    for name, x in recorded.values.items():
+        np.testing.assert_array_equal(again.values[name].values, x.values)
+        np.testing.assert_array_equal(again.values[name].size_T, x.size_T)
+
+
+def test_the_fingerprint_is_the_checkpoints(tmp_path):
+    one = golden.fingerprint(open_source(synthetic.write(TINY, tmp_path / "hf")))
+    layout = synthetic.write(TINY, tmp_path / "original", "original")
+    other = synthetic.write(TINY, tmp_path / "other", seed=1)
+    assert golden.fingerprint(open_source(layout)) == one
+    assert golden.fingerprint(open_source(other)) != one
+
+
+def test_the_page_is_one_file_and_says_it_all(recorded, tmp_path):
+    with FAULTS["nibbles swapped"].planted(random_model(CONFIG)) as faulty:
+        report = compare(faulty, recorded)
+    html.write(
+        report, tmp_path / "report.html", "a <b> against it", decode=lambda token: f"<{token}>"
+    )
+    text = (tmp_path / "report.html").read_text()
+    assert text.count(escaping.escape(report.sentence)) == 2  # on top, and below the table
+    assert text.count("a &lt;b&gt; against it") == 2
+    assert not re.search(r"https?:|src=|@import|<script", text)
+    assert text.count("<svg") == 4 and "layers.1.mlp.out: " in text
+    assert f"&lt;{TOKENS[report.predictions.kl_T.argmax()]}&gt;" in text
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_bad_golden_files_are_refused_in_one_line(recorded, tmp_path, capsys):
+    folder = str(synthetic.write(CONFIG, tmp_path / "checkpoint"))
+    file = tmp_path / "x.npz"
+    golden.save(recorded, file)
+    np.savez(tmp_path / "lacking.npz", **{k: v for k, v in np.load(file).items() if k != "sizes"})
+    np.savez(tmp_path / "arrays.npz", embedding=np.zeros(3))
+    (tmp_path / "text.npz").write_text("no archive")
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    small = str(synthetic.write(dataclasses.replace(CONFIG, vocab_size=97), tmp_path / "small"))
+    for arguments, said in [
+        ([folder, "--golden", str(tmp_path / "lacking.npz")], "it lacks sizes"),
+        ([folder, "--golden", str(tmp_path / "arrays.npz")], "not a whole golden file"),
+        ([folder, "--golden", str(tmp_path / "text.npz")], "is not a golden file"),
+        ([folder, "--golden", str(tmp_path / "none.npz")], "none.npz"),
+        ([small, "--golden", str(file)], "this one has vocab_size 97, not 101"),
+        ([folder, "--golden", str(file), "--ids", "1,2"], "of other tokens"),
+        ([folder, "--reference", str(tmp_path / "arrays.npz")], "must hold tokens"),
+        ([folder, "--reference", small], "must have the config"),
+        ([folder, "--golden", str(file), "--save", "y.npz"], "nothing saved"),
+        ([folder, "--length", "0"], "at least 1 token"),
+        ([str(tmp_path / "none"), "--length", "3"], "none"),
+        ([str(tmp_path / "llama")], 'must have model_type "gpt_oss"'),
+    ]:
+        assert cli.main(["parity", *arguments]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and said in err and err.count("\n") == 1
+
+
+def test_without_pytorch_one_line_says_so(tmp_path, monkeypatch, capsys):
+    folder = str(synthetic.write(CONFIG, tmp_path / "checkpoint"))
+    for module, name in (("torch", "official"), ("transformers", "hf")):
+        monkeypatch.setitem(sys.modules, module, None)
+        assert cli.main(["parity", folder, "--reference", name]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and f"{name!r} needs torch" in err and "--golden" in err
+
+
+def test_the_command_compares_checkpoints_and_precisions(tmp_path, capsys):
+    config = dataclasses.replace(CONFIG, num_hidden_layers=1)
+    one, other = (
+        str(synthetic.write(config, tmp_path / str(seed), seed=seed)) for seed in range(2)
+    )
+    kept = str(tmp_path / "kept.npz")
+    page = tmp_path / "page.html"
+    run = ["parity", one, "--length", "12", "--reference"]
+    assert cli.main([*run, one, "--save", kept, "--html", str(page)]) == 0
+    assert cli.main([*run, one, "--dtype", "bfloat16"]) == 0
+    assert cli.main([*run, other]) == 1
+    assert "First divergence: embedding" in capsys.readouterr().out
+    assert cli.main(["parity", other, "--golden", kept]) == 1
+    assert "other weights" in capsys.readouterr().err
+    assert page.read_text().startswith("<!doctype html>")
+    stages = values(load(one, dtype=jnp.float32), TOKENS)
+    arrays = {name: x for stage in stages for name, x in stage.items()}
+    np.savez(tmp_path / "mine.npz", tokens=TOKENS, **arrays)
+    assert cli.main(["parity", one, "--reference", str(tmp_path / "mine.npz")]) == 0
