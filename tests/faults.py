@@ -39,7 +39,7 @@ class Fault:
             return
         module, name, replacement = self.code
         # What is compiled already does not know of the replacement.
-        names, run = ("wanted", "config", "implementation"), ours._block_values.__wrapped__
+        names, run = ("wanted", "config", "implementation", "mesh"), ours._block_values.__wrapped__
         afresh = jax.jit(
             lambda *args, **options: run(*args, **options),
             static_argnames=names,

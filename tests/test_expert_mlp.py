@@ -23,6 +23,7 @@ ROWS = {
     "xla": [1, xla._FEW_PAIRS // X, xla._FEW_PAIRS // X + 1, 300],
     "mosaic_tpu": [1, mosaic_tpu.FEW_ROWS, mosaic_tpu.FEW_ROWS + 1, 300],
 }
+KERNELS = api.IMPLEMENTATIONS
 implementations = pytest.mark.parametrize("implementation", list(api.IMPLEMENTATIONS))
 at_every_count = pytest.mark.parametrize(
     ("implementation", "M"), [(name, M) for name in api.IMPLEMENTATIONS for M in ROWS[name]]
@@ -89,6 +90,20 @@ def test_dense_weights(M):
     got = expert_mlp(*args, w, limit=7.0, implementation="xla")
     want = dense_mlp(*args, *dense(w), limit=7.0)
     np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+@at_every_count
+@pytest.mark.parametrize("own", [E - 3, 1])
+def test_ids_past_the_experts_add_nothing(implementation, M, own):
+    """As on a device of a mesh, which has `own` of E experts and the rows of all."""
+    w, (x, experts, weight) = weights(), rows(M)
+    some = jax.tree.map(lambda a: a[:own], w)
+    ours = laid_out(some, implementation)
+    run = jax.jit(functools.partial(KERNELS[implementation], limit=7.0, some_elsewhere=True))
+    got = run(x, jnp.minimum(experts, own), weight, ours)
+    want = dense_mlp(x, experts, jnp.where(experts < own, weight, 0), *dense(w), limit=7.0)
+    scale = float(jnp.abs(dense_mlp(x, experts, weight, *dense(w), limit=7.0)).max())
+    np.testing.assert_allclose(got, want, atol=1e-5 * scale)
 
 
 @at_every_count

@@ -82,7 +82,12 @@ def load(
         arrays = lambda targets: _arrays(with_experts(source, kind), targets)
     abstract = nnx.eval_shape(
         lambda: Transformer(
-            config, rngs=nnx.Rngs(0), dtype=dtype, experts=kind, implementation=implementation
+            config,
+            rngs=nnx.Rngs(0),
+            dtype=dtype,
+            experts=kind,
+            implementation=implementation,
+            mesh=mesh,
         )
     )
     graphdef, state = nnx.split(abstract)
@@ -98,10 +103,8 @@ def load(
     flat = [(path, variables["/".join(map(str, path))]) for path, _ in nnx.to_flat_state(state)]
     model = nnx.merge(graphdef, nnx.from_flat_state(flat))
     if kind == "mxfp4" and _platform(mesh) == "tpu" and implementation in (None, "mosaic_tpu"):
-        # TPU kernels read words; on a mesh they do not run yet.
-        if mesh is None or mesh.size == 1:
-            for layer in model.layers:
-                layer.mlp.use_words()
+        for layer in model.layers:
+            layer.mlp.use_words(mesh)
     if folder is not None:
         _ORIGINS[model] = folder
     return model

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from gpt_oss_jax.config import Config
 from gpt_oss_jax.kernels import attention
@@ -28,6 +29,7 @@ class Context:
       cache: The cache as it came in, or None.
       tap: Captures and patches.
       implementation: Kernels to use, None for the fastest that can.
+      mesh: Devices that the weights are spread over, None for one.
     """
 
     positions_BT: jax.Array
@@ -36,6 +38,7 @@ class Context:
     cache: Cache | None
     tap: Tap
     implementation: str | None
+    mesh: Mesh | None
 
 
 class Attention(nnx.Module):
@@ -88,6 +91,7 @@ class Attention(nnx.Module):
             self.sinks[...],
             **sees,
             implementation=context.implementation,
+            mesh=context.mesh,
         )
         heads_BTKGH = tap(f"{name}.heads", heads_BTKGH)
         out_BTD = tap(f"{name}.out", self.out(heads_BTKGH).astype(x_BTD.dtype))

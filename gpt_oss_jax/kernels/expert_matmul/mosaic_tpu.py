@@ -46,8 +46,9 @@ def expert_mlp(
     w: ExpertWeights,
     *,
     limit: float,
+    some_elsewhere: bool = False,
 ) -> jax.Array:
-    """See `api.expert_mlp`.
+    """See `api.expert_mlp`. With `some_elsewhere`, ids past the experts add nothing.
 
     Raises:
       NotImplementedError: On other devices, and for experts that are not in TPU words.
@@ -58,24 +59,25 @@ def expert_mlp(
         raise NotImplementedError("experts are not MXFP4")
     if w.up.words_of is None or w.down.words_of is None:
         raise NotImplementedError("experts are not in TPU words; MXArray.in_words makes them once")
-    return _differentiable(x_MD, experts_MX, weights_MX, w, limit)
+    return _differentiable(x_MD, experts_MX, weights_MX, w, limit, some_elsewhere)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _differentiable(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _differentiable(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit, some_elsewhere):
     mlp = _few if x_MD.shape[0] <= FEW_ROWS else _many
-    return mlp(x_MD, experts_MX, weights_MX, w, limit)
+    return mlp(x_MD, experts_MX, weights_MX, w, limit, some_elsewhere)
 
 
-def _forward(x_MD, experts_MX, weights_MX, w, limit):
+def _forward(x_MD, experts_MX, weights_MX, w, limit, some_elsewhere):
     kept = (x_MD, experts_MX, weights_MX, w)
-    return _differentiable(*kept, limit), kept
+    return _differentiable(*kept, limit, some_elsewhere), kept
 
 
-def _backward(limit, kept, dy_MD):
+def _backward(limit, some_elsewhere, kept, dy_MD):
     x_MD, experts_MX, weights_MX, w = kept
+    more = {"limit": limit, "some_elsewhere": some_elsewhere}
     _, pull = jax.vjp(
-        lambda x, weights, w: xla.expert_mlp(x, experts_MX, weights, w, limit=limit),
+        lambda x, weights, w: xla.expert_mlp(x, experts_MX, weights, w, **more),
         x_MD,
         weights_MX,
         w,
@@ -87,17 +89,18 @@ def _backward(limit, kept, dy_MD):
 _differentiable.defvjp(_forward, _backward)
 
 
-def _few(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit):
+def _few(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit, some_elsewhere):
     """All rows meet each expert that any of them chose."""
     M, X = experts_MX.shape
     E = w.up.shape[0]
     slots = min(E, M * X)
-    if M == 1:
+    if M == 1 and not some_elsewhere:
         experts_S, count = experts_MX[0], jnp.int32(X)
     else:
         chosen_E = jnp.zeros(E, bool).at[experts_MX.reshape(-1)].set(True)
         (experts_S,) = jnp.nonzero(chosen_E, size=slots, fill_value=0)
-        count = chosen_E.sum(dtype=jnp.int32)
+        # One at least, of weight zero: without a step nothing would be written.
+        count = jnp.maximum(chosen_E.sum(dtype=jnp.int32), 1)
     is_slot_SMX = experts_S[:, None, None] == experts_MX
     weights_SM1 = jnp.where(is_slot_SMX, weights_MX, 0.0).sum(axis=-1)[..., None]
     bias_S2F = w.up_bias[experts_S].swapaxes(1, 2).astype(jnp.float32)
@@ -198,7 +201,7 @@ def _spread_product(x_RK, words, scales, c, at, parts):
     return total.reshape(-1, parts * _SPREAD, at.size).sum(axis=1)
 
 
-def _many(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit):
+def _many(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit, some_elsewhere):
     """Rows in tiles of one expert each."""
     M, X = experts_MX.shape
     E = w.up.shape[0]
@@ -235,6 +238,9 @@ def _many(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit):
         x_MD.dtype,
     )
     y_ZD = y_TPD.reshape(T * size, -1)[tiles.place_of_pair]
+    if some_elsewhere:
+        # What no tile has was never written.
+        y_ZD = jnp.where(experts_MX.reshape(-1, 1) < E, y_ZD, 0)
     return y_ZD.reshape(M, X, -1).astype(jnp.float32).sum(axis=1).astype(x_MD.dtype)
 
 
@@ -248,7 +254,7 @@ def _many_call(body, name, tiles, experts_T, x_TAPK, w: MXArray, bias_ECN, weigh
         out_shape=jax.ShapeDtypeStruct((T, P, N), dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(pl.cdiv(N, tile), tiles.count.astype(jnp.int32)),
+            grid=(pl.cdiv(N, tile), jnp.maximum(tiles.count.astype(jnp.int32), 1)),
             in_specs=[
                 pl.BlockSpec((1, A, P, K), lambda n, t, experts: (t, 0, 0, 0)),
                 *_weight_specs(w, tile, lambda n, t, experts: (experts[t], 0, 0, n)),

@@ -36,11 +36,16 @@ def expert_mlp(
     w: ExpertWeights,
     *,
     limit: float,
+    some_elsewhere: bool = False,
 ) -> jax.Array:
-    """See `api.expert_mlp`."""
+    """See `api.expert_mlp`. With `some_elsewhere`, ids past the experts add nothing."""
     w = in_checkpoint_order(w)
-    mlp = _gathered if experts_MX.size <= _FEW_PAIRS else _grouped
-    y_MXD = mlp(x_MD, experts_MX, w, limit)
+    if some_elsewhere:
+        weights_MX = jnp.where(experts_MX < w.up.shape[0], weights_MX, 0)
+    if experts_MX.size <= _FEW_PAIRS:
+        y_MXD = _gathered(x_MD, experts_MX, w, limit)
+    else:
+        y_MXD = _grouped(x_MD, experts_MX, w, limit, skip_empty=some_elsewhere)
     return (y_MXD * weights_MX[..., None]).sum(axis=1).astype(x_MD.dtype)
 
 
@@ -76,7 +81,7 @@ def _gathered(x_MD, experts_MX, w: ExpertWeights, limit):
     return (y_ZD + w.down_bias[chosen].astype(jnp.float32)).reshape(M, X, -1)
 
 
-def _grouped(x_MD, experts_MX, w: ExpertWeights, limit):
+def _grouped(x_MD, experts_MX, w: ExpertWeights, limit, *, skip_empty):
     """Pairs sorted by expert, in tiles of one expert each."""
     M, X = experts_MX.shape
     E = w.up.shape[0]
@@ -87,8 +92,7 @@ def _grouped(x_MD, experts_MX, w: ExpertWeights, limit):
 
     # Recomputed in the backward pass: kept, the decoded experts of all tiles would add up.
     @jax.checkpoint
-    def one_tile(args):
-        expert, pairs = args
+    def one_tile(expert, pairs):
         x_PD = x_MD[pairs // X]
         up = _decoded(w.up, expert, x_PD.dtype)
         u_PF2 = einsum("PD,FCD->PFC", x_PD, up) + w.up_bias[expert].astype(jnp.float32)
@@ -97,8 +101,19 @@ def _grouped(x_MD, experts_MX, w: ExpertWeights, limit):
         y_PD = einsum("PF,DF->PD", hidden_PF, down) + w.down_bias[expert].astype(jnp.float32)
         return y_PD.astype(x_PD.dtype)
 
-    # The last tiles may be empty; skipping them would cost a GPU a wait for the host at each tile.
-    y_TPD = jax.lax.map(one_tile, (tiles.expert_of_tile, tiles.pairs))
+    def one_that_exists(args):
+        tile, expert, pairs = args
+        nothing = lambda *_: jnp.zeros((*pairs.shape, x_MD.shape[1]), x_MD.dtype)
+        return jax.lax.cond(tile < tiles.count, one_tile, nothing, expert, pairs)
+
+    # The last tiles may be empty. To skip them costs a GPU a wait for the host at each tile, which
+    # pays where most of the rows are other devices'.
+    of_tiles = (tiles.expert_of_tile, tiles.pairs)
+    if skip_empty:
+        numbers = jnp.arange(len(tiles.expert_of_tile))
+        y_TPD = jax.lax.map(one_that_exists, (numbers, *of_tiles))
+    else:
+        y_TPD = jax.lax.map(lambda args: one_tile(*args), of_tiles)
     y_ZD = y_TPD.reshape(-1, y_TPD.shape[-1])[tiles.place_of_pair]
     return y_ZD.reshape(M, X, -1).astype(jnp.float32)
 
