@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from gpt_oss_jax.config import Config
 from gpt_oss_jax.model import Transformer, init_cache
+from gpt_oss_jax.model.layers import rows_whole
 from gpt_oss_jax.sharding import named_sharding
 
 # Chips of a slice by how many there are; the smallest that has enough is taken.
@@ -95,8 +96,13 @@ def compile_step(
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
     graphdef, state = nnx.split(nnx.eval_shape(make))
-    flat = [(path, x.replace(on_mesh(x, x.axes))) for path, x in nnx.to_flat_state(state)]
-    leaves, tree = jax.tree.flatten(nnx.from_flat_state(flat))
+    flat = {path: x.replace(on_mesh(x, x.axes)) for path, x in nnx.to_flat_state(state)}
+    table = flat["embedding", "weight"]
+    where = rows_whole(named_sharding(mesh, table.axes, table.shape))
+    flat["embedding", "weight"] = table.replace(
+        jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=where)
+    )
+    leaves, tree = jax.tree.flatten(nnx.from_flat_state(flat.items()))
     axes = ("batch", None, "kv_heads")
     cache = jax.tree.map(
         lambda x: on_mesh(x, axes[: x.ndim], (*x.shape[:2], config.num_key_value_heads)[: x.ndim]),

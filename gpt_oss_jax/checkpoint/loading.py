@@ -102,9 +102,11 @@ def load(
             step(array.nbytes)
     flat = [(path, variables["/".join(map(str, path))]) for path, _ in nnx.to_flat_state(state)]
     model = nnx.merge(graphdef, nnx.from_flat_state(flat))
-    if kind == "mxfp4" and _platform(mesh) == "tpu" and implementation in (None, "mosaic_tpu"):
-        for layer in model.layers:
-            layer.mlp.use_words(mesh)
+    if _platform(mesh) == "tpu":
+        model.embedding.use_rows()
+        if kind == "mxfp4" and implementation in (None, "mosaic_tpu"):
+            for layer in model.layers:
+                layer.mlp.use_words(mesh)
     if folder is not None:
         _ORIGINS[model] = folder
     return model
