@@ -90,6 +90,15 @@ def _shifted_split(model):
             variable[...] = jnp.concatenate(parts, axis=1)
 
 
+def _unembedding_a_row_off(model):
+    weight = model.unembedding.weight
+    weight[...] = jnp.roll(weight[...], 1, axis=0)
+
+
+def _other_base(model):
+    model.config = dataclasses.replace(model.config, rope_theta=10_000.0)
+
+
 def _transposed_expert(model):
     """Needs dense experts, as wide as the model."""
     weight = model.layers[1].mlp.down.weight
@@ -134,7 +143,8 @@ def _softmax_before_top_k(logits, count):
 def _bf16_norm(self, x):
     x16 = x.astype(jnp.bfloat16)
     x16 *= jax.lax.rsqrt(jnp.mean(x16 * x16, axis=-1, keepdims=True) + jnp.bfloat16(self.epsilon))
-    return (x16 * self.scale[...].astype(jnp.bfloat16)).astype(x.dtype)
+    y = (x16 * self.scale[...].astype(jnp.bfloat16)).astype(x.dtype)
+    return jax.lax.reduce_precision(y, exponent_bits=8, mantissa_bits=7)  # XLA may keep more
 
 
 def _moe(said, swiglu):
@@ -146,6 +156,8 @@ FAULTS = {
     "window off by one": Fault(HEADS, "a window of 7 keys, not 8", _window_off_by_one),
     "windows on odd layers": Fault(HEADS, "a window of 7 keys where all", _windows_on_odd_layers),
     "rounded ramp": Fault("layers.0.attention.q_rope", "ramp not rounded", _rounded_ramp),
+    "other base": Fault("layers.0.attention.q_rope", "with a base of", _other_base),
+    "unembedding a row off": Fault("logits", "", _unembedding_a_row_off),
     "sinks scaled": Fault(HEADS, "sinks that are larger", _scaled_sinks),
     "halves": _moe("ours is what the formula gives with gate and linear part as halves", _halves),
     "nibbles swapped": Fault(OUT, "the nibbles of each byte swapped", _swapped_nibbles),
@@ -175,7 +187,7 @@ FAULTS = {
     ),
     "RMSNorm in bf16": Fault(
         "layers.0.attention_norm",
-        "ours computes this in bfloat16",
+        "ours computes this in bfloat16; all of its values are",
         code=(layers.RMSNorm, "__call__", _bf16_norm),
     ),
 }

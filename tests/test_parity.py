@@ -69,6 +69,51 @@ def test_a_planted_fault_is_found_and_named(one_layer, name):
     assert fault.said in report.sentence
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("window off by one", "a window of 8 keys, not 7"),
+        ("no plus one", "no one added to the linear part"),
+        ("nibbles swapped", "the nibbles of each byte swapped"),
+        ("softmax before top-k", "the softmax over all experts"),
+    ],
+)
+def test_a_fault_of_the_reference_is_said_to_be_its_own(one_layer, name, said):
+    fault, (model, _, _) = FAULTS[name], one_layer
+    with fault.planted(copy(model)) as faulty:
+        reference = arrays_of(faulty)
+    report = compare(model, reference, TOKENS)
+    assert report.first == fault.op
+    assert f"the reference is what the formula gives with {said}" in report.sentence
+
+
+def test_a_constant_that_is_a_little_off_is_no_known_trap(one_layer):
+    model, reference, recorded = one_layer
+    model = copy(model)
+    sinks = model.layers[0].attention.sinks
+    sinks[...] *= 1.01
+    for right in (reference, recorded):
+        report = compare(model, right, TOKENS)
+        assert report.first == "layers.0.attention.heads"
+        assert "Likely cause" not in report.sentence
+
+
+def test_sharp_attention_in_bfloat16_is_no_fault(tmp_path):
+    """Its scores are off by more than 1: rounding may choose another key."""
+    folder = synthetic.write(dataclasses.replace(CONFIG, num_hidden_layers=1), tmp_path / "x")
+    found = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        model = load(folder, dtype=dtype)
+        weight = model.layers[0].attention.qkv.weight
+        weight[...] = weight[...].at[:, :-1].multiply(16)
+        found[dtype] = model
+    reference = arrays_of(found[jnp.float32])
+    report = assert_parity(found[jnp.bfloat16], reference, TOKENS)
+    assert "cannot be judged" in report.sentence and "inf" in report.table()
+    reference["layers.0.attention.heads"][3] = np.nan
+    assert compare(found[jnp.bfloat16], reference, TOKENS).first == "layers.0.attention.heads"
+
+
 def test_one_transposed_expert_is_found_and_named(tmp_path):
     """It must be as wide as the model to pass every check of shapes."""
     square = dataclasses.replace(CONFIG, intermediate_size=CONFIG.hidden_size)
@@ -85,7 +130,12 @@ def test_one_transposed_expert_is_found_and_named(tmp_path):
 
 def test_nothing_is_found_where_nothing_is_wrong(model, reference):
     other_order = {name: x[None] for name, x in reversed(reference.items())}
-    for right in (reference, other_order, recorded_of(model)):
+    ascending = dict(reference)
+    for name in ("mlp.experts", "mlp.expert_weights"):
+        ascending |= {
+            f"layers.{i}.{name}": reference[f"layers.{i}.{name}"][:, ::-1] for i in (0, 1)
+        }
+    for right in (reference, other_order, ascending, recorded_of(model)):
         report = assert_parity(model, right, TOKENS)
         assert all(op.judged.largest == 0 for op in report.ops)
         assert report.predictions.kl_T.max() < 1e-12 and report.predictions.top1_T.all()
@@ -178,6 +228,16 @@ def test_streamed_is_the_model(tmp_path):
             "names of capture=, got layers.0.attention.query",
         ),
         ({"layers.0.attention.q": np.zeros((24, 5))}, TOKENS, r"must have shape \(24, 3, 5, 14\)"),
+        (
+            {"layers.0.attention.q": np.zeros((24, 210), complex)},
+            TOKENS,
+            "real numbers, got complex",
+        ),
+        ({"layers.0.attention.q": np.full((24, 210), "x")}, TOKENS, "real numbers, got <U1"),
+        *(
+            ({"layers.0.mlp.experts": np.tile(x, (24, 1))}, TOKENS, "different ints below")
+            for x in ([0, 99], [0, -1], [1, 1], [0.0, 1.0])
+        ),
         ({}, TOKENS[:5], r"must have shape"),
         ({}, TOKENS + 90, "vocabulary of 101"),
         ({}, TOKENS[None], r"ids \[T\]"),

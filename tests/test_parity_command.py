@@ -69,11 +69,13 @@ def test_the_golden_files_find_a_fault(golden_folder):
     assert f"a window of {window} keys, not {window + 1}" in report.sentence
 
 
-def test_a_golden_file_that_judges_nothing_is_no_parity(golden_folder):
+def test_a_golden_file_is_judged_by_its_logits_too_and_has_no_other_names(golden_folder):
     file, folder = golden_folder
     kept, model = golden.load(file), load(folder, dtype=jnp.float32)
-    with pytest.raises(ValueError, match="must hold a value that can be judged"):
-        compare(model, dataclasses.replace(kept, values={}))
+    report = compare(model, dataclasses.replace(kept, values={}))
+    assert report.ok and [op.name for op in report.ops] == ["logits"]
+    other = dataclasses.replace(kept.logits, logsumexp_T=kept.logits.logsumexp_T + 0.1)
+    assert compare(model, dataclasses.replace(kept, logits=other)).first == "logits"
     renamed = {f"x{name}": value for name, value in kept.values.items()}
     with pytest.raises(ValueError, match="of no known name: xembedding"):
         compare(model, dataclasses.replace(kept, values=renamed))
@@ -119,16 +121,28 @@ def test_bad_golden_files_are_refused_in_one_line(recorded, tmp_path, capsys):
     np.savez(tmp_path / "lacking.npz", **{k: v for k, v in np.load(file).items() if k != "sizes"})
     np.savez(tmp_path / "arrays.npz", embedding=np.zeros(3))
     (tmp_path / "text.npz").write_text("no archive")
+    (tmp_path / "half.npz").write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with open(tmp_path / "array.npz", "wb") as stream:
+        np.save(stream, np.zeros(3))
+    mine = tmp_path / "mine.npz"
+    np.savez(mine, tokens=TOKENS, embedding=np.zeros((24, CONFIG.hidden_size)))
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
     small = str(synthetic.write(dataclasses.replace(CONFIG, vocab_size=97), tmp_path / "small"))
     for arguments, said in [
         ([folder, "--golden", str(tmp_path / "lacking.npz")], "it lacks sizes"),
         ([folder, "--golden", str(tmp_path / "arrays.npz")], "not a whole golden file"),
-        ([folder, "--golden", str(tmp_path / "text.npz")], "is not a golden file"),
+        ([folder, "--golden", str(tmp_path / "text.npz")], "is not a whole .npz file"),
         ([folder, "--golden", str(tmp_path / "none.npz")], "none.npz"),
         ([small, "--golden", str(file)], "this one has vocab_size 97, not 101"),
-        ([folder, "--golden", str(file), "--ids", "1,2"], "of other tokens"),
+        ([folder, "--golden", str(file), "--ids", "1,2"], "leave out --ids"),
+        ([folder, "--reference", str(mine), "--seed", "1"], "leave out --seed"),
+        ([folder, "--reference", str(tmp_path / "text.npz")], "not a whole .npz file"),
+        ([folder, "--golden", str(tmp_path / "half.npz")], "not a whole .npz file"),
+        ([folder, "--golden", str(tmp_path / "array.npz")], "not a whole .npz file"),
+        ([folder, "--length", "3", "--html", "none/x.html"], "in a folder that exists"),
+        ([folder, "--text", ""], "--text must not be empty"),
+        ([folder, "--seed", "-1"], "--seed must not be negative"),
         ([folder, "--reference", str(tmp_path / "arrays.npz")], "must hold tokens"),
         ([folder, "--reference", small], "must have the config"),
         ([folder, "--golden", str(file), "--save", "y.npz"], "nothing saved"),
@@ -139,6 +153,42 @@ def test_bad_golden_files_are_refused_in_one_line(recorded, tmp_path, capsys):
         assert cli.main(["parity", *arguments]) == 2
         out, err = capsys.readouterr()
         assert out == "" and said in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("provenance", lambda x: np.str_("not json")),
+        ("provenance", lambda x: np.str_("[]")),
+        ("provenance", lambda x: np.str_('{"config": {"hidden_size": 32}}')),
+        ("tokens", lambda x: x.astype(float)),
+        ("tokens", lambda x: x + 1000),
+        ("tokens", lambda x: x[:3]),
+        ("names", lambda x: x[:-1]),
+        ("sizes", lambda x: x[:, :2]),
+        ("samples", lambda x: x.astype(str)),
+        ("rows", lambda x: x + 50),
+        ("columns", lambda x: x + 5000),
+        ("experts", lambda x: x[:, :2]),
+        ("experts", lambda x: x + 90),
+        ("logits_ids", lambda x: x + 9000),
+        ("logits_next_T", lambda x: x[None]),
+    ],
+)
+def test_damaged_golden_files_are_refused(recorded, tmp_path, name, change):
+    golden.save(recorded, tmp_path / "x.npz")
+    arrays = golden.read(tmp_path / "x.npz")
+    np.savez(tmp_path / "x.npz", **arrays | {name: change(arrays[name])})
+    with pytest.raises(ValueError, match="is a damaged golden file"):
+        golden.load(tmp_path / "x.npz")
+
+
+def test_logits_that_are_not_numbers_show_on_the_page(model):
+    arrays = {name: x for stage in values(model, TOKENS) for name, x in stage.items()}
+    arrays["logits"][3, 4] = np.nan
+    report = compare(model, arrays, TOKENS)
+    assert report.first == "logits" and report.predictions.worst(1) == [3]
+    assert "<td>nan</td>" in html.page(report, "title")
 
 
 def test_without_pytorch_one_line_says_so(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import argparse
 from functools import partial
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -48,7 +49,7 @@ def add(commands) -> None:
     text.add_argument(
         "--length", type=int, metavar="N", help="random tokens; default: 160, past the window"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the tokens; default %(default)s")
+    parser.add_argument("--seed", type=int, metavar="N", help="of random tokens; default: 0")
     parser.add_argument("--save", metavar="FILE", help="write the reference as a golden file")
     parser.add_argument("--html", metavar="FILE", help="write the report as a page with plots")
     parser.set_defaults(run=run)
@@ -58,17 +59,25 @@ def run(args: argparse.Namespace) -> int:
     """Compare, print and write what is asked for."""
     if args.save and (args.golden or args.reference.endswith(".npz")):
         raise ValueError("--save keeps what official, hf or a checkpoint computes, nothing saved.")
-    source = open_source(args.model)
-    reference, tokens = None, _tokens(args, source.config.vocab_size)
+    for path in filter(None, (args.save, args.html)):
+        if not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"{path} must lie in a folder that exists.")
+    reference, tokens = None, None
     if args.golden:
         reference = golden.load(args.golden)
-        given = args.text is not None or args.ids is not None or args.length is not None
-        tokens = tokens if given else reference.tokens_T
-        reference.check(tokens, source.config)
-        if reference.provenance["checkpoint"] != golden.fingerprint(source):
-            remark("the golden file was made from other weights than these")
+        tokens = reference.tokens_T
     elif args.reference.endswith(".npz"):
         reference, tokens = _arrays(args.reference)
+    given = [x for x in ("text", "ids", "length", "seed") if getattr(args, x) is not None]
+    if tokens is not None and given:
+        raise ValueError(f"the file of the reference brings its tokens; leave out --{given[0]}.")
+    source = open_source(args.model)
+    if tokens is None:
+        tokens = _tokens(args, source.config.vocab_size)
+    if args.golden:
+        reference.check(tokens, source.config)
+        if reference.provenance.get("checkpoint") != golden.fingerprint(source):
+            remark("the golden file was made from other weights than these")
     # A reference that is computed reads the checkpoint too.
     total = (1 + (reference is None)) * sum(x.nbytes for x in source.variables.values())
     with progress("comparing", total) as step:
@@ -102,6 +111,8 @@ def _reference(name: str, source, step):
 
 
 def _tokens(args: argparse.Namespace, vocab_size: int) -> np.ndarray:
+    if args.text == "":
+        raise ValueError("--text must not be empty.")
     if args.text is not None:
         return np.asarray(encode_text(args.text), np.int32)
     if args.ids is not None:
@@ -109,7 +120,10 @@ def _tokens(args: argparse.Namespace, vocab_size: int) -> np.ndarray:
     length = 160 if args.length is None else args.length
     if length < 1:
         raise ValueError(f"--length must be at least 1 token, got {length}.")
-    return np.random.default_rng(args.seed).integers(0, vocab_size, length, np.int32)
+    seed = args.seed or 0
+    if seed < 0:
+        raise ValueError(f"--seed must not be negative, got {seed}.")
+    return np.random.default_rng(seed).integers(0, vocab_size, length, np.int32)
 
 
 def _ids(text: str) -> np.ndarray:
@@ -121,11 +135,7 @@ def _ids(text: str) -> np.ndarray:
 
 
 def _arrays(path: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not an .npz of arrays: {error}") from error
+    arrays = golden.read(path)
     if "tokens" not in arrays:
         raise ValueError(f"{path} must hold tokens, ids [T], beside the arrays.")
     return arrays, arrays.pop("tokens")

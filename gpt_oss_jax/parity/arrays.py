@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+import jax.numpy as jnp
 import numpy as np
 
 from gpt_oss_jax.config import Config
@@ -20,6 +21,7 @@ Arrays = Mapping[str, np.ndarray]
 Reference = Arrays | Golden | Callable[[np.ndarray], Iterable[Arrays]]
 Known = Mapping[str, Values | TopLogits]
 
+_EXPERTS, _WEIGHTS = "mlp.experts", "mlp.expert_weights"
 _MASKED = -1e30  # Some write a large negative number for minus infinity.
 
 
@@ -27,7 +29,7 @@ def by_stage(reference: Reference, tokens_T: np.ndarray, config: Config) -> Iter
     """What is known of the embedding, of each layer and of the end, under names without a layer.
 
     Raises:
-      ValueError: For names that the forward pass does not have, and shapes that do not fit.
+      ValueError: For names that the forward pass does not have, and arrays that do not fit.
     """
     if isinstance(reference, Golden):
         reference.check(tokens_T, config)
@@ -49,7 +51,7 @@ def by_stage(reference: Reference, tokens_T: np.ndarray, config: Config) -> Iter
             if array is not None:
                 known[op.name] = _checked(prefix + op.name, array, op, config, len(tokens_T))
         del arrays
-        yield known
+        yield _heaviest_first(known)
 
 
 def checked_tokens(tokens, reference: Reference, config: Config) -> np.ndarray:
@@ -88,7 +90,12 @@ def _check_names(arrays: Arrays, config: Config) -> None:
 
 
 def _checked(name: str, array, op: Op, config: Config, length: int) -> Values:
-    array = np.asarray(array)
+    try:
+        array = np.asarray(array)
+    except (TypeError, RuntimeError) as error:  # a tensor on a device, or one with a gradient
+        raise ValueError(f"{name} of the reference must be an array: {error}") from error
+    if not (jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.kind in "iu"):
+        raise ValueError(f"{name} of the reference must hold real numbers, got {array.dtype}.")
     shape = sizes(op, config, length)
     scores = op.axes.endswith("S")
     lead = shape[:-1] if scores else ()
@@ -101,9 +108,29 @@ def _checked(name: str, array, op: Op, config: Config, length: int) -> Values:
         array = np.moveaxis(array.reshape(-1, length, shape[-1]), 1, 0)
         array = np.where(array < _MASKED, -np.inf, array)
     array = array.reshape(length, -1)
-    if op.name == "mlp.expert_weights":
-        array = -np.sort(-array, axis=-1)  # ours have the heaviest first
-    return Values.whole(array if op.name == "mlp.experts" else array.astype(np.float32))
+    if op.name == _EXPERTS:
+        return Values.whole(_expert_ids(name, array, config))
+    return Values.whole(array.astype(np.float32))
+
+
+def _expert_ids(name: str, array: np.ndarray, config: Config) -> np.ndarray:
+    experts_TX = np.sort(array, axis=-1)
+    whole = array.dtype.kind in "iu" and (experts_TX[:, 1:] != experts_TX[:, :-1]).all()
+    if not whole or experts_TX[:, 0].min() < 0 or experts_TX[:, -1].max() >= config.num_experts:
+        raise ValueError(
+            f"{name} of the reference must hold {config.experts_per_token} different ints below "
+            f"{config.num_experts} for each token, got {array.dtype} such as {array[0].tolist()}."
+        )
+    return array.astype(np.int32)
+
+
+def _heaviest_first(known: dict[str, Values]) -> dict[str, Values]:
+    """Experts and their weights in our order, whatever theirs is."""
+    if _WEIGHTS not in known:
+        return known
+    order = np.argsort(-known[_WEIGHTS].values, axis=-1, kind="stable")
+    sort = lambda x: Values.whole(np.take_along_axis(x.values, order, -1))
+    return known | {name: sort(known[name]) for name in (_EXPERTS, _WEIGHTS) if name in known}
 
 
 def _leading(array: np.ndarray, length: int) -> tuple[int, ...]:

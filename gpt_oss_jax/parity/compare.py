@@ -96,8 +96,10 @@ class _Walk:
         settled_T = np.ones(len(self.tokens_T), bool)
         for name in own:
             known = theirs.get(name)
-            if not isinstance(known, Values):
+            if known is None:
                 continue
+            if isinstance(known, TopLogits):
+                own[name], known = known.beside(own[name], self.tokens_T)
             has_local = name in local_T
             if name == _EXPERTS:
                 found = self._route(stage.prefix + name, theirs, own, own_T, local, local_T)
@@ -119,8 +121,9 @@ class _Walk:
                 if "embedding" not in ops:
                     inputs = {"input": flat(self.own_x, INPUT)} | inputs
                 self.first = found.name
-                cause = traps.cause(stage, name, found, inputs, ours[name], known, self.config)
-                self.sentence = found.sentence() + cause
+                self.sentence = found.sentence() + traps.cause(
+                    stage, name, found, inputs, ours[name], known, self.config, self.dtype
+                )
 
         if (x := own.get("output", own.get("embedding"))) is not None:
             self.own_x = unflat(x, INPUT, self.config).astype(self.dtype)
@@ -173,7 +176,12 @@ class _Walk:
     def report(self) -> Report:
         """What was found."""
         count = len(self.ops) + len(self.routing)
-        well = f"No divergence: rounding explains every difference in {count} values."
+        blind = sum(op.judged.is_blind for op in self.ops)
+        well = f"No divergence: rounding explains every difference in {count} values" + (
+            f"; {blind} of them cannot be judged at some position, where rounding may do anything."
+            if blind
+            else "."
+        )
         return Report(
             self.tokens_T,
             self.dtype.name,

@@ -6,7 +6,6 @@ Written from the model's description and independent of our layers, whose weight
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from gpt_oss_jax.config import Config
 from gpt_oss_jax.model.rope import inverse_frequencies
+from gpt_oss_jax.parity.ops import concentration
 from gpt_oss_jax.quant import dequantize
 
 # What to say of a formula, and the row that it gives.
@@ -57,8 +57,11 @@ def _numpy(variable) -> np.ndarray:
 
 def _norm(module, x_D: np.ndarray) -> Variants:
     scale_D = _numpy(module.scale)
-    normed_D = x_D / np.sqrt(np.mean(x_D * x_D) + module.epsilon)
+    divided = lambda epsilon: x_D / np.sqrt(np.mean(x_D * x_D) + epsilon)
+    normed_D = divided(module.epsilon)
     yield "", normed_D * scale_D
+    for epsilon in {1e-5, 1e-6} - {module.epsilon}:
+        yield f"an epsilon of {epsilon:g}, not {module.epsilon:g}", divided(epsilon) * scale_D
     yield "one added to the scale", normed_D * (1 + scale_D)
     yield "the scale left out", normed_D
     centred_D = x_D - x_D.mean()
@@ -92,8 +95,7 @@ def _rotations(config: Config) -> Iterator[tuple[str, Callable]]:
     """Ways to rotate [S, N, H] at positions [S]."""
 
     def rotate(x_SNH, positions_S, config=config, sharp=True, neighbours=False, shift=0):
-        factor = config.rope_scaling_factor
-        sharpness = 0.1 * math.log(factor) + 1 if factor > 1 and sharp else 1.0
+        sharpness = concentration(config) if sharp else 1.0
         angles = (positions_S + shift)[:, None].astype(np.float32) * inverse_frequencies(config)
         cos, sin = (f(angles.astype(np.float64))[:, None] * sharpness for f in (np.cos, np.sin))
         a, b = (x_SNH[..., 0::2], x_SNH[..., 1::2]) if neighbours else np.split(x_SNH, 2, -1)
@@ -108,6 +110,9 @@ def _rotations(config: Config) -> Iterator[tuple[str, Callable]]:
         yield f"the bounds of YaRN's ramp {ends}rounded (truncate)", partial(rotate, config=other)
         plain = dataclasses.replace(config, rope_scaling_factor=1.0)
         yield "no YaRN", partial(rotate, config=plain)
+    for base in {10_000.0, 150_000.0} - {config.rope_theta}:
+        other = dataclasses.replace(config, rope_theta=base)
+        yield f"a base of {base:g}, not {config.rope_theta:g}", partial(rotate, config=other)
     yield "neighbours rotated instead of halves", partial(rotate, neighbours=True)
     yield "positions that start at one", partial(rotate, shift=1)
     yield "no rotation", lambda x_SNH, positions_S: x_SNH

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import platform
 import tempfile
@@ -24,7 +25,7 @@ import numpy as np
 from gpt_oss_jax.checkpoint.experts import Source
 from gpt_oss_jax.checkpoint.stream import Request
 from gpt_oss_jax.config import Config
-from gpt_oss_jax.parity.ops import stages
+from gpt_oss_jax.parity.ops import sizes, stages
 from gpt_oss_jax.parity.predictions import TopLogits
 from gpt_oss_jax.parity.values import Values
 
@@ -178,24 +179,69 @@ def load(path: str | os.PathLike) -> Golden:
     Raises:
       ValueError: If it is none, or parts of it are missing.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a golden file: {error}") from error
+    arrays = read(path)
     if missing := [name for name in _KEYS if name not in arrays]:
         raise ValueError(f"{path} is not a whole golden file; it lacks {', '.join(missing)}.")
     if arrays["format"] != _FORMAT:
         raise ValueError(f"{path} has format {arrays['format']}; this version reads {_FORMAT}.")
+    try:
+        about = json.loads(str(arrays["provenance"]))
+        config = Config(**about["config"])
+        _check_shapes(arrays, config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is a damaged golden file: {error}") from error
+    rows = arrays["rows"]
     values = {}
-    for name, size_T, columns, sample in zip(
-        map(str, arrays["names"]),
-        *(arrays[x] for x in ("sizes", "columns", "samples")),
-        strict=True,
-    ):
-        known = columns >= 0
-        values[name] = Values(size_T, sample[:, known], arrays["rows"], columns[known])
+    for i, name in enumerate(map(str, arrays["names"])):
+        columns = arrays["columns"][i][arrays["columns"][i] >= 0]
+        samples = arrays["samples"][i][:, : len(columns)]
+        values[name] = Values(arrays["sizes"][i], samples, rows, columns)
     for layer, experts_TX in enumerate(arrays["experts"]):
         values[f"layers.{layer}.{_EXPERTS}"] = Values.whole(experts_TX)
     logits = TopLogits(*(arrays[name] for name in _LOGITS))
-    return Golden(arrays["tokens"], values, logits, json.loads(str(arrays["provenance"])))
+    return Golden(arrays["tokens"], values, logits, about)
+
+
+def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """All arrays of an .npz file.
+
+    Raises:
+      ValueError: If it is none, or damaged.
+    """
+    try:
+        with zipfile.ZipFile(path):  # whatever else NumPy can read
+            pass
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole .npz file: {error}") from error
+
+
+def _check_shapes(arrays: Mapping[str, np.ndarray], config: Config) -> None:
+    """Refuses arrays that do not belong together."""
+    T, N, R, C = (len(np.atleast_1d(arrays[x])) for x in ("tokens", "names", "rows", "columns"))
+    L, X, V = config.num_hidden_layers, config.experts_per_token, config.vocab_size
+    ops = {prefix + op.name: op for prefix, ops in stages(config) for op in ops}
+    wanted = {
+        "tokens": ((T,), "i", V),
+        "rows": ((R,), "i", T),
+        "names": ((N,), "U", None),
+        "columns": ((N, _COLUMNS), "i", None),
+        "sizes": ((N, T), "f", None),
+        "samples": ((N, R, _COLUMNS), "f", None),
+        "experts": ((L, T, X), "i", config.num_experts),
+        "logits_ids": ((T, min(_TOP, V)), "i", V),
+        "logits_logits": ((T, min(_TOP, V)), "f", None),
+        "logits_logsumexp_T": ((T,), "f", None),
+        "logits_next_T": ((T - 1,), "f", None),
+    }
+    for name, (shape, kind, count) in wanted.items():
+        x = arrays[name]
+        if x.shape != shape or x.dtype.kind != kind:
+            raise ValueError(f"{name} must have shape {shape}, got {x.dtype} {x.shape}.")
+        if count is not None and (x.min() < 0 or x.max() >= count):
+            raise ValueError(f"{name} must lie below {count}, got {x.min()} to {x.max()}.")
+    for name, columns in zip(map(str, arrays["names"]), arrays["columns"], strict=True):
+        width = math.prod(sizes(ops[name], config, T)) if name in ops else np.inf
+        if columns.min() < -1 or columns.max() >= width:
+            raise ValueError(f"the columns of {name} must lie below {width}, got {columns.max()}.")

@@ -15,7 +15,7 @@ from gpt_oss_jax.parity.report import Report
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 860, 220, 64, 34
 _WORST = 12
-_FLOOR = 1e-12  # Logarithms of nothing are drawn here.
+_FLOOR, _CEILING = 1e-12, 1e6  # Logarithms of nothing and of what is no number are drawn here.
 _STYLE = """
 :root { --ink: #1d2530; --soft: #5d6876; --line: #d8dee6; --page: #ffffff; --one: #1f6fb4;
   --two: #d1601f; --bad: #c0262d; --low: #e8f1fa; --high: #1f6fb4; }
@@ -170,7 +170,7 @@ def _positions(report: Report, decode) -> list[str]:
     if off.size:
         lines.append(("difference of the negative log-likelihood", off))
     rows = []
-    for t in np.argsort(-x.kl_T, kind="stable")[:_WORST]:
+    for t in x.worst(_WORST):
         token = int(report.tokens_T[t])
         known = t < len(x.nll_T)
         cells = [
@@ -198,7 +198,8 @@ def _positions(report: Report, decode) -> list[str]:
 
 def _plot(xs: Sequence[int], lines: list[tuple[str, Sequence[float]]], label: str) -> str:
     """Lines over `xs`, logarithmic."""
-    logs = [(text, np.log10(np.maximum(np.minimum(values, 1e6), _FLOOR))) for text, values in lines]
+    finite = lambda values: np.nan_to_num(values, nan=_CEILING, posinf=_CEILING)
+    logs = [(text, np.log10(np.clip(finite(x), _FLOOR, _CEILING))) for text, x in lines]
     low = np.floor(min(values.min() for _, values in logs))
     high = max(low + 1, np.ceil(max(values.max() for _, values in logs)))
     wide, tall = _WIDTH - _LEFT - 10, _HEIGHT - _BOTTOM - 24

@@ -8,6 +8,7 @@ derivation; nothing here was fitted to a measurement. Knows nothing of models or
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 
 import numpy as np
@@ -96,6 +97,9 @@ def tolerances(
 ) -> dict[str, np.ndarray]:
     """Largest relative difference of each op that rounding explains, [T].
 
+    Infinite where it is a whole row: there rounding may make any row another one, and the first
+    order of its growth, which is what is derived, means nothing.
+
     Args:
       ops: Of one stage.
       config: Sizes.
@@ -104,8 +108,7 @@ def tolerances(
       given: Names whose values both sides share: errors start anew behind them.
       before_T: What has gathered in the stage's input, unless that is given.
     """
-    # No rounding makes a row another one, however large the numbers are that went into it.
-    own = {op.name: np.minimum(1.0, _own(op, config, dtype, ours)) for op in ops}
+    own = {op.name: _own(op, config, dtype, ours) for op in ops}
     inputs = {op.name: op.inputs for op in ops}
 
     def sources(name: str) -> set[str]:
@@ -116,7 +119,8 @@ def tolerances(
         return found
 
     own["input"] = before_T
-    return {op.name: sum(own[name] for name in sources(op.name)) for op in ops}
+    found = {op.name: sum(own[name] for name in sources(op.name)) for op in ops}
+    return {name: np.where(x_T >= 1, np.inf, x_T) for name, x_T in found.items()}
 
 
 def _own(op: Op, config: Config, dtype, ours: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -146,11 +150,13 @@ def _own(op: Op, config: Config, dtype, ours: Mapping[str, np.ndarray]) -> np.nd
         scale_TD = np.maximum(np.abs(sum_TD), row_size(sum_TD)[:, None])
         return u * (3 + 2 * (np.abs(branch_TD) / np.maximum(scale_TD, _TINY)).max(-1))
     if op.name == "attention.heads":
-        q_TN, k_T = (
-            np.linalg.norm(ours[f"attention.{x}_rope"].reshape(len(flat_T), -1, H), axis=-1)
+        # Before their rotation, so that a mistake in it does not excuse itself.
+        q_TN, k_TN = (
+            np.linalg.norm(ours[f"attention.{x}"].reshape(len(flat_T), -1, H), axis=-1)
             for x in "qk"
         )
-        largest_T = q_TN.max(-1) * np.maximum.accumulate(k_T.max(-1)) / H
+        sharp = concentration(config) ** 2
+        largest_T = sharp * q_TN.max(-1) * np.maximum.accumulate(k_TN.max(-1)) / H
         return noise(3, positions_T + 1) + noise(2, H) * largest_T
     if op.name == "mlp.expert_weights":
         logits_T = row_size(ours["mlp.router_logits"])
@@ -165,6 +171,12 @@ def _own(op: Op, config: Config, dtype, ours: Mapping[str, np.ndarray]) -> np.nd
         "attention.out": (2, N * H),
     }.get(op.name, (2, D))
     return flat_T + noise(roundings, terms)
+
+
+def concentration(config: Config) -> float:
+    """YaRN's factor on cos and sin, independent of the model's code (Peng et al. 2023, eq. 21)."""
+    factor = config.rope_scaling_factor
+    return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def row_size(x_TF: np.ndarray) -> np.ndarray:

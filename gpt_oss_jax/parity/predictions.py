@@ -6,7 +6,9 @@ import dataclasses
 
 import numpy as np
 
+from gpt_oss_jax.parity.ops import row_size
 from gpt_oss_jax.parity.report import Predictions
+from gpt_oss_jax.parity.values import Values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,21 @@ class TopLogits:
             np.array([_logsumexp(x) for x in logits_TV]),
             logits_TV[np.arange(len(tokens_T) - 1), tokens_T[1:]].astype(np.float32),
         )
+
+    def beside(self, ours_TV: np.ndarray, tokens_T: np.ndarray) -> tuple[np.ndarray, Values]:
+        """Ours and what is kept, [T, k + 2]; a log-sum-exp is off by no more than logits are."""
+        own = TopLogits(
+            self.ids,
+            np.take_along_axis(ours_TV, self.ids, 1),
+            np.array([_logsumexp(x) for x in ours_TV]),
+            ours_TV[np.arange(len(tokens_T) - 1), tokens_T[1:]],
+        )
+        ours, theirs = (
+            np.column_stack([x.logits, x.logsumexp_T, np.append(x.next_T, 0)]).astype(np.float32)
+            for x in (own, self)
+        )
+        # Sizes of rows differ by no more than the rows do, and that of all logits is not kept.
+        return ours, Values(row_size(ours_TV), theirs)
 
 
 def predictions(

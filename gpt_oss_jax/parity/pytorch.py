@@ -87,7 +87,7 @@ def _official(source: Source, step, tokens_T: np.ndarray) -> Iterator[dict[str, 
         arrays = seen.arrays() | {"output": x.numpy()}
         parts = np.split(arrays.pop("qkv"), heads, 1)
         arrays |= {f"attention.{name}": part for name, part in zip("qkv", parts, strict=True)}
-        arrays["mlp.experts"] = _chosen(torch, arrays["mlp.router_logits"], config)
+        arrays |= _choice(torch, arrays["mlp.router_logits"], config)
         yield {prefix + name: array for name, array in arrays.items()}
     with torch.device("meta"):
         norm = official.RMSNorm(config.hidden_size)
@@ -95,10 +95,11 @@ def _official(source: Source, step, tokens_T: np.ndarray) -> Iterator[dict[str, 
     yield _end(torch, source, step, norm, x)
 
 
-def _chosen(torch, logits_TE: np.ndarray, config) -> np.ndarray:
-    """The experts, which that model keeps to itself, by the operator that it calls."""
-    logits = torch.from_numpy(logits_TE)
-    return torch.topk(logits, k=config.experts_per_token, dim=-1, sorted=True).indices.numpy()
+def _choice(torch, logits_TE: np.ndarray, config) -> dict[str, np.ndarray]:
+    """Experts and weights, which that model keeps to itself, by the operators that it calls."""
+    top = torch.topk(torch.from_numpy(logits_TE), k=config.experts_per_token, dim=-1, sorted=True)
+    weights = torch.nn.functional.softmax(top.values, dim=1)
+    return {"mlp.experts": top.indices.numpy(), "mlp.expert_weights": weights.numpy()}
 
 
 def _official_weights(source: Source, step, path: str, prefix: str) -> dict:

@@ -8,7 +8,7 @@ import numpy as np
 
 from gpt_oss_jax.parity.ops import roundoff
 
-_SHOWN_FLIPS = 10
+_SHOWN_FLIPS = _SHOWN_POSITIONS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Difference:
       largest: Largest absolute difference.
       relative_T: Largest difference of each position, of the size of its row (root mean square) or
         of the element where that is larger; NaN where nothing is known of a position.
-      tolerance_T: What rounding explains.
+      tolerance_T: What rounding explains; infinite where that is anything.
       judged_T: False where an allowed routing flip before it leaves nothing to compare.
     """
 
@@ -32,7 +32,10 @@ class Difference:
     def excess_T(self) -> np.ndarray:
         """Difference over tolerance of each position; 0 where not judged or not known."""
         known = self.judged_T & ~np.isnan(self.relative_T)
-        return np.where(known, self.relative_T / self.tolerance_T, 0.0)
+        with np.errstate(invalid="ignore"):
+            excess_T = np.where(known, self.relative_T / self.tolerance_T, 0.0)
+        # No rounding makes what is not a number, whatever else it may do.
+        return np.where(known & np.isinf(self.relative_T), np.inf, excess_T)
 
     @property
     def worst(self) -> int:
@@ -49,6 +52,11 @@ class Difference:
     def ok(self) -> bool:
         """Whether rounding explains all of it."""
         return bool((self.excess_T <= 1).all())
+
+    @property
+    def is_blind(self) -> bool:
+        """Whether rounding may do anything at some position that would be judged."""
+        return bool((np.isinf(self.tolerance_T) & self.judged_T).any())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +180,10 @@ class Predictions:
     reference_nll_T: np.ndarray
     is_bound: bool
 
+    def worst(self, count: int) -> np.ndarray:
+        """Positions of the largest divergences, the largest first."""
+        return np.argsort(-np.nan_to_num(self.kl_T, nan=np.inf), kind="stable")[:count]
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -268,4 +280,15 @@ class Report:
                 f"reference's {x.reference_nll_T.mean():.6f}; largest difference {off.max():.1e} "
                 f"at position {off.argmax()}."
             )
-        return [*lines, ""]
+        lines.append(
+            f"{'position':>10}{'token':>10}{'KL, nats':>10}{'NLL, ours':>12}{'theirs':>12}"
+        )
+        for t in x.worst(_SHOWN_POSITIONS):
+            nll = [x.nll_T[t], x.reference_nll_T[t]] if t < x.nll_T.size else []
+            lines.append(
+                f"{t:>10}{self.tokens_T[t]:>10}{x.kl_T[t]:>10.1e}"
+                + "".join(f"{value:>12.6f}" for value in nll)
+                + ("" if x.top1_T[t] else "  other likeliest token")
+            )
+        more = len(x.kl_T) - _SHOWN_POSITIONS
+        return [*lines, *([f"  and {more} more, less far apart"] if more > 0 else []), ""]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import jax.numpy as jnp
 import numpy as np
 
 from gpt_oss_jax.config import Config
@@ -18,8 +19,6 @@ from gpt_oss_jax.parity.report import OpResult, Routing
 from gpt_oss_jax.parity.values import Values
 
 _SHARE = 0.1  # A trap must explain all but this much of the difference.
-# Of the largest element: a few roundings of bfloat16 are at most, those of TF32 at least this.
-_COARSE = (2.0**-14, 2.0**-5)
 
 
 def cause(
@@ -30,6 +29,7 @@ def cause(
     ours_TF: np.ndarray,
     theirs: Values,
     config: Config,
+    dtype: np.dtype,
 ) -> str:
     """A sentence, with a blank before it; empty if no trap explains the difference.
 
@@ -41,6 +41,7 @@ def cause(
       ours_TF: Ours.
       theirs: What is known of the reference's.
       config: Sizes.
+      dtype: Our compute type.
     """
     if not isinstance(found, OpResult):
         return ""
@@ -60,7 +61,11 @@ def cause(
         here = _explanations(ours, reference, variants)
         both = {text: off + here[text] for text, off in fits.items() if text in here}
         fits = both or fits or here
-    return f" Likely cause: {min(fits, key=fits.get)}." if fits else ""
+    if fits:
+        return f" Likely cause: {min(fits, key=fits.get)}."
+    if variants and dtype == np.float32 and (who := _coarse(theirs.of(ours_TF)[over], theirs.values[over])):
+        return f" Likely cause: {who} computes this in bfloat16; all of its values are."
+    return ""
 
 
 def _explanations(ours: np.ndarray, reference: np.ndarray, variants: list) -> dict[str, float]:
@@ -73,14 +78,16 @@ def _explanations(ours: np.ndarray, reference: np.ndarray, variants: list) -> di
     (_, right), *wrong = variants
     off = lambda a, b: float(np.abs(a - b).max()) / gap
     sides = (("ours", ours, reference), ("the reference", reference, ours))
-    fits = {
+    return {
         f"{who} is what the formula gives with {text}": off(row, x)
         for who, row, other in sides
         if off(other, right) < _SHARE
         for text, x in wrong
         if off(row, x) < _SHARE
     }
-    if not fits and _COARSE[0] < gap / np.abs(reference).max() < _COARSE[1]:
-        who = max(sides, key=lambda side: off(side[1], right))[0]
-        return {f"{who} computes this in bfloat16 or TF32, by the size of its error": 0.0}
-    return fits
+
+
+def _coarse(ours: np.ndarray, reference: np.ndarray) -> str:
+    """Which side alone has nothing but bfloat16 numbers, if one has."""
+    coarse = [np.array_equal(x, x.astype(jnp.bfloat16)) for x in (ours, reference)]
+    return {(True, False): "ours", (False, True): "the reference"}.get(tuple(coarse), "")
