@@ -1,60 +1,49 @@
-"""Compiles a step of gpt-oss-20b for a TPU that is not there, and prints what it needs.
+"""Compiles a step of a released model for TPUs that are not there, and prints what it needs.
 
-Needs libtpu. From the root: PYTHONPATH=.:tests python benchmarks/aot_tpu.py v5e:1x1 --tokens 1
+Needs libtpu. From the root: python benchmarks/aot_tpu.py 120b v5e --expert 8 --tokens 1
 """
 
 import argparse
 import dataclasses
+import math
 import re
+import time
+from collections import Counter
 
-import aot
-import jax
-import jax.numpy as jnp
-from flax import nnx
+from gpt_oss_jax import aot
+from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B
+from gpt_oss_jax.sharding import make_mesh
 
-from gpt_oss_jax.config import GPT_OSS_20B
-from gpt_oss_jax.model import Transformer
-from gpt_oss_jax.model.cache import init_cache
-
-KERNELS = r"expert_(?:up|down)_(?:few|many)|attention_(?:full|window)"
+CONFIGS = {"20b": GPT_OSS_20B, "120b": GPT_OSS_120B}
+KERNELS = r'"tpu_custom_call".*op_name="(?:[^"]*/)?((?:expert|attention)_\w+)/pallas_call'
+MOVES = r"= (\w+)\[([\d,]*)\]\S* (all-\w+|collective-\w+|reduce-scatter)\("
+BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "u8": 1}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("topology", help=f"such as {', '.join(aot.TOPOLOGIES)}")
+    parser.add_argument("model", choices=CONFIGS)
+    parser.add_argument("kind", help="v5e, v5p, v6e or tpu7x")
+    parser.add_argument("--expert", type=int, default=1, help="devices that split the experts")
     parser.add_argument("--tokens", type=int, default=1, help="new tokens of the step")
     parser.add_argument("--context", type=int, default=32768, help="slots of the cache")
-    parser.add_argument("--layers", type=int, default=GPT_OSS_20B.num_hidden_layers)
+    parser.add_argument("--layers", type=int, help="instead of all")
     args = parser.parse_args()
-    config = dataclasses.replace(GPT_OSS_20B, num_hidden_layers=args.layers)
-    target = aot.Target(args.topology)
-
-    def make():
-        model = Transformer(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-        for layer in model.layers:
-            layer.mlp.use_words()
-        return model
-
-    graphdef, state = nnx.split(nnx.eval_shape(make))
-    leaves, tree = jax.tree.flatten(state)
-    cache = jax.eval_shape(lambda: init_cache(config, 1, args.context, jnp.bfloat16))
-    leaves, cache = jax.tree.map(lambda x: target.array(x.shape, x.dtype), (leaves, cache))
-    tokens_BT = target.array((1, args.tokens), jnp.int32)
-
-    def step(cache, leaves, tokens_BT, positions_BT):
-        model = nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
-        last = jnp.full(1, args.tokens - 1, jnp.int32)
-        logits, cache = model.forward(tokens_BT, positions_BT, cache, logits_at=last)
-        return logits.argmax(-1), cache
-
-    program = target.compile(step, cache, leaves, tokens_BT, tokens_BT, donate_argnums=0)
-    memory = program.memory_analysis()
-    found = re.findall(rf'custom-call[^\n]*op_name="[^"]*({KERNELS})', program.as_text())
-    print(f"arguments   {memory.argument_size_in_bytes / 1e9:.2f} GB")
+    config = CONFIGS[args.model]
+    config = dataclasses.replace(config, num_hidden_layers=args.layers or config.num_hidden_layers)
+    mesh = make_mesh(expert=args.expert, devices=aot.devices(args.kind, args.expert))
+    start = time.perf_counter()
+    program = aot.compile_step(config, mesh, tokens=args.tokens, context=args.context)
+    memory, text = program.memory_analysis(), program.as_text()
+    print(f"compiled in {time.perf_counter() - start:.0f} s")
+    print(f"arguments   {memory.argument_size_in_bytes / 1e9:.2f} GB a device")
     print(f"donated     {memory.alias_size_in_bytes / 1e9:.2f} GB")
     print(f"temporaries {memory.temp_size_in_bytes / 1e6:.1f} MB")
-    for name in sorted(set(found)):
-        print(f"{name}: {found.count(name)} calls")
+    for name, count in sorted(Counter(re.findall(KERNELS, text)).items()):
+        print(f"{name}: {count} calls")
+    for (kind, shape, name), count in Counter(re.findall(MOVES, text)).items():
+        size = math.prod(int(x) for x in shape.split(",") if x) * BYTES[kind]
+        print(f"{name} of {kind}[{shape}]: {count} times {size / 1e3:.1f} kB")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from gpt_oss_jax.sharding import MESH_AXES, named_sharding
 
 GIB = 2**30
 _SLOTS = 128  # A cache grows by so many.
-# What `generate` gives to one call of prefill.
-_CHUNK = 1024
+# Tokens of a prompt that `generate` gives to one call.
+CHUNK = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,7 +305,7 @@ class _Count:
         """Of prefill, whose rows go through the experts sorted; and the logits of a step."""
         c, b = self.config, self.dtype.itemsize
         rows = math.ceil(batch / mesh.shape["data"])
-        tokens = min(context, max(_CHUNK, 1)) * min(rows, 16)
+        tokens = min(context, CHUNK) * min(rows, 16)
         D, F, X = c.hidden_size, c.intermediate_size, c.experts_per_token
         experts = math.ceil(c.num_experts / mesh.shape["expert"])
         tile = min(256, max(16, 1 << (max(1, -(-tokens * X // c.num_experts)) - 1).bit_length()))

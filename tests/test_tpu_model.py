@@ -3,9 +3,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from conftest import as_on_a_tpu
+from jax.experimental.pallas import tpu as pltpu
+from random_model import random_model
 
 from gpt_oss_jax import load, save
+from gpt_oss_jax.kernels.attention import mosaic_tpu as attention
+from gpt_oss_jax.kernels.expert_matmul import mosaic_tpu as experts
+from gpt_oss_jax.model import init_cache
+from gpt_oss_jax.sharding import make_mesh
 
 
 def test_a_model_in_words_is_the_same_model(tmp_path):
@@ -26,3 +33,31 @@ def test_a_model_in_words_is_the_same_model(tmp_path):
     assert any(name.endswith(".safetensors") for name in files)
     for name in files:
         assert (tmp_path / "words" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_kernels_run_on_each_device_of_a_mesh(shardable, monkeypatch, rows):
+    """Few experts are left to a device, to some none of those that were chosen."""
+    tokens = jax.random.randint(jax.random.key(rows), (rows, 13), 0, shardable.vocab_size)
+    positions = jnp.broadcast_to(jnp.arange(13), tokens.shape)
+    run = jax.jit(lambda m, t, p, c: m.forward(t, p, c))
+    args = (tokens[:, :12], positions[:, :12]), (tokens[:, 12:], positions[:, 12:])
+
+    def logits(model):
+        found, cache = run(model, *args[0], init_cache(shardable, rows, 16, jnp.float32))
+        return found, run(model, *args[1], cache)[0]
+
+    want = logits(random_model(shardable))
+    mesh = make_mesh(expert=4)
+    model = random_model(shardable, mesh=mesh)
+    for layer in model.layers:
+        layer.mlp.use_words(mesh)
+        words = layer.mlp.down.blocks[...]
+        assert words.sharding.shard_shape(words.shape)[0] == shardable.num_experts // 4
+    for module in (attention, experts):
+        monkeypatch.setattr(module, "device_kind", lambda: "TPU v5 lite")
+    model.implementation = "mosaic_tpu"
+    with pltpu.force_tpu_interpret_mode():
+        got = logits(model)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max()))

@@ -9,7 +9,7 @@ from gpt_oss_jax import aot
 from gpt_oss_jax.checkpoint import open_source
 from gpt_oss_jax.cli.terminal import mesh_axes, positive, remark, write
 from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B, Config
-from gpt_oss_jax.plan import GIB, KINDS, Plan, parse_device, plan
+from gpt_oss_jax.plan import CHUNK, GIB, KINDS, Plan, parse_device, plan
 from gpt_oss_jax.sharding import make_mesh
 
 _RELEASED = {"20b": GPT_OSS_20B, "120b": GPT_OSS_120B}
@@ -120,16 +120,21 @@ def _ask_compiler(config: Config, found: Plan, dtype) -> None:
     mesh = make_mesh(
         **found.mesh, devices=aot.devices(found.kind.name, math.prod(found.mesh.values()))
     )
-    for name, tokens in (("decode", 1), ("prefill", min(found.context, 1024))):
+    arguments, temporaries = 0, {}
+    for name, tokens in (("decode", 1), ("prefill", min(found.context, CHUNK))):
         remark(f"compiling {name} for {found.kind.name}")
         program = aot.compile_step(
             config, mesh, tokens=tokens, context=found.context, batch=found.batch, dtype=dtype
         )
         memory = program.memory_analysis()
-        total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        estimate = found.weights + found.cache + found.workspace
-        write(
-            f"compiler, {name:<8}{memory.argument_size_in_bytes / GIB:>7.2f} GiB arguments, "
-            f"{memory.temp_size_in_bytes / GIB:.2f} GiB temporaries, {total / GIB:.2f} in all; "
-            f"estimated {estimate / GIB:.2f} ({100 * (estimate / total - 1):+.1f}%)\n"
-        )
+        # What a program does not use stays where it is.
+        arguments = max(arguments, memory.argument_size_in_bytes)
+        temporaries[name] = memory.temp_size_in_bytes
+    total = arguments + max(temporaries.values())
+    estimate = found.weights + found.cache + found.workspace
+    parts = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in temporaries.items())
+    write(
+        f"\nThe compiler: {total / GIB:.2f} GiB, of these {arguments / GIB:.2f} weights and cache; "
+        f"temporaries of {parts}.\nEstimated were {estimate / GIB:.2f} GiB, "
+        f"{100 * (estimate / total - 1):+.1f}%.\n"
+    )
