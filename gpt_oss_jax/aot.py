@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from gpt_oss_jax.config import Config
@@ -42,14 +44,16 @@ def devices(kind: str, count: int) -> list:
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    # Several may compile at once: no chip is taken.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError('the TPU compiler is needed: pip install "gpt-oss-jax[tpu]".')
     one = {"chips_per_host_bounds": (1, 1, 1)} if shape == "1x1" else {}
     try:
-        from jax.experimental import topologies
-
         found = topologies.get_topology_desc(f"{kind}:{shape}", platform="tpu", **one)
-    except (ImportError, RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, NotImplementedError) as error:
         raise ValueError(
-            f'the TPU compiler is needed, pip install "gpt-oss-jax[tpu]": {error}'
+            f"the TPU compiler cannot be asked about {kind}:{shape}: {error}"
         ) from error
     return list(found.devices)[:count]
 

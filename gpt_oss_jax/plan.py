@@ -53,9 +53,9 @@ KINDS = {
     kind.name: kind
     for kind in (
         Kind("v5e", "tpu", 15.75, 819, 197),
-        Kind("v5p", "tpu", 95.74, 2765, 459),
-        Kind("v6e", "tpu", 31.25, 1640, 918),
-        Kind("tpu7x", "tpu", 94.75, 3690, 1153.5, devices_per_chip=2),
+        Kind("v5p", "tpu", 95.73, 2765, 459),
+        Kind("v6e", "tpu", 31.24, 1640, 918),
+        Kind("tpu7x", "tpu", 94.74, 3690, 1153.5, devices_per_chip=2),
         Kind("a100", "gpu", 78.5, 2039, 312),
         Kind("h100", "gpu", 78.5, 3350, 989),
         Kind("h200", "gpu", 139.2, 4800, 989),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-pytest.importorskip("libtpu", reason="libtpu is not installed: nothing compiles for TPU here")
+pytest.importorskip("libtpu", reason="`make test-tpu` installs the compiler for TPU")
 
 from gpt_oss_jax import aot
 from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B

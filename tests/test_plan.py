@@ -99,6 +99,8 @@ def test_the_command(capsys, monkeypatch):
     assert "It fits. Largest context" in out and "tokens/s" in out
     assert cli.main(["plan", "120b", "--device", "v6e-4"]) == 0
     assert "4 x v6e (--mesh expert=4)" in capsys.readouterr().out
+    assert cli.main(["plan", "20b", "--device", "16GB"]) == 0
+    assert "export XLA_CLIENT_MEM_FRACTION=0.95" in capsys.readouterr().out
     assert cli.main(["plan", "120b", "--device", "16GB"]) == 1
     assert "does NOT fit: 4" in capsys.readouterr().out
     assert cli.main(["plan", "20b", "--device", "abacus"]) == 2

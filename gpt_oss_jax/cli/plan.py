@@ -12,6 +12,7 @@ from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B, Config
 from gpt_oss_jax.plan import CHUNK, GIB, KINDS, Plan, parse_device, plan
 from gpt_oss_jax.sharding import make_mesh
 
+_POOL = 0.75  # Of a GPU's memory, what JAX takes.
 _RELEASED = {"20b": GPT_OSS_20B, "120b": GPT_OSS_120B}
 
 
@@ -102,6 +103,12 @@ def _table(found: Plan) -> str:
         lines.append(
             f"It does NOT fit: {-found.margin / GIB:.2f} GiB are missing. More devices are needed, "
             "or larger ones."
+        )
+    needed = 1 - found.margin / GIB / found.kind.memory_gib
+    if found.fits and found.kind.platform == "gpu" and needed > _POOL:
+        lines.append(
+            f"JAX takes {100 * _POOL:.0f}% of a GPU's memory unless told otherwise: "
+            f"export XLA_CLIENT_MEM_FRACTION={max(0.95, needed):.2f}"
         )
     if found.kind.bandwidth_gb:
         lines.append(
