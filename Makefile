@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-jax lint clean
+.PHONY: demo test test-jax test-tpu lint clean
 
 demo: $(VENV)/.base  ## unpack the small model, convert it, talk to it
 	$(RUN) examples/demo.py
@@ -16,6 +16,9 @@ test: $(VENV)/.test  ## the whole test suite, parity with both PyTorch implement
 
 test-jax: $(VENV)/.test-jax  ## what needs no PyTorch
 	$(RUN) -m pytest --ignore tests/parity
+
+test-tpu: $(VENV)/.test-tpu  ## kernels and whole steps, built by the compiler for TPU; needs none
+	$(RUN) -m pytest tests/test_aot_tpu.py
 
 lint: $(VENV)/.lint
 	$(RUN) -m ruff check .
@@ -33,6 +36,10 @@ $(VENV)/.base: pyproject.toml | $(RUN)
 
 $(VENV)/.test-jax: pyproject.toml | $(RUN)
 	$(PIP) --editable '.[test-jax]'
+	@touch $@
+
+$(VENV)/.test-tpu: pyproject.toml | $(RUN)
+	$(PIP) --editable '.[test-jax,tpu]'
 	@touch $@
 
 # The reference asks for Python 3.12 and for a server's worth of packages; its model needs neither.

@@ -17,6 +17,7 @@ from flax import nnx
 
 from gpt_oss_jax.generate import generate_batch
 from gpt_oss_jax.model import Transformer
+from gpt_oss_jax.plan import weights_of_a_step
 from gpt_oss_jax.sampling import SamplingParams
 
 _COPIES = 10
@@ -131,10 +132,7 @@ def measure(
 
 
 def decode_bytes(model: Transformer, batch: int, length: int) -> float:
-    """Bytes that one decode step reads: weights once, chosen experts only, and every row's cache.
-
-    The rows of a batch are taken to choose their experts independently and evenly. Of the embedding
-    one row each is read, which does not count.
+    """Bytes that one decode step reads on all devices: see `plan.weights_of_a_step`; and the cache.
 
     Args:
       model: The model.
@@ -142,16 +140,14 @@ def decode_bytes(model: Transformer, batch: int, length: int) -> float:
       length: Positions in the cache of each row.
     """
     config = model.config
-    share_unused = (1 - config.experts_per_token / config.num_experts) ** batch
-    total = 0.0
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        size = math.prod(variable.shape) * jnp.dtype(variable.dtype).itemsize
-        if path[0] == "embedding":
-            continue
-        total += size * (1 - share_unused) if {"up", "down"} & set(path) else size
+    sizes = {
+        path: math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
+        for path, x in nnx.to_flat_state(nnx.state(model))
+    }
     row = 2 * config.num_key_value_heads * config.head_dim * jnp.dtype(model.dtype).itemsize
     windows = (config.layer_window(i) for i in range(config.num_hidden_layers))
-    return total + batch * row * sum(min(length, window or length) for window in windows)
+    cache = batch * row * sum(min(length, window or length) for window in windows)
+    return weights_of_a_step(config, sizes, batch) + cache
 
 
 def copy_bandwidth(device: jax.Device) -> float:

@@ -6,6 +6,8 @@ axis. Knows nothing of the model.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -14,17 +16,20 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "expert", "tensor")
 
+# What is no expert is split over the devices that share them, too.
 LOGICAL_TO_MESH = {
-    "batch": "data",
-    "vocab": "tensor",
-    "embed": None,
-    "kv_heads": "tensor",
-    "heads": None,
-    "head_dim": None,
-    "experts": "expert",
-    "expert_width": "tensor",
-    "expert_width_blocks": "tensor",
+    "batch": ("data",),
+    "vocab": ("expert", "tensor"),
+    "embed": (),
+    "kv_heads": ("expert", "tensor"),
+    "heads": (),
+    "head_dim": (),
+    "experts": ("expert",),
+    "expert_width": ("tensor",),
+    "expert_width_blocks": ("tensor",),
 }
+# Rows of the up projection are split where whole MXFP4 blocks of the down projection are.
+_UNITS = {"expert_width": 32}
 
 
 def make_mesh(
@@ -38,8 +43,8 @@ def make_mesh(
 
     Args:
       data: Devices that split the batch.
-      expert: Devices that split the experts.
-      tensor: Devices that split heads, expert width and vocabulary.
+      expert: Devices that split the experts; with `tensor`, heads and vocabulary as well.
+      tensor: Devices that split the width of each expert.
       devices: Their product in devices; the first of `jax.devices()` if None.
 
     Raises:
@@ -68,7 +73,8 @@ def named_sharding(
     Args:
       mesh: Of `make_mesh`, or any with some of its axis names.
       axes: A key of `LOGICAL_TO_MESH` or None for each dimension.
-      shape: If given, a dimension that the mesh does not divide evenly is replicated.
+      shape: If given, a dimension that its mesh axes do not divide evenly is split over those of
+        them that do, the most devices possible; over none, it is replicated.
 
     Raises:
       ValueError: If an axis is unknown, the mesh has Explicit axes or none that the table names, or
@@ -90,8 +96,17 @@ def named_sharding(
     for i, axis in enumerate(axes):
         if axis is not None and axis not in LOGICAL_TO_MESH:
             raise ValueError(f"axis must be one of {', '.join(LOGICAL_TO_MESH)}, got {axis!r}.")
-        name = LOGICAL_TO_MESH.get(axis)
-        if name not in mesh.shape or (shape is not None and shape[i] % mesh.shape[name]):
-            name = None
-        spec.append(name)
+        units = None if shape is None else shape[i] / _UNITS.get(axis, 1)
+        names = _most(mesh, LOGICAL_TO_MESH.get(axis, ()), units)
+        spec.append(names[0] if len(names) == 1 else names or None)
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def _most(mesh: Mesh, names: Sequence[str], units: float | None) -> tuple[str, ...]:
+    """Those axes of the mesh that divide so many units between the most devices."""
+    names = [name for name in names if name in mesh.shape]
+    count = lambda some: math.prod(mesh.shape[name] for name in some)
+    subsets = itertools.chain.from_iterable(
+        itertools.combinations(names, size) for size in range(len(names), -1, -1)
+    )
+    return max((x for x in subsets if units is None or units % count(x) == 0), key=count)

@@ -39,7 +39,7 @@ class Fault:
             return
         module, name, replacement = self.code
         # What is compiled already does not know of the replacement.
-        names, run = ("wanted", "config", "implementation"), ours._block_values.__wrapped__
+        names, run = ("wanted", "config", "implementation", "mesh"), ours._block_values.__wrapped__
         afresh = jax.jit(
             lambda *args, **options: run(*args, **options),
             static_argnames=names,
@@ -122,17 +122,17 @@ def _bias_after_weighting(x, experts, weights, w, **options):
 def _swiglu(plus=1.0, low=-jnp.inf, linear_low=-1.0):
     """`linear_low` in units of the limit."""
 
-    def swiglu(u, limit):
-        gate = jnp.clip(u[..., 0], low * limit, limit)
-        linear = jnp.clip(u[..., 1], linear_low * limit, limit)
+    def swiglu(gate, linear, limit):
+        gate = jnp.clip(gate, low * limit, limit)
+        linear = jnp.clip(linear, linear_low * limit, limit)
         return gate * jax.nn.sigmoid(1.702 * gate) * (linear + plus)
 
     return swiglu
 
 
-def _halves(u, limit):
-    gate, linear = jnp.split(u.reshape(*u.shape[:-2], -1), 2, axis=-1)
-    return _right_swiglu(jnp.stack([gate, linear], axis=-1), limit)
+def _halves(gate, linear, limit):
+    up = jnp.stack([gate, linear], axis=-1).reshape(*gate.shape[:-1], -1)
+    return _right_swiglu(*jnp.split(up, 2, axis=-1), limit)
 
 
 def _softmax_before_top_k(logits, count):

@@ -11,7 +11,7 @@ from gpt_oss_jax.sharding import named_sharding
 
 def random_model(config, *, seed=0, dtype=jnp.float32, mesh=None) -> Transformer:
     """Weights that keep activations near one; on a mesh, if given, split as `load` splits them."""
-    abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype))
+    abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype, mesh=mesh))
     graphdef, state = nnx.split(abstract)
     rng = np.random.default_rng(seed)
 

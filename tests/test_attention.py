@@ -1,5 +1,6 @@
 """Every implementation of attention, by name, against the dense oracle."""
 
+import contextlib
 import functools
 
 import jax
@@ -7,13 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from conftest import as_on_a_tpu
 
-from gpt_oss_jax.kernels.attention import api, xla
+from gpt_oss_jax.kernels.attention import api, mosaic_tpu, xla
 
 attention = jax.jit(api.attention, static_argnames=("window", "implementation"))
 dense_attention = jax.jit(oracle.attention, static_argnames="window")
 B, K, G, H = 2, 3, 5, 14
 implementations = pytest.mark.parametrize("implementation", list(api.IMPLEMENTATIONS))
+
+
+@pytest.fixture(autouse=True)
+def where_it_runs(request):
+    """A test of an implementation for TPU runs as on one."""
+    callspec = getattr(request.node, "callspec", None)
+    tpu = callspec is not None and callspec.params.get("implementation") == "mosaic_tpu"
+    with as_on_a_tpu() if tpu else contextlib.nullcontext():
+        yield
 
 
 def inputs(T, S, dtype=jnp.float32):
@@ -39,6 +50,39 @@ def test_equals_the_oracle(implementation, window, T, S):
     got = attention(*args, **where, window=window, implementation=implementation)
     want = dense_attention(*args, **where, window=window)
     np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(("T", "S"), [(1, 640), (1, 700), (70, 1200)])
+def test_several_blocks_on_a_tpu(window, T, S):
+    """More keys than one block, in an order that no block bounds, and in that of a full cache."""
+    args = inputs(T, S)
+    shuffled = positions(T, S)
+    in_order = shuffled | {"k_pos_BS": jnp.sort(shuffled["k_pos_BS"], axis=1)}
+    for where in (shuffled, in_order):
+        # The last query is padding, and with T = 1 the only one.
+        where = where | {"q_pos_BT": where["q_pos_BT"].at[0, -1].set(S // 2)}
+        with as_on_a_tpu():
+            got = attention(*args, **where, window=window, implementation="mosaic_tpu")
+        want = dense_attention(*args, **where, window=window)
+        np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+def test_a_tpu_copies_only_the_keys_that_a_block_of_queries_sees():
+    k_pos_BS = jnp.where(jnp.arange(64) < 40, jnp.arange(64), -1)[None]
+    for q_pos, window, blocks in (
+        ([32, 33], None, [0, 1, 2, 3, 4]),
+        ([32, 33], 7, [3, 4]),
+        ([31, 32], 2, [3, 4]),
+        ([-1, 8], 7, [0, 1]),
+        ([-1, 5], 7, [0]),
+        ([-1, -1], None, []),
+    ):
+        q_pos_BT = jnp.asarray([q_pos])
+        steps, count = mosaic_tpu._steps(q_pos_BT, k_pos_BS, 2, 8, window)
+        assert count[0, 0] == len(blocks)
+        assert steps[0, 0, : len(blocks)].tolist() == blocks
+        assert set(steps[0, 0].tolist()) == set(blocks or [0])
 
 
 @implementations

@@ -1,5 +1,7 @@
 """Every implementation of the expert layer, by name, against the dense oracle."""
 
+import contextlib
+import dataclasses
 import functools
 
 import jax
@@ -7,17 +9,34 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from conftest import as_on_a_tpu
 
-from gpt_oss_jax.kernels.expert_matmul import api, xla
+from gpt_oss_jax.kernels.expert_matmul import api, mosaic_tpu, xla
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.quant import MXArray, quantize
 
 expert_mlp = jax.jit(api.expert_mlp, static_argnames=("limit", "implementation"))
 dense_mlp = jax.jit(oracle.expert_mlp, static_argnames="limit")
 E, X, D, F = 11, 2, 96, 160
-implementations = pytest.mark.parametrize("implementation", list(api.IMPLEMENTATIONS))
 # One row, the last count that is gathered, the first that is grouped, several tiles an expert.
-ROWS = [1, xla._FEW_PAIRS // X, xla._FEW_PAIRS // X + 1, 300]
+ROWS = {
+    "xla": [1, xla._FEW_PAIRS // X, xla._FEW_PAIRS // X + 1, 300],
+    "mosaic_tpu": [1, mosaic_tpu.FEW_ROWS, mosaic_tpu.FEW_ROWS + 1, 300],
+}
+KERNELS = api.IMPLEMENTATIONS
+implementations = pytest.mark.parametrize("implementation", list(api.IMPLEMENTATIONS))
+at_every_count = pytest.mark.parametrize(
+    ("implementation", "M"), [(name, M) for name in api.IMPLEMENTATIONS for M in ROWS[name]]
+)
+
+
+@pytest.fixture(autouse=True)
+def where_it_runs(request):
+    """A test of an implementation for TPU runs as on one."""
+    callspec = getattr(request.node, "callspec", None)
+    tpu = callspec is not None and callspec.params.get("implementation") == "mosaic_tpu"
+    with as_on_a_tpu() if tpu else contextlib.nullcontext():
+        yield
 
 
 @functools.cache
@@ -44,26 +63,53 @@ def rows(M, dtype=jnp.float32, experts=E):
     )
 
 
+def laid_out(w, implementation):
+    """The weights as the implementation wants them."""
+    if implementation != "mosaic_tpu":
+        return w
+    up, down = jax.jit(lambda w: (w.up.in_words(), w.down.in_words()))(w)
+    return dataclasses.replace(w, up=up, down=down)
+
+
 def dense(w):
     decoded = [m.dequantize(jnp.float32) if isinstance(m, MXArray) else m for m in (w.up, w.down)]
     return decoded[0], w.up_bias, decoded[1], w.down_bias
 
 
-@implementations
-@pytest.mark.parametrize("packed", [True, False], ids=["mxfp4", "dense"])
-@pytest.mark.parametrize("M", ROWS)
-def test_equals_the_oracle(implementation, M, packed):
-    w, args = weights(packed=packed), rows(M)
-    got = expert_mlp(*args, w, limit=7.0, implementation=implementation)
+@at_every_count
+def test_equals_the_oracle(implementation, M):
+    w, args = weights(), rows(M)
+    got = expert_mlp(*args, laid_out(w, implementation), limit=7.0, implementation=implementation)
     want = dense_mlp(*args, *dense(w), limit=7.0)
     np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
 
 
-@implementations
-@pytest.mark.parametrize("M", ROWS)
+@pytest.mark.parametrize("M", ROWS["xla"])
+def test_dense_weights(M):
+    w, args = weights(packed=False), rows(M)
+    got = expert_mlp(*args, w, limit=7.0, implementation="xla")
+    want = dense_mlp(*args, *dense(w), limit=7.0)
+    np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+@at_every_count
+@pytest.mark.parametrize("own", [E - 3, 1])
+def test_ids_past_the_experts_add_nothing(implementation, M, own):
+    """As on a device of a mesh, which has `own` of E experts and the rows of all."""
+    w, (x, experts, weight) = weights(), rows(M)
+    some = jax.tree.map(lambda a: a[:own], w)
+    ours = laid_out(some, implementation)
+    run = jax.jit(functools.partial(KERNELS[implementation], limit=7.0, some_elsewhere=True))
+    got = run(x, jnp.minimum(experts, own), weight, ours)
+    want = dense_mlp(x, experts, jnp.where(experts < own, weight, 0), *dense(w), limit=7.0)
+    scale = float(jnp.abs(dense_mlp(x, experts, weight, *dense(w), limit=7.0)).max())
+    np.testing.assert_allclose(got, want, atol=1e-5 * scale)
+
+
+@at_every_count
 def test_bf16(implementation, M):
     w, args = weights(dtype=jnp.bfloat16), rows(M, jnp.bfloat16)
-    got = expert_mlp(*args, w, limit=7.0, implementation=implementation)
+    got = expert_mlp(*args, laid_out(w, implementation), limit=7.0, implementation=implementation)
     assert got.dtype == jnp.bfloat16
     want = dense_mlp(*args, *dense(w), limit=7.0)
     error = jnp.linalg.norm(got.astype(jnp.float32) - want) / jnp.linalg.norm(want)
@@ -74,18 +120,17 @@ def test_bf16(implementation, M):
 @pytest.mark.parametrize("M", [3, 200])
 def test_every_row_may_choose_the_same_experts(implementation, M):
     w, args = weights(), rows(M, jnp.float32, X)
-    got = expert_mlp(*args, w, limit=7.0, implementation=implementation)
+    got = expert_mlp(*args, laid_out(w, implementation), limit=7.0, implementation=implementation)
     want = dense_mlp(*args, *dense(w), limit=7.0)
     np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
 
 
-@implementations
 @pytest.mark.parametrize("M", [3, 40])
-def test_gradients_equal_the_oracle(implementation, M):
+def test_gradients_equal_the_oracle(M):
     w, (x, chosen, weight) = weights(packed=False), rows(M)
 
     def got(x, weight, w):
-        y = api.expert_mlp(x, chosen, weight, w, limit=7.0, implementation=implementation)
+        y = api.expert_mlp(x, chosen, weight, w, limit=7.0, implementation="xla")
         return (y**2).sum()
 
     def want(x, weight, w):
@@ -97,6 +142,57 @@ def test_gradients_equal_the_oracle(implementation, M):
         strict=True,
     ):
         np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
+
+
+@implementations
+def test_gradients_through_packed_weights_equal_the_oracle(implementation):
+    w, (x, chosen, weight) = weights(), rows(3)
+
+    def got(x, weight, biases):
+        ours = dataclasses.replace(laid_out(w, implementation), **biases)
+        y = api.expert_mlp(x, chosen, weight, ours, limit=7.0, implementation=implementation)
+        return (y**2).sum()
+
+    def want(x, weight, biases):
+        ours = dataclasses.replace(w, **biases)
+        return (oracle.expert_mlp(x, chosen, weight, *dense(ours), limit=7.0) ** 2).sum()
+
+    args = x, weight, {"up_bias": w.up_bias, "down_bias": w.down_bias}
+    for a, b in zip(
+        jax.tree.leaves(jax.jit(jax.grad(got, argnums=(0, 1, 2)))(*args)),
+        jax.tree.leaves(jax.jit(jax.grad(want, argnums=(0, 1, 2)))(*args)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
+
+
+def test_tpu_words_serve_the_xla_version_too():
+    w, args = weights(), rows(3)
+    got = expert_mlp(*args, laid_out(w, "mosaic_tpu"), limit=7.0, implementation="xla")
+    np.testing.assert_array_equal(got, expert_mlp(*args, w, limit=7.0, implementation="xla"))
+
+
+def test_a_tpu_takes_its_own_implementation(caplog):
+    with as_on_a_tpu():
+        jaxpr = jax.make_jaxpr(lambda *a: api.expert_mlp(*a, limit=7.0))(
+            *rows(2), laid_out(weights(), "mosaic_tpu")
+        )
+    assert "expert_up_few" in str(jaxpr)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("w", "kind", "reason"),
+    [
+        (lambda: laid_out(weights(), "mosaic_tpu"), None, "needs a TPU, this is cpu"),
+        (lambda: weights(packed=False), "TPU v5 lite", "not MXFP4"),
+        (weights, "TPU v5 lite", "not in TPU words"),
+    ],
+)
+def test_what_the_tpu_version_does_not_take(w, kind, reason):
+    with as_on_a_tpu(kind) if kind else contextlib.nullcontext():
+        with pytest.raises(NotImplementedError, match=reason):
+            api.expert_mlp(*rows(2), w(), limit=7.0, implementation="mosaic_tpu")
 
 
 def test_many_rows_decode_one_expert_at_a_time():

@@ -47,7 +47,7 @@ def test_swiglu_clamps():
     """
     pairs = jnp.array([(9, -9), (-20, 3), (0, 0), (7, 7), (1, -1), (2, -0.5)], jnp.float32)
     expected = [-41.9997188, -1.31736410e-13, 0, 55.9996250, 0, 0.967829312]
-    np.testing.assert_allclose(swiglu(pairs, 7.0), expected, rtol=1e-5, atol=0)
+    np.testing.assert_allclose(swiglu(*pairs.T, 7.0), expected, rtol=1e-5, atol=0)
 
 
 def test_e2m1_table():

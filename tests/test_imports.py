@@ -17,7 +17,7 @@ LAYERS = [
     {"compile_cache", "config", "quant", "sampling", "sharding", "distributed", "harmony"},
     {"kernels"},
     {"model"},
-    {"checkpoint", "generate", "plan"},
+    {"checkpoint", "generate", "plan", "aot"},
     {"parity", "tools"},
     {"chat"},
     {"__init__"},

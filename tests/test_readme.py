@@ -42,7 +42,7 @@ def test_make_targets_exist(line):
 
 def test_every_command_is_shown():
     shown = {line.split()[1] for line in commands("gpt-oss-jax")}
-    assert shown == {"chat", "generate", "convert", "export", "bench", "doctor", "parity"}
+    assert shown == {"chat", "generate", "convert", "export", "bench", "doctor", "parity", "plan"}
 
 
 def test_extras_exist():

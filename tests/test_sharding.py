@@ -1,5 +1,7 @@
 """One device and a mesh of eight give the same logits; what a mesh cannot be is refused."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from random_model import random_model
 from gpt_oss_jax.model import Transformer, init_cache
 from gpt_oss_jax.sharding import make_mesh, named_sharding
 
-MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 4, 2), (1, 1, 8)]
 
 
 run = jax.jit(lambda m, t, c: m.forward(t, jnp.broadcast_to(jnp.arange(13), t.shape), c))
@@ -28,7 +30,8 @@ def test_a_mesh_gives_the_logits_of_one_device(shardable, data, expert, tensor):
 
     m = random_model(shardable, mesh=mesh)
     up = m.layers[0].mlp.up.blocks[...]
-    assert up.sharding.shard_shape(up.shape)[:2] == (8 // expert, 320 // tensor)
+    parts = tensor if 10 % tensor == 0 else 1  # Of whole blocks of the down projection.
+    assert up.sharding.shard_shape(up.shape)[:2] == (8 // expert, 320 // parts)
     got, cache = run(m, jax.device_put(tokens, batch), init_cache(shardable, 8, 16, jnp.float32))
     np.testing.assert_allclose(got, want, atol=2e-6 * float(want.max() - want.min()))
     # A decoding step on the sharded cache, the path with few rows.
@@ -38,6 +41,46 @@ def test_a_mesh_gives_the_logits_of_one_device(shardable, data, expert, tensor):
         step(model, tokens[:, :1], position, plain_cache),
         atol=2e-6 * float(want.max() - want.min()),
     )
+
+
+@pytest.mark.parametrize(("rows", "length"), [(1, 1), (2, 40)])
+def test_no_packed_byte_leaves_its_device(shardable, rows, length):
+    """Rows are given to the experts where these are, few or many."""
+    m = random_model(shardable, mesh=make_mesh(expert=4, tensor=2))
+    tokens = jnp.zeros((rows, length), jnp.int32)
+    text = jax.jit(lambda m, t: m(t)).lower(m, tokens).compile().as_text()
+    moves = [x for x in text.splitlines() if re.search(r" = .*(all-|collective-|reduce-)", x)]
+    assert any("all-reduce" in x for x in moves)
+    assert not [x for x in moves if re.search(r"[us](8|32)\[\d+,\d{2,}", x)]
+
+
+@pytest.mark.parametrize("axes", [{"expert": 4, "tensor": 2}, {"data": 2, "expert": 2}])
+def test_gradients_on_a_mesh_are_those_of_one_device(shardable, axes):
+    tokens = jax.random.randint(jax.random.key(0), (4, 13), 0, shardable.vocab_size)
+
+    def gradients(model):
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+        def loss(params, rest):
+            logits = nnx.merge(graphdef, params, rest)(tokens)
+            return (jax.nn.log_softmax(logits) ** 2).mean()
+
+        return jax.jit(jax.grad(loss))(params, rest)
+
+    found = (gradients(random_model(shardable, mesh=m)) for m in (None, make_mesh(**axes)))
+    for want, got in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+def test_heads_and_vocabulary_are_split_over_all_that_share_experts():
+    mesh = make_mesh(expert=4, tensor=2)
+    for axes, shape, spec in [
+        (("kv_heads", "embed"), (8, 96), PartitionSpec(("expert", "tensor"), None)),
+        (("kv_heads", "embed"), (4, 96), PartitionSpec("expert", None)),
+        (("kv_heads", "embed"), (6, 96), PartitionSpec("tensor", None)),
+        (("vocab", "embed"), (3, 96), PartitionSpec(None, None)),
+    ]:
+        assert named_sharding(mesh, axes, shape).spec == spec
 
 
 def test_axes_that_do_not_divide_are_replicated():

@@ -26,6 +26,7 @@ from gpt_oss_jax.checkpoint.orbax import is_orbax, open_orbax
 from gpt_oss_jax.checkpoint.progress import progress
 from gpt_oss_jax.checkpoint.source import open_safetensors
 from gpt_oss_jax.checkpoint.stream import Request
+from gpt_oss_jax.kernels.target import platform
 from gpt_oss_jax.model import Transformer
 from gpt_oss_jax.sharding import named_sharding
 
@@ -81,7 +82,12 @@ def load(
         arrays = lambda targets: _arrays(with_experts(source, kind), targets)
     abstract = nnx.eval_shape(
         lambda: Transformer(
-            config, rngs=nnx.Rngs(0), dtype=dtype, experts=kind, implementation=implementation
+            config,
+            rngs=nnx.Rngs(0),
+            dtype=dtype,
+            experts=kind,
+            implementation=implementation,
+            mesh=mesh,
         )
     )
     graphdef, state = nnx.split(abstract)
@@ -96,6 +102,11 @@ def load(
             step(array.nbytes)
     flat = [(path, variables["/".join(map(str, path))]) for path, _ in nnx.to_flat_state(state)]
     model = nnx.merge(graphdef, nnx.from_flat_state(flat))
+    if _platform(mesh) == "tpu":
+        model.embedding.use_rows()
+        if kind == "mxfp4" and implementation in (None, "mosaic_tpu"):
+            for layer in model.layers:
+                layer.mlp.use_words(mesh)
     if folder is not None:
         _ORIGINS[model] = folder
     return model
@@ -123,14 +134,17 @@ def open_source(path_or_id: str | os.PathLike, *, download: bool = True) -> Sour
 
 
 def _dtype(dtype, mesh: Mesh | None):
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     if dtype is None:
-        return jnp.float32 if platform == "cpu" else jnp.bfloat16
+        return jnp.float32 if _platform(mesh) == "cpu" else jnp.bfloat16
     for known in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
         # What is no dtype at all compares unequal, where making one of it would raise TypeError.
         if known == dtype:
             return known
     raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r}.")
+
+
+def _platform(mesh: Mesh | None) -> str:
+    return platform() if mesh is None else mesh.devices.flat[0].platform
 
 
 def _target(variable: nnx.Variable, mesh: Mesh | None) -> jax.ShapeDtypeStruct:

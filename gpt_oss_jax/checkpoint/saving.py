@@ -31,6 +31,7 @@ from gpt_oss_jax.checkpoint.progress import progress
 from gpt_oss_jax.checkpoint.stream import Request
 from gpt_oss_jax.config import Config
 from gpt_oss_jax.model import Transformer
+from gpt_oss_jax.quant import MXArray
 
 FORMATS = ("orbax", *writer.FORMATS)
 SIDE_FILES = (
@@ -254,6 +255,9 @@ def _fingerprint(source: Source) -> str:
     return f"{zlib.crc32(json.dumps(stats).encode()):08x}"
 
 
+_in_checkpoint_order = jax.jit(MXArray.in_checkpoint_order)
+
+
 class _ModelSource:
     """The variables of a model, as checkpoints hold them."""
 
@@ -269,6 +273,12 @@ class _ModelSource:
             x.path: x for x in names.variables(self.config, kinds)
         }
         self.rounded: list[str] = []
+        self._words = {
+            f"layers/{i}/mlp/{name}": projection.matrix
+            for i, layer in enumerate(model.layers)
+            for name, projection in (("up", layer.mlp.up), ("down", layer.mlp.down))
+            if projection.words_of is not None
+        }
         if not all(x.is_fully_addressable for x in self._arrays.values()):
             raise ValueError("a model spread over several processes cannot be saved from one.")
         if odd := self._arrays.keys() ^ self.variables.keys():
@@ -277,7 +287,7 @@ class _ModelSource:
     def stream(self, requests: Iterable[Request]) -> Iterator[np.ndarray]:
         """Whole variables, in order."""
         for request in requests:
-            array = np.asarray(jax.device_get(self._arrays[request.path]))
+            array = np.asarray(jax.device_get(self._array(request.path)))
             if array.dtype == np.float32:
                 array, exact = _narrow(array)
                 if not exact:
@@ -289,6 +299,12 @@ class _ModelSource:
                     f"to be saved, got {array.dtype}: cast it first."
                 )
             yield array
+
+    def _array(self, path: str) -> jax.Array:
+        matrix, _, part = path.rpartition("/")
+        if matrix in self._words and part in ("blocks", "scales"):
+            return getattr(_in_checkpoint_order(self._words[matrix]), part)
+        return self._arrays[path]
 
 
 def _narrow(array: np.ndarray) -> tuple[np.ndarray, bool]:

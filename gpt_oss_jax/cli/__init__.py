@@ -17,10 +17,10 @@ from collections.abc import Sequence
 import jax
 
 from gpt_oss_jax import __version__, compile_cache
-from gpt_oss_jax.cli import bench, chat, checkpoints, doctor, generate, parity
+from gpt_oss_jax.cli import bench, chat, checkpoints, doctor, generate, parity, plan
 from gpt_oss_jax.cli.terminal import remark
 
-COMMANDS = (chat, generate, checkpoints, bench, doctor, parity)
+COMMANDS = (chat, generate, checkpoints, bench, doctor, parity, plan)
 
 
 def build_parser() -> argparse.ArgumentParser:

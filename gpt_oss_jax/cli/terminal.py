@@ -80,7 +80,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--mesh",
-        type=_mesh_axes,
+        type=mesh_axes,
         metavar="AXIS=N,...",
         help="spread over devices, e.g. tensor=2 or expert=2,tensor=2; default: one device",
     )
@@ -138,7 +138,8 @@ def positive(text: str) -> int:
     return number
 
 
-def _mesh_axes(text: str) -> dict[str, int]:
+def mesh_axes(text: str) -> dict[str, int]:
+    """An option that says how to spread a model."""
     try:
         axes = {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
     except ValueError:

@@ -73,8 +73,10 @@ class Skeleton:
             return tree
 
         def place(x):
-            axes = ("batch", None, "kv_heads", "head_dim")[: x.ndim]
-            return lax.with_sharding_constraint(x, named_sharding(self.mesh, axes, x.shape))
+            axes = ("batch", None, "kv_heads")[: x.ndim]
+            # Heads lie side by side, and none is cut.
+            shape = (*x.shape[:2], self.config.num_key_value_heads)[: x.ndim]
+            return lax.with_sharding_constraint(x, named_sharding(self.mesh, axes, shape))
 
         return jax.tree.map(place, tree)
 

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from gpt_oss_jax.config import Config
 from gpt_oss_jax.kernels import attention
@@ -28,6 +29,7 @@ class Context:
       cache: The cache as it came in, or None.
       tap: Captures and patches.
       implementation: Kernels to use, None for the fastest that can.
+      mesh: Devices that the weights are spread over, None for one.
     """
 
     positions_BT: jax.Array
@@ -36,6 +38,7 @@ class Context:
     cache: Cache | None
     tap: Tap
     implementation: str | None
+    mesh: Mesh | None
 
 
 class Attention(nnx.Module):
@@ -88,6 +91,7 @@ class Attention(nnx.Module):
             self.sinks[...],
             **sees,
             implementation=context.implementation,
+            mesh=context.mesh,
         )
         heads_BTKGH = tap(f"{name}.heads", heads_BTKGH)
         out_BTD = tap(f"{name}.out", self.out(heads_BTKGH).astype(x_BTD.dtype))
@@ -105,14 +109,19 @@ class Attention(nnx.Module):
         else:
             slots_BT = ring_slots(positions_BT, k_old.shape[1])
             positions_BS = cache.ring_positions
-        k_new, v_new = write(k_old, slots_BT, k_BTKH), write(v_old, slots_BT, v_BTKH)
+        # The cache holds the heads of a slot side by side.
+        B, T, K, H = k_BTKH.shape
+        k_BTL, v_BTL = k_BTKH.reshape(B, T, -1), v_BTKH.reshape(B, T, -1)
+        apart = lambda x: x.reshape(B, -1, K, H)
+        k_new, v_new = write(k_old, slots_BT, k_BTL), write(v_old, slots_BT, v_BTL)
         # The first query of a chunk still needs the window before it; where a ring is too small to
         # hold that beside the chunk, it is read as it was, with the chunk after it.
-        if self.window is None or self.window + k_BTKH.shape[1] - 1 <= k_old.shape[1]:
-            return k_new, v_new, write(positions_BS, slots_BT, positions_BT), k_new, v_new
+        if self.window is None or self.window + T - 1 <= k_old.shape[1]:
+            positions_BS = write(positions_BS, slots_BT, positions_BT)
+            return apart(k_new), apart(v_new), positions_BS, k_new, v_new
         return (
-            jnp.concatenate([k_old, k_BTKH.astype(k_old.dtype)], axis=1),
-            jnp.concatenate([v_old, v_BTKH.astype(v_old.dtype)], axis=1),
+            apart(jnp.concatenate([k_old, k_BTL.astype(k_old.dtype)], axis=1)),
+            apart(jnp.concatenate([v_old, v_BTL.astype(v_old.dtype)], axis=1)),
             jnp.concatenate([positions_BS, positions_BT], axis=1),
             k_new,
             v_new,

@@ -21,7 +21,8 @@ class Cache:
     """Keys and values of all layers. Returned by `forward`, never changed in place: donate it.
 
     Attributes:
-      k: Rotated keys of each layer, [B, S, K, H] or, in windowed layers, [B, R, K, H].
+      k: Rotated keys of each layer, [B, S, K H] or, in windowed layers, [B, R, K H]. Heads lie side
+        by side because a TPU would pad a last axis of 64 to 128, or copy the cache to read it.
       v: Values, likewise.
       full_positions: int32 [B, S], shared by the layers with full attention.
       ring_positions: int32 [B, R], shared by the windowed layers.
@@ -65,8 +66,7 @@ def init_cache(
                 (
                     batch,
                     max_len if config.layer_window(i) is None else ring,
-                    config.num_key_value_heads,
-                    config.head_dim,
+                    config.num_key_value_heads * config.head_dim,
                 ),
                 dtype,
             )

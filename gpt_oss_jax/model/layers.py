@@ -7,6 +7,8 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Sharding
 
 from gpt_oss_jax.kernels import einsum
 
@@ -20,6 +22,15 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float, dtype) -> jax.A
     return (scale * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
 
 
+def rows_whole(sharding: Sharding) -> Format:
+    """Where a TPU should have a table.
+
+    By itself it takes columns if their length is a multiple of 128 and that of rows is not; then
+    every program that looks up several tokens copies the whole table first.
+    """
+    return Format(Layout(major_to_minor=(0, 1)), sharding)
+
+
 class Embedding(nnx.Module):
     """A table of one row a token."""
 
@@ -27,6 +38,11 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(
             normal(rngs, (num_rows, width), 1.0, dtype), axes=("vocab", "embed")
         )
+
+    def use_rows(self) -> None:
+        """Puts the table into the order that a TPU reads rows from, once."""
+        table = self.weight[...]
+        self.weight[...] = jax.device_put(table, rows_whole(table.sharding))
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """Rows of the tokens, [B, T, D]. Ids are clamped: check them where they come in."""

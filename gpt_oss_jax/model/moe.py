@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from gpt_oss_jax.config import Config
 from gpt_oss_jax.kernels import expert_mlp
@@ -11,6 +12,7 @@ from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.model.attention import Context
 from gpt_oss_jax.model.layers import Linear, Packed, normal
 from gpt_oss_jax.quant import MXArray, quantize
+from gpt_oss_jax.sharding import named_sharding
 
 EXPERT_FORMATS = ("mxfp4", "dense")
 
@@ -38,6 +40,7 @@ class Projection(nnx.Module):
         dtype,
         experts: str,
     ):
+        self.words_of: tuple[int, ...] | None = None
         weight = normal(rngs, shape, shape[-1] ** -0.5, dtype)
         self.bias = nnx.Param(normal(rngs, shape[:-1], 0.1, dtype), axes=axes[:-1])
         if experts == "dense":
@@ -54,7 +57,15 @@ class Projection(nnx.Module):
         """The matrix, [E, ..., in], as the kernels take it."""
         if hasattr(self, "weight"):
             return self.weight[...]
-        return MXArray(self.blocks[...], self.scales[...])
+        return MXArray(self.blocks[...], self.scales[...], self.words_of)
+
+    def use_words(self, mesh: Mesh | None = None) -> None:
+        """Puts an MXFP4 matrix into the order that kernels for TPU want, once."""
+        axes = ("experts", None, None, None)
+        where = None if mesh is None else named_sharding(mesh, axes[:1])
+        words = jax.jit(MXArray.in_words, out_shardings=where)(self.matrix)
+        self.words_of = words.words_of
+        self.blocks, self.scales = Packed(words.blocks, axes=axes), Packed(words.scales, axes=axes)
 
 
 class MoE(nnx.Module):
@@ -70,6 +81,11 @@ class MoE(nnx.Module):
         self.up = Projection((E, F, 2, D), ("experts", "expert_width", None, "embed"), **kind)
         self.down = Projection((E, D, F), ("experts", "embed", "expert_width"), **kind)
 
+    def use_words(self, mesh: Mesh | None = None) -> None:
+        """See `Projection.use_words`."""
+        self.up.use_words(mesh)
+        self.down.use_words(mesh)
+
     def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         """Output of the mixture, [B, T, D]."""
         tap, name = context.tap, f"layers.{self.layer}.mlp"
@@ -84,5 +100,6 @@ class MoE(nnx.Module):
             ExpertWeights(self.up.matrix, self.up.bias[...], self.down.matrix, self.down.bias[...]),
             limit=self.limit,
             implementation=context.implementation,
+            mesh=context.mesh,
         )
         return tap(f"{name}.out", y_MD.reshape(x_BTD.shape))

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from gpt_oss_jax.config import Config
 from gpt_oss_jax.kernels import IMPLEMENTATIONS
@@ -59,6 +60,7 @@ class Transformer(nnx.Module):
     Attributes:
       config: Its sizes.
       implementation: Name of the kernels to use, None for the fastest that can.
+      mesh: Devices that the weights are spread over, None for one.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Transformer(nnx.Module):
         dtype=jnp.float32,
         experts: str = "mxfp4",
         implementation: str | None = None,
+        mesh: Mesh | None = None,
     ):
         """Makes a model with random weights.
 
@@ -78,6 +81,8 @@ class Transformer(nnx.Module):
           dtype: Of parameters, activations and cache; float32 means float32 arithmetic too.
           experts: "mxfp4" holds expert weights in 4.25 bits, "dense" in `dtype`, to train them.
           implementation: Name of the kernels to use, None for the fastest that can.
+          mesh: Devices that the weights will be spread over, by `named_sharding` of their axes;
+            kernels then run on what each device has. None: one device.
 
         Raises:
           ValueError: If `experts` or `implementation` is none of those.
@@ -91,6 +96,7 @@ class Transformer(nnx.Module):
             )
         self.config = config
         self.implementation = implementation
+        self.mesh = mesh
         V, D = config.vocab_size, config.hidden_size
         self.embedding = Embedding(V, D, rngs=rngs, dtype=dtype)
         self.layers = nnx.List(
@@ -146,7 +152,9 @@ class Transformer(nnx.Module):
         positions_BT = self._checked_positions(tokens_BT, positions_BT, cache, logits_at)
         tap = Tap(capture, patch)
         cos_BTh, sin_BTh = cos_sin(positions_BT, self.config, self.dtype)
-        context = Context(positions_BT, cos_BTh, sin_BTh, cache, tap, self.implementation)
+        context = Context(
+            positions_BT, cos_BTh, sin_BTh, cache, tap, self.implementation, self.mesh
+        )
 
         x_BTD = tap("embedding", self.embedding(tokens_BT))
         keys, values = [], []

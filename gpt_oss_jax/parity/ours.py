@@ -32,6 +32,7 @@ class Streamed:
       config: Its sizes.
       dtype: Of parameters and activations.
       implementation: Name of the kernels to use, None for the fastest that can.
+      mesh: None: each part is on one device.
       layers: The blocks, read on access.
     """
 
@@ -48,6 +49,7 @@ class Streamed:
         self._step = step
         self.config, self.dtype = source.config, jnp.dtype(dtype)
         self.implementation = implementation
+        self.mesh = None
         self.layers = _Layers(self)
 
     @property
@@ -124,7 +126,7 @@ class Stage:
 def open_stages(model) -> Iterator[Stage]:
     """The stages of a `Transformer` or of a `Streamed` one; hold one at a time."""
     # The model as far as it need not be read.
-    lean = {"config": model.config, "implementation": model.implementation}
+    lean = {x: getattr(model, x) for x in ("config", "implementation", "mesh")}
     first, *layers, last = stages(model.config)
     embedding = model.embedding
     yield Stage(*first, {"embedding": embedding}, functools.partial(_run_embedding, embedding))
@@ -148,21 +150,19 @@ def _run_embedding(embedding, tokens_T, patch, capture):
     return {"embedding": _apply(embedding, tokens_T[None])}
 
 
-def _run_block(block, x_BTD, patch, capture, *, config, implementation):
+def _run_block(block, x_BTD, patch, capture, **lean):
     wanted = tuple(f"layers.0.{name}" for name in capture)
     patch = {f"layers.0.{name}": value for name, value in patch.items()}
-    seen = _block_values(
-        block, x_BTD, patch, wanted=wanted, config=config, implementation=implementation
-    )
+    seen = _block_values(block, x_BTD, patch, wanted=wanted, **lean)
     return {name.removeprefix("layers.0."): value for name, value in seen.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("wanted", "config", "implementation"))
-def _block_values(block, x_BTD, patch, *, wanted, config, implementation):
+@functools.partial(jax.jit, static_argnames=("wanted", "config", "implementation", "mesh"))
+def _block_values(block, x_BTD, patch, *, wanted, config, implementation, mesh):
     tap = Tap(wanted, patch)
     positions_BT = jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None]
     cos_BTh, sin_BTh = cos_sin(positions_BT, config, x_BTD.dtype)
-    block(x_BTD, Context(positions_BT, cos_BTh, sin_BTh, None, tap, implementation))
+    block(x_BTD, Context(positions_BT, cos_BTh, sin_BTh, None, tap, implementation, mesh))
     tap.check()
     return tap.captured
 

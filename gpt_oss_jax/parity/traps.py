@@ -63,7 +63,11 @@ def cause(
         fits = both or fits or here
     if fits:
         return f" Likely cause: {min(fits, key=fits.get)}."
-    if variants and dtype == np.float32 and (who := _coarse(theirs.of(ours_TF)[over], theirs.values[over])):
+    if (
+        variants
+        and dtype == np.float32
+        and (who := _coarse(theirs.of(ours_TF)[over], theirs.values[over]))
+    ):
         return f" Likely cause: {who} computes this in bfloat16; all of its values are."
     return ""
 

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from gpt_oss_jax.quant import mxfp4
+from gpt_oss_jax.quant import mxfp4, tpu_words
 
 
 @jax.tree_util.register_dataclass
@@ -16,22 +16,42 @@ class MXArray:
     """A float array whose last axis is packed, 4.25 bits a value.
 
     Attributes:
-      blocks: uint8 [..., G, 16].
-      scales: uint8 [..., G].
+      blocks: uint8 [..., G, 16]; or int32, as in `tpu_words`.
+      scales: uint8 [..., G]; or int32, as in `tpu_words`.
+      words_of: None in checkpoint order; else the shape of the array it stands for.
     """
 
     blocks: jax.Array
     scales: jax.Array
+    words_of: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the array it stands for, [..., 32 G]."""
+        if self.words_of is not None:
+            return self.words_of
         return (*self.scales.shape[:-1], mxfp4.BLOCK * self.scales.shape[-1])
 
     def __getitem__(self, index) -> MXArray:
         """Indexes the leading axes; the packed one stays whole."""
+        if self.words_of is not None:
+            return self.in_checkpoint_order()[index]
         return MXArray(self.blocks[index], self.scales[index])
 
     def dequantize(self, dtype=jnp.bfloat16) -> jax.Array:
         """Decodes to `dtype` [..., 32 G], exactly."""
-        return mxfp4.dequantize(self.blocks, self.scales, dtype)
+        own = self.in_checkpoint_order()
+        return mxfp4.dequantize(own.blocks, own.scales, dtype)
+
+    def in_words(self) -> MXArray:
+        """The same array, [E, N, D] or [E, N, 2, D], in the order that TPU kernels want."""
+        if self.words_of is not None:
+            return self
+        return MXArray(*tpu_words.to_words(self.blocks, self.scales), words_of=self.shape)
+
+    def in_checkpoint_order(self) -> MXArray:
+        """The same array, byte for byte as the checkpoints have it."""
+        if self.words_of is None:
+            return self
+        G = self.words_of[-1] // mxfp4.BLOCK
+        return MXArray(*tpu_words.from_words(self.blocks, self.scales, self.words_of[1], G))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import jax
+from jax.sharding import Mesh
 
-from gpt_oss_jax.kernels.attention import xla
+from gpt_oss_jax.kernels import sharded
+from gpt_oss_jax.kernels.attention import mosaic_tpu, xla
 from gpt_oss_jax.kernels.dispatch import dispatch
 
-IMPLEMENTATIONS = {"xla": xla.attention}
+IMPLEMENTATIONS = {"mosaic_tpu": mosaic_tpu.attention, "xla": xla.attention}
 
 
 def attention(
@@ -20,6 +22,7 @@ def attention(
     k_pos_BS: jax.Array,
     window: int | None,
     implementation: str | None = None,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Grouped-query attention whose softmax has one extra logit per head, the sink.
 
@@ -35,7 +38,8 @@ def attention(
       q_pos_BT: int32 positions of the queries, negative for padding.
       k_pos_BS: int32 positions of the keys, negative for empty slots.
       window: Keys visible to a query, itself included; None for all.
-      implementation: "xla", or None for the fastest that can.
+      implementation: "mosaic_tpu", "xla", or None for the fastest that can.
+      mesh: Devices to split rows and heads over; None: one device.
 
     Returns:
       [B, T, K, G, H] in the dtype of the queries.
@@ -52,15 +56,10 @@ def attention(
             f"with queries {q_BTKGH.shape}, keys, values, sinks and positions must be {wanted}, "
             f"got {came}."
         )
-    return dispatch(
-        "attention",
-        IMPLEMENTATIONS,
-        implementation,
-        q_BTKGH,
-        k_BSKH,
-        v_BSKH,
-        sinks_KG,
-        q_pos_BT=q_pos_BT,
-        k_pos_BS=k_pos_BS,
-        window=window,
-    )
+
+    def kernel(q, k, v, sinks, q_pos, k_pos):
+        where = {"q_pos_BT": q_pos, "k_pos_BS": k_pos, "window": window}
+        return dispatch("attention", IMPLEMENTATIONS, implementation, q, k, v, sinks, **where)
+
+    args = (q_BTKGH, k_BSKH, v_BSKH, sinks_KG, q_pos_BT, k_pos_BS)
+    return kernel(*args) if mesh is None else sharded.attention(mesh, kernel, *args)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import jax
+from jax.sharding import Mesh
 
+from gpt_oss_jax.kernels import sharded
 from gpt_oss_jax.kernels.dispatch import dispatch
-from gpt_oss_jax.kernels.expert_matmul import xla
+from gpt_oss_jax.kernels.expert_matmul import mosaic_tpu, xla
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 
-IMPLEMENTATIONS = {"xla": xla.expert_mlp}
+IMPLEMENTATIONS = {"mosaic_tpu": mosaic_tpu.expert_mlp, "xla": xla.expert_mlp}
 
 
 def expert_mlp(
@@ -19,6 +21,7 @@ def expert_mlp(
     *,
     limit: float,
     implementation: str | None = None,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Sends each row through its experts and sums their outputs, weighted.
 
@@ -32,7 +35,8 @@ def expert_mlp(
       weights_MX: float32 routing weights.
       w: Weights of all experts.
       limit: Clamp of gate and linear part.
-      implementation: "xla", or None for the fastest that can.
+      implementation: "mosaic_tpu", "xla", or None for the fastest that can.
+      mesh: Devices to split rows and experts over; None: one device.
 
     Returns:
       [M, D] in the dtype of the rows.
@@ -56,13 +60,11 @@ def expert_mlp(
             f"with rows {x_MD.shape}, the rows of experts, up, up_bias, down, down_bias and "
             f"weights must be {wanted}, got {came}."
         )
-    return dispatch(
-        "expert_mlp",
-        IMPLEMENTATIONS,
-        implementation,
-        x_MD,
-        experts_MX,
-        weights_MX,
-        w,
-        limit=limit,
-    )
+
+    def kernel(*args):
+        # Of a mesh, a device has some of the experts: an id past them is that of another one.
+        more = {"limit": limit, "some_elsewhere": mesh is not None}
+        return dispatch("expert_mlp", IMPLEMENTATIONS, implementation, *args, **more)
+
+    args = (x_MD, experts_MX, weights_MX, w)
+    return kernel(*args) if mesh is None else sharded.expert_mlp(mesh, kernel, *args)

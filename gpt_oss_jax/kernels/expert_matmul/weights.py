@@ -25,3 +25,9 @@ class ExpertWeights:
     up_bias: jax.Array
     down: MXArray | jax.Array
     down_bias: jax.Array
+
+
+def in_checkpoint_order(w: ExpertWeights) -> ExpertWeights:
+    """The same weights with MXFP4 as the checkpoints have it; nothing to do where it is so."""
+    up, down = (m.in_checkpoint_order() if isinstance(m, MXArray) else m for m in (w.up, w.down))
+    return dataclasses.replace(w, up=up, down=down)

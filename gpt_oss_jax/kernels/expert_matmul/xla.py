@@ -14,17 +14,18 @@ import jax
 import jax.numpy as jnp
 
 from gpt_oss_jax.kernels.contract import einsum
-from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
+from gpt_oss_jax.kernels.expert_matmul.tiles import sort_into_tiles
+from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights, in_checkpoint_order
 from gpt_oss_jax.quant import MXArray, mxfp4
 
 _FEW_PAIRS = 32
 _MIN_TILE, _MAX_TILE = 16, 512
 
 
-def swiglu(u: jax.Array, limit: float) -> jax.Array:
-    """The clamped SwiGLU of gpt-oss: float32 [..., F, 2] of (gate, linear) -> [..., F]."""
-    gate = jnp.minimum(u[..., 0], limit)
-    linear = jnp.clip(u[..., 1], -limit, limit)
+def swiglu(gate: jax.Array, linear: jax.Array, limit: float) -> jax.Array:
+    """The clamped SwiGLU of gpt-oss, in float32."""
+    gate = jnp.minimum(gate, limit)
+    linear = jnp.clip(linear, -limit, limit)
     return gate * jax.nn.sigmoid(1.702 * gate) * (linear + 1)
 
 
@@ -35,10 +36,16 @@ def expert_mlp(
     w: ExpertWeights,
     *,
     limit: float,
+    some_elsewhere: bool = False,
 ) -> jax.Array:
-    """See `api.expert_mlp`."""
-    mlp = _gathered if experts_MX.size <= _FEW_PAIRS else _grouped
-    y_MXD = mlp(x_MD, experts_MX, w, limit)
+    """See `api.expert_mlp`. With `some_elsewhere`, ids past the experts add nothing."""
+    w = in_checkpoint_order(w)
+    if some_elsewhere:
+        weights_MX = jnp.where(experts_MX < w.up.shape[0], weights_MX, 0)
+    if experts_MX.size <= _FEW_PAIRS:
+        y_MXD = _gathered(x_MD, experts_MX, w, limit)
+    else:
+        y_MXD = _grouped(x_MD, experts_MX, w, limit, skip_empty=some_elsewhere)
     return (y_MXD * weights_MX[..., None]).sum(axis=1).astype(x_MD.dtype)
 
 
@@ -68,49 +75,46 @@ def _gathered(x_MD, experts_MX, w: ExpertWeights, limit):
     chosen = experts_MX.reshape(-1)
     x_ZD = jnp.repeat(x_MD, X, axis=0)
     u_ZF2 = _multiply_reduce(w.up, chosen, x_ZD[:, None, None])
-    hidden_ZF = swiglu(u_ZF2 + w.up_bias[chosen].astype(jnp.float32), limit).astype(x_MD.dtype)
+    u_ZF2 += w.up_bias[chosen].astype(jnp.float32)
+    hidden_ZF = swiglu(u_ZF2[..., 0], u_ZF2[..., 1], limit).astype(x_MD.dtype)
     y_ZD = _multiply_reduce(w.down, chosen, hidden_ZF[:, None])
     return (y_ZD + w.down_bias[chosen].astype(jnp.float32)).reshape(M, X, -1)
 
 
-def _grouped(x_MD, experts_MX, w: ExpertWeights, limit):
+def _grouped(x_MD, experts_MX, w: ExpertWeights, limit, *, skip_empty):
     """Pairs sorted by expert, in tiles of one expert each."""
     M, X = experts_MX.shape
     E = w.up.shape[0]
     chosen = experts_MX.reshape(-1)
     mean = -(-M * X // E)
     tile = min(_MAX_TILE, max(_MIN_TILE, 1 << (mean - 1).bit_length()))
-    num_tiles = M * X // tile + E  # Every expert may leave one tile part empty.
-
-    order = jnp.argsort(chosen, stable=True)
-    rank = jnp.zeros_like(order).at[order].set(jnp.arange(M * X, dtype=order.dtype))
-    size_E = jnp.bincount(chosen, length=E)
-    start_E = jnp.cumsum(size_E) - size_E
-    tiles_E = -(-size_E // tile)
-    last_tile_E = jnp.cumsum(tiles_E)
-    first_tile_E = last_tile_E - tiles_E
-
-    tiles = jnp.arange(num_tiles)
-    expert_of_tile = jnp.minimum((tiles[:, None] >= last_tile_E).sum(axis=1), E - 1)
-    row_of_tile = start_E[expert_of_tile] + (tiles - first_tile_E[expert_of_tile]) * tile
+    tiles = sort_into_tiles(chosen, E, tile)
 
     # Recomputed in the backward pass: kept, the decoded experts of all tiles would add up.
     @jax.checkpoint
-    def one_tile(args):
-        expert, first_row = args
-        rows = jnp.clip(first_row + jnp.arange(tile), 0, M * X - 1)
-        x_PD = x_MD[order[rows] // X]
+    def one_tile(expert, pairs):
+        x_PD = x_MD[pairs // X]
         up = _decoded(w.up, expert, x_PD.dtype)
         u_PF2 = einsum("PD,FCD->PFC", x_PD, up) + w.up_bias[expert].astype(jnp.float32)
-        hidden_PF = swiglu(u_PF2, limit).astype(x_PD.dtype)
+        hidden_PF = swiglu(u_PF2[..., 0], u_PF2[..., 1], limit).astype(x_PD.dtype)
         down = _decoded(w.down, expert, x_PD.dtype)
         y_PD = einsum("PF,DF->PD", hidden_PF, down) + w.down_bias[expert].astype(jnp.float32)
         return y_PD.astype(x_PD.dtype)
 
-    # The last tiles may be empty; skipping them would cost a GPU a wait for the host at each tile.
-    y_tiles = jax.lax.map(one_tile, (expert_of_tile, row_of_tile)).reshape(num_tiles * tile, -1)
-    within = rank - start_E[chosen]
-    y_ZD = y_tiles[first_tile_E[chosen] * tile + within]
+    def one_that_exists(args):
+        tile, expert, pairs = args
+        nothing = lambda *_: jnp.zeros((*pairs.shape, x_MD.shape[1]), x_MD.dtype)
+        return jax.lax.cond(tile < tiles.count, one_tile, nothing, expert, pairs)
+
+    # The last tiles may be empty. To skip them costs a GPU a wait for the host at each tile, which
+    # pays where most of the rows are other devices'.
+    of_tiles = (tiles.expert_of_tile, tiles.pairs)
+    if skip_empty:
+        numbers = jnp.arange(len(tiles.expert_of_tile))
+        y_TPD = jax.lax.map(one_that_exists, (numbers, *of_tiles))
+    else:
+        y_TPD = jax.lax.map(lambda args: one_tile(*args), of_tiles)
+    y_ZD = y_TPD.reshape(-1, y_TPD.shape[-1])[tiles.place_of_pair]
     return y_ZD.reshape(M, X, -1).astype(jnp.float32)
 
 

@@ -1,0 +1,147 @@
+"""`gpt-oss-jax plan`: whether a model fits a device, before anything is loaded."""
+
+import argparse
+import math
+
+import jax.numpy as jnp
+
+from gpt_oss_jax import aot
+from gpt_oss_jax.checkpoint import open_source
+from gpt_oss_jax.cli.terminal import mesh_axes, positive, remark, write
+from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B, Config
+from gpt_oss_jax.plan import CHUNK, GIB, KINDS, Plan, parse_device, plan
+from gpt_oss_jax.sharding import make_mesh
+
+_POOL = 0.75  # Of a GPU's memory, what JAX takes.
+_RELEASED = {"20b": GPT_OSS_20B, "120b": GPT_OSS_120B}
+
+
+def add(commands) -> None:
+    """Declare `plan MODEL --device KIND`."""
+    parser = commands.add_parser(
+        "plan",
+        help="does it fit, before anything is loaded",
+        description="Counts what a model needs on each device, from its sizes alone: nothing is "
+        "downloaded for 20b and 120b, nothing loaded, no device touched. Exit code 0: it fits. "
+        "1: it does not. Speeds are limits of the hardware, not measurements.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="20b, 120b, or a checkpoint")
+    parser.add_argument(
+        "--device",
+        required=True,
+        metavar="KIND",
+        help=f"{', '.join(KINDS)}; with a count v5e-8, v5p-8 (4 chips), 2xh100; or 16GB",
+    )
+    parser.add_argument(
+        "-c", "--context", type=positive, default=8192, metavar="TOKENS", help="default %(default)s"
+    )
+    parser.add_argument(
+        "--batch", type=positive, default=1, metavar="ROWS", help="default %(default)s"
+    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--mesh", type=mesh_axes, metavar="AXIS=N,...", help="default: what leaves most memory free"
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="ask the TPU compiler too (libtpu; minutes) and show its memory beside the estimate",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Count and print."""
+    kind, devices = parse_device(args.device)
+    if args.compile and kind.platform != "tpu":
+        raise ValueError("--compile asks the compiler for TPU; name a TPU.")
+    config = _config(args.model)
+    dtype = jnp.dtype(args.dtype)
+    found = plan(
+        config, kind, devices, context=args.context, batch=args.batch, dtype=dtype, mesh=args.mesh
+    )
+    write(f"{args.model} on {_devices(found, devices)}, {args.dtype}, ")
+    write(f"context {args.context:,} tokens, batch {args.batch}\n\n{_table(found)}\n")
+    if args.compile:
+        _ask_compiler(config, found, dtype)
+    return 0 if found.fits else 1
+
+
+def _config(name: str) -> Config:
+    name = name.removeprefix("openai/gpt-oss-").removeprefix("gpt-oss:").removeprefix("synthetic:")
+    return _RELEASED.get(name) or open_source(name).config
+
+
+def _devices(found: Plan, count: int) -> str:
+    axes = ",".join(f"{name}={size}" for name, size in found.mesh.items() if size > 1)
+    what = f"{count} x {found.kind.name}" if count > 1 else found.kind.name
+    return f"{what} (--mesh {axes})" if axes else what
+
+
+def _table(found: Plan) -> str:
+    gib = lambda size: f"{size / GIB:>9.2f} GiB"
+    lines = [
+        f"{'weights':<12}{gib(found.weights)} on each device"
+        if max(found.mesh.values()) > 1
+        else f"{'weights':<12}{gib(found.weights)}",
+        f"{'cache':<12}{gib(found.cache)}",
+        f"{'workspace':<12}{gib(found.workspace)}, an estimate",
+        f"{'margin':<12}{gib(found.margin)} of {found.kind.memory_gib:.2f}",
+        "",
+    ]
+    if found.fits:
+        lines.append(
+            f"It fits. Largest context at batch {found.batch}: {found.largest_context:,} tokens; "
+            f"largest batch at this context: {found.largest_batch:,}."
+        )
+    elif found.largest_context:
+        lines.append(
+            f"It does NOT fit: {-found.margin / GIB:.2f} GiB are missing. "
+            f"--context {found.largest_context} would fit at batch {found.batch}."
+        )
+    else:
+        lines.append(
+            f"It does NOT fit: {-found.margin / GIB:.2f} GiB are missing. More devices are needed, "
+            "or larger ones."
+        )
+    needed = 1 - found.margin / GIB / found.kind.memory_gib
+    if found.fits and found.kind.platform == "gpu" and needed > _POOL:
+        lines.append(
+            f"JAX takes {100 * _POOL:.0f}% of a GPU's memory unless told otherwise: "
+            f"export XLA_CLIENT_MEM_FRACTION={max(0.95, needed):.2f}"
+        )
+    if found.kind.bandwidth_gb:
+        lines.append(
+            f"At most {found.decode_tokens_per_second:,.0f} tokens/s when decoding at a full "
+            f"context, by {found.decode_bytes / 1e9:.2f} GB a step at "
+            f"{found.kind.bandwidth_gb:,.0f} GB/s;\n"
+            f"at most {found.prefill_tokens_per_second:,.0f} tokens/s of prompts, by "
+            f"{found.prefill_flops / 1e9:.2f} GFLOP a token at {found.kind.tflops:,.0f} TFLOP/s."
+        )
+    else:
+        lines.append("The speed of a device known by its memory alone is not known.")
+    return "\n".join(lines)
+
+
+def _ask_compiler(config: Config, found: Plan, dtype) -> None:
+    mesh = make_mesh(
+        **found.mesh, devices=aot.devices(found.kind.name, math.prod(found.mesh.values()))
+    )
+    arguments, temporaries = 0, {}
+    for name, tokens in (("decode", 1), ("prefill", min(found.context, CHUNK))):
+        remark(f"compiling {name} for {found.kind.name}")
+        program = aot.compile_step(
+            config, mesh, tokens=tokens, context=found.context, batch=found.batch, dtype=dtype
+        )
+        memory = program.memory_analysis()
+        # What a program does not use stays where it is.
+        arguments = max(arguments, memory.argument_size_in_bytes)
+        temporaries[name] = memory.temp_size_in_bytes
+    total = arguments + max(temporaries.values())
+    estimate = found.weights + found.cache + found.workspace
+    parts = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in temporaries.items())
+    write(
+        f"\nThe compiler: {total / GIB:.2f} GiB, of these {arguments / GIB:.2f} weights and cache; "
+        f"temporaries of {parts}.\nEstimated were {estimate / GIB:.2f} GiB, "
+        f"{100 * (estimate / total - 1):+.1f}%.\n"
+    )

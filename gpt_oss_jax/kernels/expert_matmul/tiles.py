@@ -1,0 +1,55 @@
+"""Pairs of row and expert sorted by expert and cut into tiles, each of one expert."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Where each pair went. Pairs are numbered as `experts_MX.reshape(-1)`.
+
+    Attributes:
+      expert_of_tile: int32 [tiles].
+      pairs: int32 [tiles, size], the pair of each place; past a tile's end any pair.
+      place_of_pair: int32 [pairs], into the places of all tiles.
+      count: int32, the tiles that have a pair; they come first.
+    """
+
+    expert_of_tile: jax.Array
+    pairs: jax.Array
+    place_of_pair: jax.Array
+    count: jax.Array
+
+
+def sort_into_tiles(chosen: jax.Array, num_experts: int, size: int) -> Tiles:
+    """Sorts pairs by expert.
+
+    Args:
+      chosen: int32 [pairs], the expert of each.
+      num_experts: Experts there are.
+      size: Pairs to a tile.
+    """
+    pairs, E = chosen.shape[0], num_experts
+    num_tiles = pairs // size + E  # Every expert may leave one tile part empty.
+    order = jnp.argsort(chosen, stable=True)
+    rank = jnp.zeros_like(order).at[order].set(jnp.arange(pairs, dtype=order.dtype))
+    size_E = jnp.bincount(chosen, length=E)
+    start_E = jnp.cumsum(size_E) - size_E
+    tiles_E = -(-size_E // size)
+    last_tile_E = jnp.cumsum(tiles_E)
+    first_tile_E = last_tile_E - tiles_E
+
+    tiles = jnp.arange(num_tiles)
+    expert_of_tile = jnp.minimum((tiles[:, None] >= last_tile_E).sum(axis=1), E - 1)
+    row_of_tile = start_E[expert_of_tile] + (tiles - first_tile_E[expert_of_tile]) * size
+    rows = jnp.clip(row_of_tile[:, None] + jnp.arange(size), 0, pairs - 1)
+    return Tiles(
+        expert_of_tile=expert_of_tile,
+        pairs=order[rows],
+        place_of_pair=first_tile_E[chosen] * size + rank - start_E[chosen],
+        count=last_tile_E[-1],
+    )

@@ -1,0 +1,333 @@
+"""Whether a model fits a device, and how fast it can be there at best: from shapes alone.
+
+Nothing is loaded and no device is touched. Run it as `gpt-oss-jax plan MODEL --device v5e`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType
+
+from gpt_oss_jax.config import Config
+from gpt_oss_jax.model import Transformer, init_cache
+from gpt_oss_jax.quant import MXArray
+from gpt_oss_jax.sharding import MESH_AXES, named_sharding
+
+GIB = 2**30
+_SLOTS = 128  # A cache grows by so many.
+# Tokens of a prompt that `generate` gives to one call.
+CHUNK = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One kind of device, as its vendor describes it.
+
+    Attributes:
+      name: As people write it.
+      platform: "tpu" or "gpu".
+      memory_gib: What a program can have of it.
+      bandwidth_gb: Of its memory, 1e9 bytes a second; 0: not known.
+      tflops: bfloat16, dense; 0: not known.
+      devices_per_chip: What JAX counts as a device.
+    """
+
+    name: str
+    platform: str
+    memory_gib: float
+    bandwidth_gb: float
+    tflops: float
+    devices_per_chip: int = 1
+
+
+# Memory of TPUs as their compiler has it; of GPUs less the 0.6 GiB that a process takes of CUDA.
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("v5e", "tpu", 15.75, 819, 197),
+        Kind("v5p", "tpu", 95.73, 2765, 459),
+        Kind("v6e", "tpu", 31.24, 1640, 918),
+        Kind("tpu7x", "tpu", 94.74, 3690, 1153.5, devices_per_chip=2),
+        Kind("a100", "gpu", 78.5, 2039, 312),
+        Kind("h100", "gpu", 78.5, 3350, 989),
+        Kind("h200", "gpu", 139.2, 4800, 989),
+        Kind("b200", "gpu", 178.0, 8000, 2250),
+        Kind("rtx4090", "gpu", 23.0, 1008, 165),
+        Kind("rtx5090", "gpu", 31.0, 1792, 210),
+    )
+}
+_ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x", "ironwood": "tpu7x"}
+# Whose slices are named by their cores, two to a chip.
+_NAMED_BY_CORES = ("v5p",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one device of several needs, in bytes; speeds are limits that no program can pass.
+
+    Attributes:
+      kind: Of the devices.
+      mesh: Sizes of its axes.
+      context: Positions in the cache of each row.
+      batch: Rows.
+      weights: Bytes of weights on each device.
+      cache: Of keys and values.
+      workspace: Of what a step makes on the way: the larger of prefill's and decode's.
+      decode_bytes: That one decode step reads on each device at a full context.
+      prefill_flops: That one prompt token costs on each device.
+      largest_context: At this batch; 0: none fits.
+      largest_batch: At this context; 0: none fits.
+    """
+
+    kind: Kind
+    mesh: dict[str, int]
+    context: int
+    batch: int
+    weights: int
+    cache: int
+    workspace: int
+    decode_bytes: float
+    prefill_flops: float
+    largest_context: int
+    largest_batch: int
+
+    @property
+    def margin(self) -> float:
+        """What is left of the memory, negative where it does not fit."""
+        return self.kind.memory_gib * GIB - self.weights - self.cache - self.workspace
+
+    @property
+    def fits(self) -> bool:
+        """Whether it all fits."""
+        return self.margin >= 0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Of all rows, if memory were read at its full bandwidth and nothing else took time."""
+        return self.batch * self.kind.bandwidth_gb * 1e9 / self.decode_bytes
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """If the matrix units were never idle."""
+        return self.kind.tflops * 1e12 / self.prefill_flops
+
+
+def parse_device(text: str) -> tuple[Kind, int]:
+    """A kind of device and how many JAX devices there are, of a name such as "v5p-8" or "2xh100".
+
+    Args:
+      text: A key of `KINDS` or what the clouds call a slice (the number of a v5p's are its cores),
+        `2xh100` or `h100-2` for several, or the memory of one GPU: "16GB".
+
+    Raises:
+      ValueError: If it is none of these.
+    """
+    name = text.lower().replace("_", "").replace(" ", "")
+    if size := re.fullmatch(r"(\d+(?:\.\d+)?)g(?:i?b)?", name):
+        # What a card is sold as is GiB, of which the process takes some.
+        return Kind(text, "gpu", float(size[1]) - 0.6, 0, 0), 1
+    count = 1
+    if several := re.fullmatch(r"(\d+)x(.+)", name):
+        count, name = int(several[1]), several[2]
+    elif several := re.fullmatch(r"(.+)-(\d+)", name):
+        name, count = several[1], int(several[2])
+    name = _ALIASES.get(name, name)
+    if name not in KINDS or count < 1:
+        raise ValueError(
+            f"the device must be one of {', '.join(KINDS)}, with a count such as v6e-4 or 2xh100, "
+            f"or the memory of a GPU such as 16GB; got {text!r}."
+        )
+    kind = KINDS[name]
+    if name in _NAMED_BY_CORES and "-" in text:
+        count = max(1, count // 2)
+    return kind, count * kind.devices_per_chip
+
+
+def plan(
+    config: Config,
+    kind: Kind,
+    devices: int = 1,
+    *,
+    context: int = 8192,
+    batch: int = 1,
+    dtype=jnp.bfloat16,
+    mesh: dict[str, int] | None = None,
+) -> Plan:
+    """Counts what a model needs on each device.
+
+    Args:
+      config: Sizes.
+      kind: Of the devices.
+      devices: How many there are.
+      context: Positions in the cache of each row.
+      batch: Rows.
+      dtype: Of what is not MXFP4.
+      mesh: Sizes of the axes data, expert and tensor; None: what leaves the most memory free.
+
+    Raises:
+      ValueError: If a number is too small, or the mesh needs more devices than there are.
+    """
+    if min(context, batch, devices) < 1:
+        raise ValueError(f"wanted at least 1 of each, got {context=}, {batch=}, {devices=}.")
+    if context > config.max_context:
+        raise ValueError(f"the model's context is {config.max_context:,} tokens, got {context:,}.")
+    dtype = jnp.dtype(dtype)
+    count = _Count(config, kind, dtype, _variables(config, dtype))
+    if mesh is None:
+        # Whole experts, which kernels for TPU want, unless they leave much undivided.
+        sizes = [(count.weights(_abstract(m)), m) for m in _meshes(devices)]
+        smallest = min(size for size, _ in sizes)
+        mesh = next(m for size, m in sizes if size <= 1.05 * smallest)
+    if math.prod(mesh.values()) > devices:
+        raise ValueError(
+            f"the mesh {mesh} needs {math.prod(mesh.values())} devices, not {devices}."
+        )
+    on = _abstract(mesh)
+    free = kind.memory_gib * GIB - count.weights(on)
+
+    def fits(context: int, batch: int) -> bool:
+        return count.cache(on, context, batch) + count.workspace(on, context, batch) <= free
+
+    return Plan(
+        kind=kind,
+        mesh=dict(on.shape),
+        context=context,
+        batch=batch,
+        weights=count.weights(on),
+        cache=count.cache(on, context, batch),
+        workspace=count.workspace(on, context, batch),
+        decode_bytes=count.decode_bytes(on, context, batch),
+        prefill_flops=count.prefill_flops(on),
+        largest_context=_SLOTS
+        * _largest(config.max_context // _SLOTS, lambda n: fits(n * _SLOTS, batch)),
+        largest_batch=_largest(4096, lambda n: fits(context, n)),
+    )
+
+
+def weights_of_a_step(config: Config, sizes: Mapping[tuple, int], rows: int) -> float:
+    """Bytes of weights that a decode step reads: all but unchosen experts and the embedding.
+
+    Rows are taken to choose their experts independently and evenly. Of the embedding one row each
+    is read, which does not count.
+
+    Args:
+      config: Sizes of the model.
+      sizes: Bytes of each variable, by its path.
+      rows: Of the batch.
+    """
+    share = 1 - (1 - config.experts_per_token / config.num_experts) ** rows
+    total = 0.0
+    for path, size in sizes.items():
+        if path[0] != "embedding":
+            total += size * share if {"up", "down"} & set(path) else size
+    return total
+
+
+@functools.cache
+def _variables(config: Config, dtype) -> dict[tuple, nnx.Variable]:
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype))
+    return dict(nnx.to_flat_state(nnx.state(model)))
+
+
+def _meshes(devices: int) -> Iterator[dict[str, int]]:
+    """Ways to share one model between all devices, those with more whole experts first."""
+    for tensor in range(1, devices + 1):
+        if devices % tensor == 0:
+            yield {"data": 1, "expert": devices // tensor, "tensor": tensor}
+
+
+def _abstract(mesh: dict[str, int]) -> AbstractMesh:
+    shape = tuple(mesh.get(name, 1) for name in MESH_AXES)
+    return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `most` that fits, by bisection; 0 if not even 1 does."""
+    low, high = 0, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+@dataclasses.dataclass(frozen=True)
+class _Count:
+    """Bytes of each part of a model on one device of a mesh."""
+
+    config: Config
+    kind: Kind
+    dtype: jnp.dtype
+    variables: dict
+
+    def weights(self, mesh: AbstractMesh) -> int:
+        return sum(self._weights(mesh).values())
+
+    def _weights(self, mesh: AbstractMesh) -> dict[tuple, int]:
+        found = {}
+        for path, x in self.variables.items():
+            shape = named_sharding(mesh, x.axes, x.shape).shard_shape(x.shape)
+            found[path] = math.prod(shape) * x.dtype.itemsize
+        if self.kind.platform != "tpu":
+            return found
+        for path, blocks in self.variables.items():
+            # Kernels for TPU have words, a little larger.
+            if path[-1] == "blocks" and mesh.shape["tensor"] == 1:
+                scales = path[:-1] + ("scales",)
+                parts = (blocks, self.variables[scales])
+                of = MXArray(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in parts))
+                words = jax.eval_shape(MXArray.in_words, of)
+                axes = ("experts", None, None, None)
+                for name, x in ((path, words.blocks), (scales, words.scales)):
+                    shape = named_sharding(mesh, axes, x.shape).shard_shape(x.shape)
+                    found[name] = math.prod(shape) * x.dtype.itemsize
+        return found
+
+    def cache(self, mesh: AbstractMesh, context: int, batch: int) -> int:
+        made = jax.eval_shape(lambda: init_cache(self.config, batch, context, self.dtype))
+        total = 0
+        for x in jax.tree.leaves(made):
+            # Heads lie side by side and are not cut.
+            shape = (*x.shape[:2], self.config.num_key_value_heads)[: x.ndim]
+            axes = ("batch", None, "kv_heads")[: x.ndim]
+            part = math.prod(named_sharding(mesh, axes, shape).shard_shape(shape))
+            total += x.size * x.dtype.itemsize * part // math.prod(shape)
+        return total
+
+    def workspace(self, mesh: AbstractMesh, context: int, batch: int) -> int:
+        """Of prefill, whose rows go through the experts sorted; and the logits of a step."""
+        c, b = self.config, self.dtype.itemsize
+        rows = math.ceil(batch / mesh.shape["data"])
+        tokens = min(context, CHUNK) * min(rows, 16)
+        D, F, X = c.hidden_size, c.intermediate_size, c.experts_per_token
+        experts = math.ceil(c.num_experts / mesh.shape["expert"])
+        tile = min(256, max(16, 1 << (max(1, -(-tokens * X // c.num_experts)) - 1).bit_length()))
+        sorted_rows = tokens * X + experts * tile
+        mlp = sorted_rows * (2 * D + F) * b + tokens * X * D * 4
+        return mlp + rows * c.vocab_size * 4 * 2
+
+    def decode_bytes(self, mesh: AbstractMesh, context: int, batch: int) -> float:
+        """Weights once, chosen experts only, and every row's cache."""
+        rows = math.ceil(batch / mesh.shape["data"])
+        weights = weights_of_a_step(self.config, self._weights(mesh), rows)
+        return weights + self.cache(mesh, context, batch)
+
+    def prefill_flops(self, mesh: AbstractMesh) -> float:
+        """Two for each weight that a token meets; attention's own are left out."""
+        c = self.config
+        share = c.experts_per_token / c.num_experts
+        total = 0.0
+        for path, x in self.variables.items():
+            if path[0] in ("embedding", "unembedding") or path[-1] == "scales":
+                continue
+            shape = named_sharding(mesh, x.axes, x.shape).shard_shape(x.shape)
+            values = 2 if path[-1] == "blocks" else 1
+            total += 2 * values * math.prod(shape) * (share if {"up", "down"} & set(path) else 1)
+        return total

@@ -1,0 +1,141 @@
+"""The kernels for TPU through the real compiler: they build, and nothing copies weights."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+pytest.importorskip("libtpu", reason="`make test-tpu` installs the compiler for TPU")
+
+from gpt_oss_jax import aot
+from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B
+from gpt_oss_jax.kernels import attention, expert_mlp
+from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
+from gpt_oss_jax.quant import MXArray
+from gpt_oss_jax.sharding import make_mesh, named_sharding
+
+KINDS = ("v5e", "v5p", "v6e", "tpu7x")
+
+
+class Target:
+    """The first chip of a kind."""
+
+    def __init__(self, kind: str):
+        self.mesh = make_mesh(devices=aot.devices(kind, 1))
+
+    def array(self, shape, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        where = named_sharding(self.mesh, (None,) * len(shape))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    def compile(self, function, *args):
+        return aot.compile_for(self.mesh, function, *args)
+
+
+target = functools.cache(Target)
+
+
+def expert_program(kind, E, X, D, F, M, dtype=jnp.bfloat16):
+    """The compiled expert layer, and the bytes of its weights."""
+    t = target(kind)
+
+    def words(*shape):
+        scales = jax.ShapeDtypeStruct((*shape[:-1], shape[-1] // 32), jnp.uint8)
+        blocks = jax.ShapeDtypeStruct((*scales.shape, 16), jnp.uint8)
+        m = jax.eval_shape(MXArray.in_words, MXArray(blocks, scales))
+        return jax.tree.map(lambda x: t.array(x.shape, x.dtype), m)
+
+    w = ExpertWeights(
+        words(E, F, 2, D),
+        t.array((E, F, 2), dtype),
+        words(E, D, F),
+        t.array((E, D), dtype),
+    )
+    run = functools.partial(expert_mlp, limit=7.0, implementation="mosaic_tpu")
+    program = t.compile(
+        run, t.array((M, D), dtype), t.array((M, X), jnp.int32), t.array((M, X), jnp.float32), w
+    )
+    return program, 4 * sum(m.blocks.size + m.scales.size for m in (w.up, w.down))
+
+
+@pytest.mark.parametrize("config", [GPT_OSS_20B, GPT_OSS_120B], ids=["20b", "120b"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_of_one_row_are_read_in_place(kind, config):
+    program, weights = expert_program(
+        kind,
+        config.num_experts,
+        config.experts_per_token,
+        config.hidden_size,
+        config.intermediate_size,
+        1,
+    )
+    memory = program.memory_analysis()
+    assert memory.temp_size_in_bytes < weights / 1000
+    # The tiles add nothing but a 45th part of the outputs, and six groups of scales.
+    assert memory.argument_size_in_bytes < 1.04 * 3 * 2880 * 2880 * config.num_experts * 17 / 32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("M", "dtype"), [(5, jnp.float32), (40, jnp.bfloat16)])
+def test_other_programs_build(kind, M, dtype):
+    expert_program(kind, 8, 4, 320, 576, M, dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("T", "S", "window", "dtype"),
+    [
+        (1, 32768, None, jnp.bfloat16),
+        (1, 128, 128, jnp.bfloat16),
+        (16, 640, 128, jnp.bfloat16),
+        (1, 384, None, jnp.float32),
+    ],
+)
+def test_attention_reads_the_cache_in_place(kind, T, S, window, dtype):
+    t, K, G, H = target(kind), 8, 8, 64
+
+    def run(q, k, v, sinks, q_pos, k_pos):
+        where = {"q_pos_BT": q_pos, "k_pos_BS": k_pos, "window": window}
+        k, v = (x.reshape(1, S, K, H) for x in (k, v))  # As out of the cache.
+        return attention(q, k, v, sinks, **where, implementation="mosaic_tpu")
+
+    program = t.compile(
+        run,
+        t.array((1, T, K, G, H), dtype),
+        t.array((1, S, K * H), dtype),
+        t.array((1, S, K * H), dtype),
+        t.array((K, G), dtype),
+        t.array((1, T), jnp.int32),
+        t.array((1, S), jnp.int32),
+    )
+    memory = program.memory_analysis()
+    cache = 2 * S * K * H * jnp.dtype(dtype).itemsize
+    assert memory.argument_size_in_bytes < 1.1 * cache + (1 << 20)
+    assert memory.temp_size_in_bytes < cache / 100 + (3 << 20)
+
+
+@pytest.mark.parametrize("tokens", [1, 256])
+@pytest.mark.parametrize(("kind", "devices"), [("v5e", 1), ("v5e", 8), ("v6e", 4), ("v5p", 4)])
+def test_steps_of_whole_models(kind, devices, tokens):
+    """Kernels for every layer, rows and no weights between devices, and no weight copied."""
+    config = dataclasses.replace(GPT_OSS_120B, num_hidden_layers=3)
+    mesh = make_mesh(expert=devices, devices=aot.devices(kind, devices))
+    program = aot.compile_step(config, mesh, tokens=tokens, context=2048)
+    text = program.as_text()
+    calls = re.findall(r'"tpu_custom_call".*op_name="(?:[^"]*/)?(expert_up|attention)_', text)
+    # Of a prompt's last layer only keys and values are computed: nobody uses what it gives.
+    layers = 3 if tokens == 1 else 2
+    assert (calls.count("expert_up"), calls.count("attention")) == (layers, layers)
+    memory = program.memory_analysis()
+    embedding = config.vocab_size * config.hidden_size * 2 / devices
+    assert memory.temp_size_in_bytes < 0.5 * embedding + tokens * 2**20
+    moved = re.findall(r"= (\w+)\[([\d,]*)\]\S* (?:all-|collective-|reduce-s)\S*\(", text)
+    assert bool(moved) == (devices > 1)
+    for kind, shape in moved:
+        assert kind not in ("u8", "u32") and size(shape) <= tokens * config.hidden_size
+
+
+def size(shape: str) -> int:
+    return functools.reduce(lambda a, b: a * int(b), filter(None, shape.split(",")), 1)

@@ -1,0 +1,108 @@
+"""The plan: names of devices, bytes counted as they will lie, and what fits."""
+
+import jax
+import pytest
+from flax import nnx
+from random_model import random_model
+
+from gpt_oss_jax import cli
+from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B
+from gpt_oss_jax.generate import device
+from gpt_oss_jax.plan import KINDS, Kind, parse_device, plan
+from gpt_oss_jax.sharding import make_mesh
+
+CARD = Kind("card", "gpu", 1.0, 100, 10)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "devices"),
+    [
+        ("v5e", "v5e", 1),
+        ("v5litepod-8", "v5e", 8),
+        ("V6e-4", "v6e", 4),
+        ("v5p-8", "v5p", 4),
+        ("tpu7x-4", "tpu7x", 8),
+        ("h100", "h100", 1),
+        ("2xh100", "h100", 2),
+        ("h200-8", "h200", 8),
+    ],
+)
+def test_names_of_devices(text, name, devices):
+    assert parse_device(text) == (KINDS[name], devices)
+
+
+def test_a_card_is_known_by_its_memory():
+    kind, devices = parse_device("16GB")
+    assert (kind.platform, devices) == ("gpu", 1) and 15 < kind.memory_gib < 16
+
+
+@pytest.mark.parametrize("text", ["", "v5", "tpu", "h100-0", "0xh100", "GB"])
+def test_other_names_are_refused(text):
+    with pytest.raises(ValueError, match="the device must be one of v5e"):
+        parse_device(text)
+
+
+@pytest.mark.parametrize("axes", [{}, {"expert": 4, "tensor": 2}, {"data": 2, "expert": 4}])
+def test_bytes_are_those_that_lie_on_a_device(shardable, axes):
+    mesh = make_mesh(**axes)
+    model = random_model(shardable, mesh=mesh)
+    first = mesh.devices.flat[0]
+
+    def here(arrays):
+        shards = (s for x in arrays for s in x.addressable_shards if s.device == first)
+        return sum(s.data.nbytes for s in shards)
+
+    found = plan(shardable, CARD, mesh.size, context=64, batch=4, dtype="float32", mesh=axes)
+    assert found.weights == here(jax.tree.leaves(nnx.state(model)))
+    skeleton, leaves = device.split(model)
+    assert found.cache == here(jax.tree.leaves(device.empty_cache(leaves, skeleton, 4, 64)))
+    assert found.mesh == {"data": 1, "expert": 1, "tensor": 1} | axes
+
+
+def test_the_largest_that_fits_fits_and_no_more():
+    kind = KINDS["v5e"]
+    found = plan(GPT_OSS_20B, kind, context=8192)
+    assert found.fits and 32768 <= found.largest_context < GPT_OSS_20B.max_context
+    assert plan(GPT_OSS_20B, kind, context=found.largest_context).fits
+    assert not plan(GPT_OSS_20B, kind, context=found.largest_context + 128).fits
+    assert plan(GPT_OSS_20B, kind, context=8192, batch=found.largest_batch).fits
+    assert not plan(GPT_OSS_20B, kind, context=8192, batch=found.largest_batch + 1).fits
+
+
+def test_released_sizes():
+    """13.76 and 65.25 GB in the files, experts in 4.25 bits; words for TPU are a little larger."""
+    assert plan(GPT_OSS_20B, KINDS["h200"]).weights == 13_761_264_768
+    assert plan(GPT_OSS_120B, KINDS["h200"]).weights == 65_248_815_744
+    assert 1 < plan(GPT_OSS_20B, KINDS["v5e"]).weights / 13_761_264_768 < 1.03
+    assert plan(GPT_OSS_120B, KINDS["h100"]).fits
+    assert not plan(GPT_OSS_120B, KINDS["v6e"]).fits
+    on_four = plan(GPT_OSS_120B, KINDS["v6e"], 4)
+    assert on_four.fits and on_four.mesh == {"data": 1, "expert": 4, "tensor": 1}
+    assert on_four.weights < 65.25e9 / 4 * 1.05
+
+
+def test_what_makes_no_sense_is_refused(shardable):
+    for options, said in [
+        ({"context": 0}, "at least 1"),
+        ({"context": 10**7}, "the model's context is 131,072 tokens"),
+        ({"mesh": {"expert": 4}}, "needs 4 devices, not 1"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            plan(shardable, CARD, **options)
+
+
+def test_the_command(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_enable_compile_cache", lambda: None)
+    assert cli.main(["plan", "20b", "--device", "v5e", "--context", "32768"]) == 0
+    out = capsys.readouterr().out
+    assert "20b on v5e, bfloat16, context 32,768 tokens, batch 1" in out
+    assert "It fits. Largest context" in out and "tokens/s" in out
+    assert cli.main(["plan", "120b", "--device", "v6e-4"]) == 0
+    assert "4 x v6e (--mesh expert=4)" in capsys.readouterr().out
+    assert cli.main(["plan", "20b", "--device", "16GB"]) == 0
+    assert "export XLA_CLIENT_MEM_FRACTION=0.95" in capsys.readouterr().out
+    assert cli.main(["plan", "120b", "--device", "16GB"]) == 1
+    assert "does NOT fit: 4" in capsys.readouterr().out
+    assert cli.main(["plan", "20b", "--device", "abacus"]) == 2
+    assert "got 'abacus'" in capsys.readouterr().err
+    assert cli.main(["plan", "20b", "--device", "h100", "--compile"]) == 2

@@ -1,0 +1,63 @@
+"""A whole model as on a TPU: loaded into words, the same logits, and out again byte for byte."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import as_on_a_tpu
+from jax.experimental.pallas import tpu as pltpu
+from random_model import random_model
+
+from gpt_oss_jax import load, save
+from gpt_oss_jax.kernels.attention import mosaic_tpu as attention
+from gpt_oss_jax.kernels.expert_matmul import mosaic_tpu as experts
+from gpt_oss_jax.model import init_cache
+from gpt_oss_jax.sharding import make_mesh
+
+
+def test_a_model_in_words_is_the_same_model(tmp_path):
+    plain = load("tiny")
+    with as_on_a_tpu():
+        words = load("tiny", dtype=jnp.float32)
+    assert all(layer.mlp.up.words_of and layer.mlp.down.words_of for layer in words.layers)
+
+    tokens_BT = jnp.asarray([[200006, 1428, 200008, 4827, 382, 220, 17, 659, 220, 17, 30]])
+    want = jax.jit(lambda m, t: m(t))(plain, tokens_BT)
+    with as_on_a_tpu():
+        got = jax.jit(lambda m, t: m(t))(words, tokens_BT)
+    np.testing.assert_allclose(got, want, atol=2e-6 * float(jnp.abs(want).max()))
+
+    for name, model in (("plain", plain), ("words", words)):
+        save(model, tmp_path / name, format="hf-mxfp4")
+    files = sorted(p.name for p in (tmp_path / "plain").iterdir())
+    assert any(name.endswith(".safetensors") for name in files)
+    for name in files:
+        assert (tmp_path / "words" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_kernels_run_on_each_device_of_a_mesh(shardable, monkeypatch, rows):
+    """Few experts are left to a device, to some none of those that were chosen."""
+    tokens = jax.random.randint(jax.random.key(rows), (rows, 13), 0, shardable.vocab_size)
+    positions = jnp.broadcast_to(jnp.arange(13), tokens.shape)
+    run = jax.jit(lambda m, t, p, c: m.forward(t, p, c))
+    args = (tokens[:, :12], positions[:, :12]), (tokens[:, 12:], positions[:, 12:])
+
+    def logits(model):
+        found, cache = run(model, *args[0], init_cache(shardable, rows, 16, jnp.float32))
+        return found, run(model, *args[1], cache)[0]
+
+    want = logits(random_model(shardable))
+    mesh = make_mesh(expert=4)
+    model = random_model(shardable, mesh=mesh)
+    for layer in model.layers:
+        layer.mlp.use_words(mesh)
+        words = layer.mlp.down.blocks[...]
+        assert words.sharding.shard_shape(words.shape)[0] == shardable.num_experts // 4
+    for module in (attention, experts):
+        monkeypatch.setattr(module, "device_kind", lambda: "TPU v5 lite")
+    model.implementation = "mosaic_tpu"
+    with pltpu.force_tpu_interpret_mode():
+        got = logits(model)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max()))
