@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from conftest import as_on_a_tpu
+from as_tpu import as_on_a_tpu
 
 from gpt_oss_jax.kernels.attention import api, mosaic_tpu, xla
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from conftest import as_on_a_tpu
+from as_tpu import as_on_a_tpu
 
 from gpt_oss_jax.kernels.expert_matmul import api, mosaic_tpu, xla
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights

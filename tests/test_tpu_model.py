@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import as_on_a_tpu
+from as_tpu import as_on_a_tpu
 from jax.experimental.pallas import tpu as pltpu
 from random_model import random_model
 
