@@ -12,9 +12,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoint_oracle import leaves, ours_from_hf, read_all, rewrite, same_bits
+from flax import nnx
 from sizes import SHARDABLE, TINY
 
-from gpt_oss_jax.checkpoint import load, pieces, source, synthetic, writer
+from gpt_oss_jax.checkpoint import load, loading, pieces, source, synthetic, writer
 from gpt_oss_jax.checkpoint.files import LocalFolder
 from gpt_oss_jax.quant import dequantize
 from gpt_oss_jax.sharding import make_mesh, named_sharding
@@ -252,3 +253,21 @@ def test_synthetic_folders_repeat(tmp_path):
         synthetic.write(TINY, tmp_path / "a")
     with pytest.raises(ValueError, match="layout must be"):
         synthetic.write(TINY, tmp_path / "d", "original", experts="dense")
+
+
+@pytest.mark.parametrize("axes", [None, {"expert": 4}])
+def test_what_does_not_fit_is_refused_before_it_is_read(sharded, monkeypatch, axes):
+    """By the part that each device gets; memory that is in use already is not free."""
+    mesh = axes and make_mesh(**axes)
+    first = jax.devices()[0]
+    variables = jax.tree.leaves(nnx.state(load(sharded, mesh=mesh)))
+    shards = [s for x in variables for s in x.addressable_shards]
+    limit = 99 + sum(s.data.nbytes for s in shards if s.device == first)
+    for used in (99, 100):
+        stats = {"bytes_limit": limit, "bytes_in_use": used}
+        monkeypatch.setattr(loading, "_memory", lambda device, stats=stats: stats)
+        if used == 99:
+            load(sharded, mesh=mesh)
+    monkeypatch.setattr(loading, "_arrays", lambda *args: pytest.fail("it reads"))
+    with pytest.raises(ValueError, match="the weights need .* GB on .*; gpt-oss-jax plan"):
+        load(sharded, mesh=mesh)

@@ -341,6 +341,20 @@ def test_a_cache_that_cannot_be_made_is_said_and_survived(tmp_path, monkeypatch,
     assert "not kept" in capsys.readouterr().err
 
 
+def test_jax_may_have_nearly_all_of_a_gpu(monkeypatch):
+    name, old = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    for kept in (name, old):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(old, raising=False)
+        monkeypatch.setenv(kept, "0.5")
+        terminal.take_gpu_memory()
+        assert (os.environ.get(name), os.environ.get(old)).count(None) == 1
+    monkeypatch.delenv(old)
+    terminal.take_gpu_memory()
+    assert os.environ[name] == "0.95"
+    monkeypatch.delenv(name)
+
+
 class Terminal:
     """A program in a terminal of its own."""
 

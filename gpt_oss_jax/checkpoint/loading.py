@@ -10,7 +10,7 @@ import math
 import os
 import re
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ def load(
 
     Raises:
       ValueError: If there is no such checkpoint, or anything about it is not as it should be: then
-        everything that is wrong is named.
+        everything that is wrong is named. If the weights do not fit the device.
     """
     dtype = _dtype(dtype, mesh)
     name = str(path_or_id)
@@ -93,6 +93,7 @@ def load(
     graphdef, state = nnx.split(abstract)
     variables = {"/".join(map(str, path)): x for path, x in nnx.to_flat_state(state)}
     targets = {path: _target(variable, mesh) for path, variable in variables.items()}
+    _check_room(targets.values(), mesh)
     if mesh is not None:
         _tell_what_is_not_split(variables, targets, mesh)
     total = sum(x.size * x.dtype.itemsize for x in targets.values())
@@ -150,6 +151,37 @@ def _platform(mesh: Mesh | None) -> str:
 def _target(variable: nnx.Variable, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
     sharding = None if mesh is None else named_sharding(mesh, variable.axes, variable.shape)
     return jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding)
+
+
+def _check_room(targets: Collection[jax.ShapeDtypeStruct], mesh: Mesh | None) -> None:
+    """Refuses what cannot fit before anything of it is read.
+
+    Raises:
+      ValueError: If a device has less memory free than its part of the weights needs.
+    """
+    needed = 0
+    for x in targets:
+        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+        needed += math.prod(shape) * x.dtype.itemsize
+    for device in jnp.zeros(()).devices() if mesh is None else mesh.local_devices:
+        stats = _memory(device)
+        free = stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)
+        if needed > free:
+            pool = (
+                "XLA_CLIENT_MEM_FRACTION, set before JAX starts, is the share of a GPU's memory "
+                "that it may take; "
+            )
+            raise ValueError(
+                f"the weights need {needed / 1e9:.2f} GB on {device}, where {free / 1e9:.2f} GB of "
+                f"JAX's {stats['bytes_limit'] / 1e9:.2f} GB are free. "
+                f"{pool if device.platform == 'gpu' else ''}"
+                "a mesh spreads a model over several devices; gpt-oss-jax plan says what fits."
+            )
+
+
+def _memory(device: jax.Device) -> dict[str, int]:
+    """What the device tells of its memory; a CPU tells nothing."""
+    return device.memory_stats() or {}
 
 
 def _tell_what_is_not_split(variables, targets, mesh: Mesh) -> None:

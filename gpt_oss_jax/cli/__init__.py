@@ -18,7 +18,7 @@ import jax
 
 from gpt_oss_jax import __version__, compile_cache
 from gpt_oss_jax.cli import bench, chat, checkpoints, doctor, generate, parity, plan
-from gpt_oss_jax.cli.terminal import remark
+from gpt_oss_jax.cli.terminal import remark, take_gpu_memory
 
 COMMANDS = (chat, generate, checkpoints, bench, doctor, parity, plan)
 
@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="gpt-oss-jax: %(message)s", force=True)
     logging.getLogger("gpt_oss_jax").setLevel(logging.INFO)
     try:
+        take_gpu_memory()
         _enable_compile_cache()
         return args.run(args)
     except KeyboardInterrupt:
@@ -87,8 +88,9 @@ def _end_cleanly_when_asked_to() -> None:
 def _one_line(error: Exception) -> str:
     if "RESOURCE_EXHAUSTED" in str(error):
         return (
-            "the device ran out of memory. JAX takes 75% of a GPU unless XLA_CLIENT_MEM_FRACTION "
-            "says otherwise; --mesh spreads a model over devices. --debug shows the details."
+            "the device ran out of memory. A shorter --context or a smaller --batch needs less; "
+            "--mesh spreads a model over devices; XLA_CLIENT_MEM_FRACTION is the share of a GPU's "
+            "memory that JAX takes. --debug shows the details."
         )
     return str(error)
 

@@ -107,7 +107,7 @@ def _table(found: Plan) -> str:
     needed = 1 - found.margin / GIB / found.kind.memory_gib
     if found.fits and found.kind.platform == "gpu" and needed > _POOL:
         lines.append(
-            f"JAX takes {100 * _POOL:.0f}% of a GPU's memory unless told otherwise: "
+            f"From Python, JAX takes {100 * _POOL:.0f}% of a GPU's memory unless told otherwise: "
             f"export XLA_CLIENT_MEM_FRACTION={max(0.95, needed):.2f}"
         )
     if found.kind.bandwidth_gb:
