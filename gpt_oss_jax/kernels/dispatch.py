@@ -7,7 +7,10 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+
 _log = logging.getLogger("gpt_oss_jax")
+_PLATFORMS = {"mosaic_gpu": "gpu", "mosaic_tpu": "tpu"}
 
 
 @functools.cache
@@ -29,7 +32,7 @@ def dispatch(
       implementations: Callables by name, fastest first; one raises NotImplementedError for what it
         cannot do (device, dtype, shape).
       implementation: A key, to have that one or its error; None for the first that can, which is
-        logged once, with the reasons, when it is not the fastest.
+        logged once, with the reasons, when it is not the fastest for this kind of device.
       *args: Passed on.
       **kwargs: Passed on.
 
@@ -46,6 +49,8 @@ def dispatch(
         return implementations[implementation](*args, **kwargs)
     reasons = []
     for name, function in implementations.items():
+        if _PLATFORMS.get(name, jax.default_backend()) != jax.default_backend():
+            continue
         try:
             result = function(*args, **kwargs)
         except NotImplementedError as error:

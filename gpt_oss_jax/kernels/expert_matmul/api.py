@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax
 
 from gpt_oss_jax.kernels.dispatch import dispatch
-from gpt_oss_jax.kernels.expert_matmul import xla
+from gpt_oss_jax.kernels.expert_matmul import mosaic_gpu, xla
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 
-IMPLEMENTATIONS = {"xla": xla.expert_mlp}
+IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu.expert_mlp, "xla": xla.expert_mlp}
 
 
 def expert_mlp(
@@ -32,7 +32,7 @@ def expert_mlp(
       weights_MX: float32 routing weights.
       w: Weights of all experts.
       limit: Clamp of gate and linear part.
-      implementation: "xla", or None for the fastest that can.
+      implementation: "mosaic_gpu", "xla", or None for the fastest that can.
 
     Returns:
       [M, D] in the dtype of the rows.

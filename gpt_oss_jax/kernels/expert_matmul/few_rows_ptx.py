@@ -1,15 +1,13 @@
-"""The expert layer on Hopper for up to eight rows: weights in checkpoint order, at memory speed.
+"""The thread program of `mosaic_gpu.few_rows`, as PTX for compute capability 9.0. Knows no JAX.
 
-Two launches: up projection with bias and SwiGLU, down projection with bias and routing weight. Each
-expert that any row chose is read once. A warp computes 16 outputs of one expert for all its rows,
-then the next 16 that fall to it; no warp waits for another. A thread copies the MXFP4 blocks that
-it will need to shared memory well ahead, decodes them in registers and multiplies with `mma.sync`,
-weights as the matrix of 16 rows, the rows of x as the matrix of 8 columns.
+A warp computes 16 outputs of one expert for up to eight rows (a unit), then the next 16 that fall
+to it. Two warps share a unit, each half of the input axis. A thread copies the MXFP4 blocks that it
+will need to shared memory well ahead, one block of 16 bytes of each of two rows a step; it reads
+only what it copied itself, so no warp waits for another but to add up the halves. It decodes in
+registers and multiplies with `mma.sync`: weights are the matrix of 16 rows, x that of 8 columns.
 
 The matrix instruction does not care which element of a block is called which, as long as both sides
-agree: x and the hidden rows are kept in the order in which the decoding leaves the weights
-(`interleave`). The thread program is PTX; it knows nothing of JAX, and what surrounds it nothing of
-threads. Needs JAX 0.11 and compute capability 9.0.
+agree: x and the hidden rows are kept in the order in which the decoding leaves the weights.
 """
 
 from __future__ import annotations
@@ -17,22 +15,14 @@ from __future__ import annotations
 import dataclasses
 import struct
 
-import jax
-import jax.numpy as jnp
-from jax.experimental.mosaic.gpu import utils as mgpu
-from jax.experimental.pallas import mosaic_gpu as plgpu
-
-from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
-from gpt_oss_jax.quant import MXArray
-
 MAX_ROWS = 8
 MAX_PAIRS = 32
-_TILE = 16
-_WARPS = 4
-_UNROLLED = 2
+TILE = 16
+WARPS = 4
+_UNROLLED = 1
 _SPLIT = 2
-_BLOCKS = 6 * 132  # That run at a time on an H100 or H200.
-_AHEAD = 6  # Steps, of four blocks of a row each, that are on their way to a warp.
+BLOCKS = 6 * 132  # That run at a time on an H100 or H200.
+_AHEAD = 5  # Steps, of four blocks of a row each, that are on their way to a warp.
 
 # A code, moved to where bf16 has its sign and the last bits of its exponent and first of its
 # mantissa, is its value times 2^-126. The scale's power of two puts back 62 of these exponents, the
@@ -40,108 +30,37 @@ _AHEAD = 6  # Steps, of four blocks of a row each, that are on their way to a wa
 _SCALE_BIAS, _LARGEST_SCALE, _LAST_FACTOR = 62, 192, 2.0**64
 
 
-def interleave(x_MD: jax.Array, width: int) -> jax.Array:
-    """Puts rows in the order the kernels read and zeros after them: [M, D] -> [M, width].
-
-    Of eight neighbours, 0 to 3 come beside 4 to 7; of four MXFP4 blocks, their first eight values
-    come first.
-    """
-    M, D = x_MD.shape
-    x = jnp.pad(x_MD, ((0, 0), (0, width - D))).reshape(M, -1, 4, 4, 2, 4)
-    return x.transpose(0, 1, 3, 2, 5, 4).reshape(M, -1)
-
-
-def few_rows(
-    x_MD: jax.Array,
-    experts_MX: jax.Array,
-    weights_MX: jax.Array,
-    w: ExpertWeights,
-    *,
-    limit: float,
-) -> jax.Array:
-    """See `api.expert_mlp`; bf16 rows and MXFP4 experts, up to `MAX_ROWS` rows.
-
-    Raises:
-      NotImplementedError: For sizes that it does not cover.
-    """
-    M, X = experts_MX.shape
-    (E, F, _, D), pairs = w.up.shape, M * X
-    if M > MAX_ROWS or pairs > MAX_PAIRS or min(D, F) < 128:
-        raise NotImplementedError(f"no kernel for few rows of {x_MD.shape} through {w.up.shape}")
-    experts = experts_MX.reshape(-1).astype(jnp.int32)
-    common = {"experts": E, "choices": X, "tokens": M, "bias_dtype": w.up_bias.dtype}
-    down = _Projection(rows=D, blocks=F // 32, **common)
-    up = _Projection(rows=2 * F, blocks=D // 32, limit=limit, out_width=down.width, **common)
-    hidden = jax.ShapeDtypeStruct((pairs, down.width), jnp.bfloat16)
-    h_ZF = up(hidden, w.up, interleave(x_MD, up.width), experts, w.up_bias)
-    y_ZD = down(
-        jax.ShapeDtypeStruct((pairs, D), jnp.float32),
-        w.down,
-        h_ZF,
-        experts,
-        w.down_bias,
-        weights_MX.reshape(-1).astype(jnp.float32),
-    )
-    return y_ZD.reshape(M, X, D).sum(axis=1).astype(x_MD.dtype)
-
-
 @dataclasses.dataclass(frozen=True)
-class _Projection:
-    """One launch.
+class Projection:
+    """One launch, and the program of its threads.
 
     Attributes:
-      experts: Experts in all.
       rows: Outputs of an expert.
       blocks: MXFP4 blocks of its input axis.
       choices: Experts of a token.
       tokens: Rows of x.
-      bias_dtype: float32 or bfloat16.
+      bias_bytes: float32 or bfloat16.
       limit: Clamp of the SwiGLU that pairs of outputs go through; None for the down projection,
         whose outputs are multiplied with the routing weight instead.
       out_width: Of the hidden rows, what comes after the last being zero.
+      grid: Thread blocks.
     """
 
-    experts: int
     rows: int
     blocks: int
     choices: int
     tokens: int
-    bias_dtype: jnp.dtype
+    bias_bytes: int
     limit: float | None = None
     out_width: int = 0
+    grid: int = BLOCKS
 
     @property
     def pairs(self) -> int:
         return self.tokens * self.choices
 
-    def __call__(self, out: jax.ShapeDtypeStruct, w: MXArray, *inputs: jax.Array) -> jax.Array:
-        def body(*refs):
-            @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
-            def thread(ctx, *refs):
-                del ctx
-                pointers = [mgpu.memref_ptr(ref) for ref in refs]
-                mgpu.inline_ptx(self.ptx(), mgpu.block_idx(), *pointers, convergent=True)
-
-            thread(*refs)
-            if self.limit is None:
-                plgpu.griddepcontrol_wait()  # Waited in the thread; here it marks the launch.
-
-        return plgpu.kernel(
-            body,
-            out_type=out,
-            scratch_types=[plgpu.SMEM((_WARPS * (self._warp_bytes + 512),), jnp.uint8)],
-            grid=(_BLOCKS,),
-            grid_names=("block",),
-            num_threads=1,
-            thread_name="warpgroup",
-            kernel_name="mxfp4_few_rows_" + ("down" if self.limit is None else "up"),
-            compiler_params=plgpu.CompilerParams(
-                lowering_semantics=plgpu.LoweringSemantics.Lane
-            ),
-        )(w.blocks, w.scales, *inputs)
-
     def ptx(self) -> str:
-        """The thread program. Operands: block, then pointers as in `__call__`, result, scratch."""
+        """The thread program. Operands: block, blocks, scales, x, experts, bias, for down weights, result, scratch."""
         down = self.limit is None
         operands = ["cta", "blocks", "scales", "x", "experts", "bias"]
         operands += ["weights"] * down + ["out", "shared"]
@@ -154,7 +73,7 @@ mad.lo.u32 ring, warp, {self._warp_bytes}, <shared>; add.u32 spare, ring, {self.
 mad.lo.u32 ring, lane, 32, ring; mov.u32 slot, ring; mov.u32 turn, 0;
 add.u32 now, spare, {self._scale_bytes};
 shr.u32 unit, warp, {_SPLIT - 1}; and.b32 part, warp, {_SPLIT - 1};
-mad.lo.u32 unit, unit, {_BLOCKS}, <cta>;
+mad.lo.u32 unit, unit, {self.grid}, <cta>;
 mad.lo.u32 first, part, {self._span}, q; mad.lo.u32 stop, part, {self._span}, {self._span};
 {self._count()}
 setp.ge.u32 p, unit, total; @p bra DONE;
@@ -174,7 +93,7 @@ mad.lo.u32 ats, g, {2 * self.blocks}, now; add.u32 ats, ats, first; mov.u32 roun
 {"".join(f"mov.f32 {c}{i}, 0f00000000;" for c in "cd" for i in range(4))}
 ROUND:
 setp.lt.u32 p, coming, stop; @p bra GO;
-add.u32 unit, unit, {_WARPS // _SPLIT * _BLOCKS}; mov.u32 coming, {1 << 30};
+add.u32 unit, unit, {WARPS // _SPLIT * self.grid}; mov.u32 coming, {1 << 30};
 setp.ge.u32 p, unit, total; @p bra GO;
 {self._locate()}
 {self._copy_scales()}
@@ -220,7 +139,12 @@ DONE:"""
 
     @property
     def _scale_bytes(self) -> int:
-        return -(-_TILE * _SPLIT * self._span // 128) * 128
+        return -(-TILE * _SPLIT * self._span // 128) * 128
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a thread block."""
+        return WARPS * (self._warp_bytes + 512)
 
     @property
     def _warp_bytes(self) -> int:
@@ -233,15 +157,15 @@ DONE:"""
         return f"""xor.b32 turn, turn, 512; shr.u32 t0, warp, 1;
 mad.lo.u32 t1, t0, 1024, <shared>; add.u32 t1, t1, turn; mad.lo.u32 t1, lane, 16, t1;
 add.u32 t0, t0, 1; setp.eq.u32 p, part, 0; @p bra FIRST;
-st.shared.v4.f32 [t1 + {_WARPS * self._warp_bytes}], {{c0, c1, c2, c3}};
+st.shared.v4.f32 [t1 + {WARPS * self._warp_bytes}], {{c0, c1, c2, c3}};
 bar.sync t0, 64; bra REST;
 FIRST:
-bar.sync t0, 64; ld.shared.v4.f32 {{d0, d1, d2, d3}}, [t1 + {_WARPS * self._warp_bytes}];
+bar.sync t0, 64; ld.shared.v4.f32 {{d0, d1, d2, d3}}, [t1 + {WARPS * self._warp_bytes}];
 {"".join(f"add.f32 c{i}, c{i}, d{i};" for i in range(4))}"""
 
     def _count(self) -> str:
         """Which experts there are to visit, and `total` units of 16 outputs of one expert."""
-        tiles = self.rows // _TILE
+        tiles = self.rows // TILE
         if self.tokens == 1:
             return f"mov.u32 total, {self.pairs * tiles}; mov.u32 next_members, 0;"
         return f"""mov.u32 mine, -1; setp.lt.u32 p, lane, {self.pairs};
@@ -252,7 +176,7 @@ popc.b32 total, leaders; mul.lo.u32 total, total, {tiles};"""
 
     def _locate(self) -> str:
         """Expert, first row and addresses of `unit`, for what is copied ahead."""
-        tiles = self.rows // _TILE
+        tiles = self.rows // TILE
         text = f"div.u32 visit, unit, {tiles}; mul.lo.u32 t0, visit, {tiles};"
         text += "sub.u32 t0, unit, t0; shl.b32 next_row, t0, 4;\n"
         if self.tokens == 1:
@@ -340,9 +264,9 @@ brev.b32 pair, members; clz.b32 pair, pair; selp.u32 pair, t0, pair, p;"""
         text = f"shl.b32 n, q, 1; add.u32 n, n, {column};"
         text += self._pair("n")
         text += f"mad.lo.u32 t0, expert, {self.rows}, row;"
-        text += f"mul.wide.u32 to, t0, {jnp.dtype(self.bias_dtype).itemsize};"
+        text += f"mul.wide.u32 to, t0, {self.bias_bytes};"
         text += "add.u64 to, to, <bias>;"
-        if self.bias_dtype == jnp.bfloat16:
+        if self.bias_bytes == 2:
             text += "@p ld.global.nc.u32 t0, [to]; shl.b32 t1, t0, 16; mov.b32 b0, t1;"
             text += "and.b32 t1, t0, 0xFFFF0000; mov.b32 b1, t1;"
         else:

@@ -1,0 +1,163 @@
+"""The expert layer on Hopper, MXFP4 in checkpoint order, through Pallas' Mosaic GPU back end.
+
+Up to eight rows, when the time goes into reading weights: each expert that any row chose is read
+once, in two launches, up projection with bias and SwiGLU, and down projection with bias and routing
+weight. What a thread does is in `few_rows_ptx`. Gradients come from the XLA version.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt_oss_jax.kernels.expert_matmul import xla
+from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import MAX_PAIRS, MAX_ROWS, WARPS, Projection
+from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
+from gpt_oss_jax.quant import MXArray
+
+_JAX = (0, 11, 2)
+
+
+def expert_mlp(
+    x_MD: jax.Array,
+    experts_MX: jax.Array,
+    weights_MX: jax.Array,
+    w: ExpertWeights,
+    *,
+    limit: float,
+) -> jax.Array:
+    """See `api.expert_mlp`.
+
+    Raises:
+      NotImplementedError: On other devices and versions of JAX, and for what it does not cover.
+    """
+    if jax.__version_info__ < _JAX:
+        raise NotImplementedError(f"needs JAX {'.'.join(map(str, _JAX))}, this is {jax.__version__}")
+    device = jax.devices()[0]
+    if device.platform != "gpu" or device.compute_capability != "9.0":
+        raise NotImplementedError(f"needs a Hopper GPU, this is {device.device_kind}")
+    if jax.device_count() > 1:
+        raise NotImplementedError(f"runs on one GPU, there are {jax.device_count()}")
+    return _differentiable(x_MD, experts_MX, weights_MX, w, limit)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _differentiable(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit):
+    return few_rows(x_MD, experts_MX, weights_MX, w, limit=limit)
+
+
+def _forward(x_MD, experts_MX, weights_MX, w, limit):
+    return _differentiable(x_MD, experts_MX, weights_MX, w, limit), (x_MD, experts_MX, weights_MX, w)
+
+
+def _backward(limit, kept, dy_MD):
+    x_MD, experts_MX, weights_MX, w = kept
+    _, pull = jax.vjp(
+        lambda x, weights, w: xla.expert_mlp(x, experts_MX, weights, w, limit=limit),
+        x_MD,
+        weights_MX,
+        w,
+    )
+    dx_MD, dweights_MX, dw = pull(dy_MD)
+    return dx_MD, np.zeros(experts_MX.shape, jax.dtypes.float0), dweights_MX, dw
+
+
+_differentiable.defvjp(_forward, _backward)
+
+
+def few_rows(
+    x_MD: jax.Array,
+    experts_MX: jax.Array,
+    weights_MX: jax.Array,
+    w: ExpertWeights,
+    *,
+    limit: float,
+) -> jax.Array:
+    """The expert layer for up to `MAX_ROWS` bf16 rows; compiles for Hopper on any machine.
+
+    Raises:
+      NotImplementedError: For sizes and types that it does not cover.
+    """
+    M, X = experts_MX.shape
+    if not isinstance(w.up, MXArray) or not isinstance(w.down, MXArray):
+        raise NotImplementedError("experts are not MXFP4")
+    if x_MD.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"rows are {x_MD.dtype}, not bfloat16")
+    if M > MAX_ROWS or M * X > MAX_PAIRS:
+        raise NotImplementedError(f"takes up to {MAX_ROWS} rows, these are {M}")
+    up, down = projections(w, M, X, limit)
+    if up.blocks < 4 or down.blocks < 4:
+        raise NotImplementedError(f"takes widths from 128, these are {up.blocks * 32} and less")
+    experts = experts_MX.reshape(-1).astype(jnp.int32)
+    h_ZF = _launch(
+        up,
+        jax.ShapeDtypeStruct((M * X, down.width), jnp.bfloat16),
+        (w.up.blocks, w.up.scales, interleave(x_MD, up.width), experts, w.up_bias),
+    )
+    y_ZD = _launch(
+        down,
+        jax.ShapeDtypeStruct((M * X, x_MD.shape[1]), jnp.float32),
+        (
+            w.down.blocks,
+            w.down.scales,
+            h_ZF,
+            experts,
+            w.down_bias,
+            weights_MX.reshape(-1).astype(jnp.float32),
+        ),
+    )
+    return y_ZD.reshape(M, X, -1).sum(axis=1).astype(x_MD.dtype)
+
+
+def projections(w: ExpertWeights, M: int, X: int, limit: float) -> tuple[Projection, Projection]:
+    """Both launches for M rows of X experts each."""
+    E, F, _, D = w.up.shape
+    common = {"choices": X, "tokens": M, "bias_bytes": w.up_bias.dtype.itemsize}
+    down = Projection(rows=D, blocks=F // 32, **common)
+    up = Projection(rows=2 * F, blocks=D // 32, limit=limit, out_width=down.width, **common)
+    return up, down
+
+
+def interleave(x_MD: jax.Array, width: int) -> jax.Array:
+    """Puts rows in the order the kernels read and zeros after them: [M, D] -> [M, width].
+
+    Of eight neighbours, 0 to 3 come beside 4 to 7; of four MXFP4 blocks, their first eight values
+    come first.
+    """
+    M, D = x_MD.shape
+    x = jnp.pad(x_MD, ((0, 0), (0, width - D))).reshape(M, -1, 4, 4, 2, 4)
+    return x.transpose(0, 1, 3, 2, 5, 4).reshape(M, -1)
+
+
+def _launch(program: Projection, out: jax.ShapeDtypeStruct, inputs: tuple) -> jax.Array:
+    # Here, because these change from one version of JAX to the next.
+    from jax.experimental.mosaic.gpu import utils as mgpu
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    waits = program.limit is None
+
+    def body(*refs):
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
+        def thread(ctx, *refs):
+            del ctx
+            pointers = [mgpu.memref_ptr(ref) for ref in refs]
+            mgpu.inline_ptx(program.ptx(), mgpu.block_idx(), *pointers, convergent=True)
+
+        thread(*refs)
+        if waits:
+            plgpu.griddepcontrol_wait()  # The program waits; this marks the launch as dependent.
+
+    return plgpu.kernel(
+        body,
+        out_type=out,
+        scratch_types=[plgpu.SMEM((program.shared_bytes,), jnp.uint8)],
+        grid=(program.grid,),
+        grid_names=("block",),
+        num_threads=WARPS // 4,
+        thread_name="warpgroup",
+        kernel_name="mxfp4_few_rows_" + ("down" if waits else "up"),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )(*inputs)
