@@ -1,8 +1,7 @@
 """Runs the PTX of our kernels on a CPU, lane by lane, so that their logic is tested without a GPU.
 
 Covers what they use and nothing else. Branches must be taken by all lanes of a warp or by none.
-Asynchronous copies land when they are waited for, not before; what is read too early is poison.
-Knows nothing of timing, caches or the order between blocks.
+Memory that nobody wrote is poison. Knows nothing of timing, caches or the order between blocks.
 """
 
 import re
@@ -90,7 +89,6 @@ class _Warp:
         self.program, self.labels, self.operands = program, labels, operands
         self.spaces = {"global": memory, "shared": shared}
         self.registers = {"%tid.x": np.arange(32, dtype=np.uint64) + 32 * warp}
-        self.copies, self.groups = [], []
 
     def value(self, name):
         name = name.strip()
@@ -129,11 +127,9 @@ class _Warp:
         name = ".".join(kind)
         if kind[0] in ("ld", "st"):
             return self.move(kind, args, active)
-        if kind[0] == "cp":
-            return self.copy(kind, args, active)
         if kind[0] == "mma":
             return self.multiply(args)
-        if name == "bar.warp.sync" or kind[0] == "griddepcontrol":
+        if kind[0] == "griddepcontrol":
             return None
         destination, *sources = args
         v = [self.value(source) for source in sources]
@@ -170,8 +166,8 @@ class _Warp:
             return self.write(destination, _to_bf16(_float(u[0].astype(np.uint32))), active)
         result = {
             "mov": lambda: v[0],
+            "cvt": lambda: v[0],
             "and": lambda: u[0] & u[1],
-            "xor": lambda: u[0] ^ u[1],
             "shl": lambda: u[0] << u[1],
             "shr": lambda: u[0] >> u[1],
             "add": lambda: v[0] + v[1],
@@ -180,7 +176,6 @@ class _Warp:
             "mad": lambda: u[0] * u[1] + u[2],
             "div": lambda: u[0] // u[1],
             "min": lambda: np.minimum(u[0], u[1]),
-            "bfe": lambda: (u[0] >> u[1]) & ((np.uint64(1) << u[2]) - np.uint64(1)),
             "selp": lambda: np.where(v[2].astype(bool), u[0], u[1]),
             "popc": lambda: [int(x).bit_count() for x in u[0]],
             "brev": lambda: [int(f"{int(x):032b}"[::-1], 2) for x in u[0]],
@@ -213,19 +208,6 @@ class _Warp:
             else:
                 raw = self.value(register)[:, None].view(np.uint8)
                 space[where[active]] = raw[active, :size]
-
-    def copy(self, kind, args, active):
-        if kind[2] == "commit_group":
-            self.groups.append(self.copies)
-            self.copies = []
-        elif kind[2] == "wait_group":
-            while len(self.groups) > int(args[0]):
-                for to, source in self.groups.pop(0):
-                    self.spaces["shared"][to] = self.spaces["global"][source]
-        else:
-            to, source = self.address(args[0])[active], self.address(args[1])[active]
-            assert not (to % 16).any() and not (source % 16).any(), f"misaligned {args}"
-            self.copies.append((to[:, None] + np.arange(16), source[:, None] + np.arange(16)))
 
     def multiply(self, args):
         """m16n8k16: what each lane holds of the matrices is in the PTX manual."""

@@ -12,12 +12,22 @@ from gpt_oss_jax.kernels.expert_matmul import api, xla
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.quant import MXArray, quantize
 
-expert_mlp = jax.jit(api.expert_mlp, static_argnames=("limit", "implementation"))
 dense_mlp = jax.jit(oracle.expert_mlp, static_argnames="limit")
 E, X, D, F = 11, 2, 96, 160
+_jitted = jax.jit(api.expert_mlp, static_argnames=("limit", "implementation"))
 implementations = pytest.mark.parametrize("implementation", list(api.IMPLEMENTATIONS))
 # One row, the last count that is gathered, the first that is grouped, several tiles an expert.
 ROWS = [1, xla._FEW_PAIRS // X, xla._FEW_PAIRS // X + 1, 300]
+
+
+def expert_mlp(*args, implementation=None, **kwargs):
+    """Skips what a kernel refuses here, saying why; XLA must never refuse."""
+    try:
+        return _jitted(*args, implementation=implementation, **kwargs)
+    except NotImplementedError as error:
+        if implementation == "xla":
+            raise
+        pytest.skip(f"{implementation}: {error}")
 
 
 @functools.cache
@@ -85,7 +95,7 @@ def test_gradients_equal_the_oracle(implementation, M):
     w, (x, chosen, weight) = weights(packed=False), rows(M)
 
     def got(x, weight, w):
-        y = api.expert_mlp(x, chosen, weight, w, limit=7.0, implementation=implementation)
+        y = expert_mlp(x, chosen, weight, w, limit=7.0, implementation=implementation)
         return (y**2).sum()
 
     def want(x, weight, w):

@@ -7,4 +7,6 @@ from gpt_oss_jax.kernels.expert_matmul import api as _expert_matmul
 from gpt_oss_jax.kernels.expert_matmul.api import expert_mlp as expert_mlp
 
 # What a whole model can be asked to run on: what every operation has.
-IMPLEMENTATIONS = tuple(n for n in _expert_matmul.IMPLEMENTATIONS if n in _attention.IMPLEMENTATIONS)
+IMPLEMENTATIONS = tuple(
+    n for n in _expert_matmul.IMPLEMENTATIONS if n in _attention.IMPLEMENTATIONS
+)

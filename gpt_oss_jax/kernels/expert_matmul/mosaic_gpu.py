@@ -14,7 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt_oss_jax.kernels.expert_matmul import xla
-from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import MAX_PAIRS, MAX_ROWS, WARPS, Projection
+from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import (
+    MAX_BLOCKS,
+    MAX_PAIRS,
+    MAX_ROWS,
+    SHARED_BYTES,
+    Projection,
+)
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.quant import MXArray
 
@@ -35,7 +41,8 @@ def expert_mlp(
       NotImplementedError: On other devices and versions of JAX, and for what it does not cover.
     """
     if jax.__version_info__ < _JAX:
-        raise NotImplementedError(f"needs JAX {'.'.join(map(str, _JAX))}, this is {jax.__version__}")
+        wanted = ".".join(map(str, _JAX))
+        raise NotImplementedError(f"needs JAX {wanted}, this is {jax.__version__}")
     device = jax.devices()[0]
     if device.platform != "gpu" or device.compute_capability != "9.0":
         raise NotImplementedError(f"needs a Hopper GPU, this is {device.device_kind}")
@@ -50,7 +57,8 @@ def _differentiable(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit):
 
 
 def _forward(x_MD, experts_MX, weights_MX, w, limit):
-    return _differentiable(x_MD, experts_MX, weights_MX, w, limit), (x_MD, experts_MX, weights_MX, w)
+    kept = x_MD, experts_MX, weights_MX, w
+    return _differentiable(*kept, limit), kept
 
 
 def _backward(limit, kept, dy_MD):
@@ -89,8 +97,8 @@ def few_rows(
     if M > MAX_ROWS or M * X > MAX_PAIRS:
         raise NotImplementedError(f"takes up to {MAX_ROWS} rows, these are {M}")
     up, down = projections(w, M, X, limit)
-    if up.blocks < 4 or down.blocks < 4:
-        raise NotImplementedError(f"takes widths from 128, these are {up.blocks * 32} and less")
+    if max(up.blocks, down.blocks) > MAX_BLOCKS:
+        raise NotImplementedError(f"takes widths up to {32 * MAX_BLOCKS}, got experts {w.up.shape}")
     experts = experts_MX.reshape(-1).astype(jnp.int32)
     h_ZF = _launch(
         up,
@@ -115,14 +123,13 @@ def few_rows(
 def projections(w: ExpertWeights, M: int, X: int, limit: float) -> tuple[Projection, Projection]:
     """Both launches for M rows of X experts each."""
     E, F, _, D = w.up.shape
-    common = {"choices": X, "tokens": M, "bias_bytes": w.up_bias.dtype.itemsize}
-    down = Projection(rows=D, blocks=F // 32, **common)
-    up = Projection(rows=2 * F, blocks=D // 32, limit=limit, out_width=down.width, **common)
-    return up, down
+    common = {"experts": E, "choices": X, "tokens": M, "bias_bytes": w.up_bias.dtype.itemsize}
+    up = Projection(rows=2 * F, blocks=D // 32, limit=limit, **common)
+    return up, Projection(rows=D, blocks=F // 32, **common)
 
 
 def interleave(x_MD: jax.Array, width: int) -> jax.Array:
-    """Puts rows in the order the kernels read and zeros after them: [M, D] -> [M, width].
+    """Puts rows in the order the kernels read: [M, D] -> [M, width], zeros after the D.
 
     Of eight neighbours, 0 to 3 come beside 4 to 7; of four MXFP4 blocks, their first eight values
     come first.
@@ -137,7 +144,7 @@ def _launch(program: Projection, out: jax.ShapeDtypeStruct, inputs: tuple) -> ja
     from jax.experimental.mosaic.gpu import utils as mgpu
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    waits = program.limit is None
+    waits = program.limit is None and program.overlaps
 
     def body(*refs):
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
@@ -153,11 +160,11 @@ def _launch(program: Projection, out: jax.ShapeDtypeStruct, inputs: tuple) -> ja
     return plgpu.kernel(
         body,
         out_type=out,
-        scratch_types=[plgpu.SMEM((program.shared_bytes,), jnp.uint8)],
+        scratch_types=[plgpu.SMEM((SHARED_BYTES,), jnp.uint8)],
         grid=(program.grid,),
         grid_names=("block",),
-        num_threads=WARPS // 4,
+        num_threads=1,
         thread_name="warpgroup",
-        kernel_name="mxfp4_few_rows_" + ("down" if waits else "up"),
+        kernel_name="mxfp4_few_rows_" + ("down" if program.limit is None else "up"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(*inputs)

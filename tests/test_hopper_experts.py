@@ -1,0 +1,142 @@
+"""The Hopper kernels of the expert layer, without the GPU: interpreted, and lowered for it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import oracle
+import ptx
+import pytest
+
+from gpt_oss_jax.kernels.dispatch import dispatch
+from gpt_oss_jax.kernels.expert_matmul import api, few_rows_ptx, mosaic_gpu
+from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
+from gpt_oss_jax.quant import MXArray
+
+
+def layer(M, E=5, X=2, D=96, F=64, bias=np.float32, same=False):
+    """Rows, experts, routing weights and expert weights, all random."""
+    random = np.random.default_rng(M)
+
+    def packed(*shape):
+        blocks = random.integers(0, 256, (*shape[:-1], shape[-1] // 32, 16))
+        scales = random.integers(110, 124, (*shape[:-1], shape[-1] // 32))
+        return MXArray(jnp.asarray(blocks, jnp.uint8), jnp.asarray(scales, jnp.uint8))
+
+    w = ExpertWeights(
+        packed(E, F, 2, D),
+        jnp.asarray(random.normal(size=(E, F, 2)), bias),
+        packed(E, D, F),
+        jnp.asarray(random.normal(size=(E, D)), bias),
+    )
+    x = jnp.asarray(random.normal(size=(M, D)), jnp.bfloat16)
+    chosen = np.stack([random.permutation(X if same else E)[:X] for _ in range(M)])
+    weight = random.random((M, X))
+    return x, jnp.asarray(chosen, jnp.int32), jnp.asarray(weight, jnp.float32), w
+
+
+def interpreted(x, chosen, weight, w, limit):
+    """`mosaic_gpu.few_rows` with the PTX interpreter in the place of the GPU."""
+    M, X = chosen.shape
+    up, down = mosaic_gpu.projections(w, M, X, limit)
+    memory = ptx.Memory()
+    put = lambda array: memory.put(np.asarray(array))
+    h = put(np.full((M * X, down.width), np.nan, ml_dtypes.bfloat16))
+    y = put(np.full((M * X, x.shape[1]), np.nan, np.float32))
+    experts = put(chosen)
+    run = functools.partial(ptx.launch, memory=memory, shared_bytes=few_rows_ptx.SHARED_BYTES)
+    rows = put(mosaic_gpu.interleave(x, up.width))
+    inputs = [put(w.up.blocks), put(w.up.scales), rows, experts, put(w.up_bias)]
+    run(up.ptx(), [*inputs, h], grid=up.grid)
+    inputs = [put(w.down.blocks), put(w.down.scales), h, experts, put(w.down_bias), put(weight)]
+    run(down.ptx(), [*inputs, y], grid=down.grid)
+    return memory.get(y, (M, X, x.shape[1]), np.float32).sum(axis=1)
+
+
+@pytest.mark.parametrize(
+    ("M", "options"),
+    [
+        (1, {}),
+        (1, {"bias": ml_dtypes.bfloat16}),
+        (3, {"same": True}),
+        (8, {"X": 4, "D": 32, "F": 32}),
+        (1, {"D": 544, "F": 32}),
+    ],
+    ids=["one row", "bfloat16 biases", "the same experts", "32 pairs", "two steps and a rest"],
+)
+def test_few_rows_equal_the_oracle(M, options):
+    x, chosen, weight, w = layer(M, **options)
+    got = interpreted(x, chosen, weight, w, 7.0)
+    up, down = w.up.dequantize(jnp.float32), w.down.dequantize(jnp.float32)
+    biases = w.up_bias.astype(jnp.float32), w.down_bias.astype(jnp.float32)
+    args = x.astype(jnp.float32), chosen, weight, up, biases[0], down, biases[1]
+    want = oracle.expert_mlp(*args, limit=7.0)
+    assert np.linalg.norm(got - want) < 2e-3 * np.linalg.norm(want)
+
+
+def test_every_code_and_scale_is_exact():
+    """One block on the input axis, one nonzero x: what comes out is one weight after the other."""
+    codes = np.arange(32, dtype=np.uint8)
+    blocks = np.tile(codes[::2] % 16 | (codes[1::2] % 16) << 4, (1, 32, 1, 1)).astype(np.uint8)
+    scales = np.arange(112, 144, dtype=np.uint8).reshape(1, 32, 1)
+    program = few_rows_ptx.Projection(
+        experts=1, rows=32, blocks=1, choices=1, tokens=1, bias_bytes=4
+    )
+    want = np.asarray(MXArray(blocks, scales).dequantize(jnp.float32))[0]
+    for k in range(32):
+        memory = ptx.Memory()
+        x = mosaic_gpu.interleave(jnp.eye(32, dtype=jnp.bfloat16)[k : k + 1], program.width)
+        arrays = [blocks, scales, x, np.zeros(1, np.int32), np.zeros(32, np.float32)]
+        places = [memory.put(np.asarray(a)) for a in [*arrays, np.ones(1, np.float32)]]
+        places.append(memory.put(np.full(32, np.nan, np.float32)))
+        ptx.launch(
+            program.ptx(),
+            places,
+            memory,
+            grid=program.grid,
+            shared_bytes=few_rows_ptx.SHARED_BYTES,
+        )
+        np.testing.assert_array_equal(memory.get(places[-1], (32,), np.float32), want[:, k])
+
+
+@pytest.mark.skipif(jax.__version_info__ < mosaic_gpu._JAX, reason="needs a newer JAX")
+@pytest.mark.parametrize("M", [1, 8])
+def test_few_rows_lower_for_cuda(M):
+    few_rows = jax.jit(functools.partial(mosaic_gpu.few_rows, limit=7.0))
+    text = few_rows.trace(*layer(M)).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu_v2") == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda x, *rest: (x.astype(jnp.float32), *rest), "bfloat16"),
+        (lambda x, chosen, *rest: (x, chosen, *(r for r in rest)), "rows"),
+        (lambda x, chosen, weight, w: (x, chosen, weight, dense(w)), "MXFP4"),
+    ],
+)
+def test_what_it_does_not_cover_is_refused(change, reason):
+    with pytest.raises(NotImplementedError, match=reason):
+        mosaic_gpu.few_rows(*change(*layer(9 if reason == "rows" else 1)), limit=7.0)
+
+
+def dense(w):
+    return ExpertWeights(w.up.dequantize(), w.up_bias, w.down.dequantize(), w.down_bias)
+
+
+def test_elsewhere_it_says_why_when_named():
+    if jax.default_backend() == "gpu":
+        pytest.skip("there is a GPU")
+    with pytest.raises(NotImplementedError, match="needs"):
+        api.expert_mlp(*layer(1), limit=7.0, implementation="mosaic_gpu")
+
+
+def test_kernels_of_other_devices_are_passed_over_in_silence(caplog):
+    def refuse():
+        raise NotImplementedError("not this one")
+
+    other = "mosaic_gpu" if jax.default_backend() != "gpu" else "mosaic_tpu"
+    assert dispatch("x", {other: refuse, "xla": lambda: 1}, None) == 1
+    assert not caplog.records
