@@ -175,6 +175,7 @@ class _Warp:
             "mul": lambda: u[0] * u[1],
             "mad": lambda: u[0] * u[1] + u[2],
             "div": lambda: u[0] // u[1],
+            "rem": lambda: u[0] % u[1],
             "min": lambda: np.minimum(u[0], u[1]),
             "selp": lambda: np.where(v[2].astype(bool), u[0], u[1]),
             "popc": lambda: [int(x).bit_count() for x in u[0]],

@@ -109,6 +109,15 @@ def test_few_rows_lower_for_cuda(M):
     assert text.count("mosaic_gpu_v2") == 2
 
 
+@pytest.mark.skipif(jax.__version_info__ < mosaic_gpu._JAX, reason="needs a newer JAX")
+def test_few_rows_lower_for_cuda_under_vmap():
+    x, chosen, weight, w = layer(4)
+    rows = [a.reshape(2, 2, -1) for a in (x, chosen, weight)]
+    few_rows = jax.jit(jax.vmap(lambda *rows: mosaic_gpu.few_rows(*rows, w, limit=7.0)))
+    text = few_rows.trace(*rows).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu_v2") == 2
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

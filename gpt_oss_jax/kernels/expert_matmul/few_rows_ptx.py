@@ -80,7 +80,7 @@ class Projection:
         """
         down = self.limit is None
         order = "griddepcontrol.wait;" if down else "griddepcontrol.launch_dependents;"
-        operands = ["cta", "blocks", "scales", "x", "experts", "bias"]
+        operands = ["block", "blocks", "scales", "x", "experts", "bias"]
         operands += ["weights"] * down + ["out", "shared"]
         text = "\n".join(
             [
@@ -103,12 +103,16 @@ class Projection:
         return -(-self.blocks // 16)
 
     def _who(self) -> str:
-        """Which expert, which outputs, and the pair (token, choice) of each column."""
+        """Which expert, which outputs, and the pair (token, choice) of each column.
+
+        Under vmap there are several grids, one after the other.
+        """
         tiles = self.rows // TILE
         text = f"""
 mov.u32 warp, %tid.x; and.b32 lane, warp, 31; shr.u32 warp, warp, 5;
 shr.u32 g, lane, 2; and.b32 q, lane, 3; mad.lo.u32 blk, warp, 4, q;
-div.u32 visit, <cta>, {tiles}; mul.lo.u32 t0, visit, {tiles}; sub.u32 tile, <cta>, t0;"""
+rem.u32 t1, <block>, {self.grid};
+div.u32 visit, t1, {tiles}; mul.lo.u32 t0, visit, {tiles}; sub.u32 tile, t1, t0;"""
         if self.tokens == 1:
             return f"""{text}
 mul.wide.u32 at, visit, 4; add.u64 at, at, <experts>; ld.global.u32 expert, [at];
