@@ -38,15 +38,19 @@ def launch(text, operands, memory, *, grid, shared_bytes, warps=4):
     program, labels = _parse(text)
     for block in range(grid):
         shared = np.full(shared_bytes, 255, np.uint8)
-        values = [block, *operands, 0]
+        values, barriers = [block, *operands, 0], {}
         threads = [
-            _Warp(program, labels, values, memory.bytes, shared, w).run() for w in range(warps)
+            _Warp(program, labels, values, memory.bytes, shared, barriers, w).run()
+            for w in range(warps)
         ]
         waiting = {}
         while threads:
             thread = threads.pop(0)
             barrier = next(thread, None)
             if barrier is None:
+                continue
+            if barrier == "again":
+                threads.append(thread)
                 continue
             number, needed = barrier
             waiting.setdefault(number, []).append(thread)
@@ -82,10 +86,31 @@ def _to_bf16(x):
     return np.asarray(x, np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
 
 
+class _Barrier:
+    """Copies land when somebody waits for them; a phase ends when all bytes expected have."""
+
+    def __init__(self):
+        self.phase, self.expected, self.copies = 0, 0, []
+
+    def expect(self, size):
+        assert not self.expected, "a tile is copied to a place that is still on its way"
+        self.expected = size
+
+    def passed(self, parity):
+        if self.expected and self.phase == parity:
+            for size, land in self.copies:
+                land()
+                self.expected -= size
+            assert not self.expected, "more or fewer bytes than expected"
+            self.copies, self.phase = [], self.phase ^ 1
+        return self.phase != parity
+
+
 class _Warp:
     """32 lanes; a register holds 32 unsigned integers of 64 bits, whatever its type."""
 
-    def __init__(self, program, labels, operands, memory, shared, warp):
+    def __init__(self, program, labels, operands, memory, shared, barriers, warp):
+        self.barriers = barriers
         self.program, self.labels, self.operands = program, labels, operands
         self.spaces = {"global": memory, "shared": shared}
         self.registers = {"%tid.x": np.arange(32, dtype=np.uint64) + 32 * warp}
@@ -115,6 +140,11 @@ class _Warp:
                     at = self.labels[args[0].strip()]
             elif name == "bar.sync":
                 yield int(self.value(args[0])[0]), int(args[1])
+            elif kind[:2] == ["mbarrier", "try_wait"]:
+                done = self.barriers[self.address(args[1])[0]].passed(int(self.value(args[2])[0]))
+                self.write(args[0], np.full(32, done), active)
+                if not done:
+                    yield "again"
             elif active.any():
                 self.step(kind, args, active)
 
@@ -129,8 +159,10 @@ class _Warp:
             return self.move(kind, args, active)
         if kind[0] == "mma":
             return self.multiply(args)
-        if kind[0] == "griddepcontrol":
+        if kind[0] in ("griddepcontrol", "fence"):
             return None
+        if kind[0] in ("mbarrier", "cp"):
+            return self.bulk(kind, args, active)
         destination, *sources = args
         v = [self.value(source) for source in sources]
         if kind[-1] == "f32" and kind[0] != "cvt":
@@ -168,6 +200,8 @@ class _Warp:
             "mov": lambda: v[0],
             "cvt": lambda: v[0],
             "and": lambda: u[0] & u[1],
+            "or": lambda: u[0] | u[1],
+            "xor": lambda: u[0] ^ u[1],
             "shl": lambda: u[0] << u[1],
             "shr": lambda: u[0] >> u[1],
             "add": lambda: v[0] + v[1],
@@ -209,6 +243,26 @@ class _Warp:
             else:
                 raw = self.value(register)[:, None].view(np.uint8)
                 space[where[active]] = raw[active, :size]
+
+    def bulk(self, kind, args, active):
+        """Copies of whole pieces, started by one lane, that a barrier waits for."""
+        assert active.sum() == 1, f"{kind} by {active.sum()} lanes"
+        lane = active.argmax()
+        if kind[1] == "init":
+            self.barriers[self.address(args[0])[lane]] = _Barrier()
+        elif kind[1] == "arrive":
+            self.barriers[self.address(args[1])[lane]].expect(int(args[2]))
+        else:
+            to, source = self.address(args[0])[lane], self.address(args[1])[lane]
+            size = int(args[2])
+            assert to % 16 == 0 and source % 16 == 0 and size % 16 == 0, f"misaligned {args}"
+            memory, shared = self.spaces["global"], self.spaces["shared"]
+            shared[to : to + size] = 255
+
+            def land():
+                shared[to : to + size] = memory[source : source + size]
+
+            self.barriers[self.address(args[3])[lane]].copies.append((size, land))
 
     def multiply(self, args):
         """m16n8k16: what each lane holds of the matrices is in the PTX manual."""

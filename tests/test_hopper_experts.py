@@ -1,5 +1,6 @@
 """The Hopper kernels of the expert layer, without the GPU: interpreted, and lowered for it."""
 
+import dataclasses
 import functools
 
 import jax
@@ -40,18 +41,22 @@ def layer(M, E=5, X=2, D=96, F=64, bias=np.float32, same=False):
 def interpreted(x, chosen, weight, w, limit):
     """`mosaic_gpu.few_rows` with the PTX interpreter in the place of the GPU."""
     M, X = chosen.shape
-    up, down = mosaic_gpu.projections(w, M, X, limit)
+    programs = mosaic_gpu.projections(w, M, X, limit)
+    # Few blocks, so that each has several tiles.
+    up, down = (dataclasses.replace(p, multiprocessors=1) for p in programs)
     memory = ptx.Memory()
     put = lambda array: memory.put(np.asarray(array))
     h = put(np.full((M * X, down.width), np.nan, ml_dtypes.bfloat16))
     y = put(np.full((M * X, x.shape[1]), np.nan, np.float32))
     experts = put(chosen)
-    run = functools.partial(ptx.launch, memory=memory, shared_bytes=few_rows_ptx.SHARED_BYTES)
+    members = put(mosaic_gpu.visits(chosen.reshape(-1), up.visits, up.columns))
+    run = functools.partial(ptx.launch, memory=memory)
     rows = put(mosaic_gpu.interleave(x, up.width))
-    inputs = [put(w.up.blocks), put(w.up.scales), rows, experts, put(w.up_bias)]
-    run(up.ptx(), [*inputs, h], grid=up.grid)
-    inputs = [put(w.down.blocks), put(w.down.scales), h, experts, put(w.down_bias), put(weight)]
-    run(down.ptx(), [*inputs, y], grid=down.grid)
+    inputs = [put(w.up.blocks), put(w.up.scales), rows, experts, members, put(w.up_bias)]
+    run(up.ptx(), [*inputs, h], grid=up.grid, shared_bytes=up.shared_bytes)
+    inputs = [put(w.down.blocks), put(w.down.scales), h, experts, members]
+    inputs += [put(w.down_bias), put(weight)]
+    run(down.ptx(), [*inputs, y], grid=down.grid, shared_bytes=down.shared_bytes)
     return memory.get(y, (M, X, x.shape[1]), np.float32).sum(axis=1)
 
 
@@ -61,10 +66,20 @@ def interpreted(x, chosen, weight, w, limit):
         (1, {}),
         (1, {"bias": ml_dtypes.bfloat16}),
         (3, {"same": True}),
-        (8, {"X": 4, "D": 32, "F": 32}),
+        (8, {"X": 4, "D": 64, "F": 32}),
         (1, {"D": 544, "F": 32}),
+        (13, {"D": 64, "F": 32}),
+        (40, {"D": 32, "F": 32, "same": True}),
     ],
-    ids=["one row", "bfloat16 biases", "the same experts", "32 pairs", "two steps and a rest"],
+    ids=[
+        "one row",
+        "bfloat16 biases",
+        "the same experts",
+        "32 pairs",
+        "two steps and a rest",
+        "two matrices",
+        "two visits",
+    ],
 )
 def test_few_rows_equal_the_oracle(M, options):
     x, chosen, weight, w = layer(M, **options)
@@ -82,13 +97,14 @@ def test_every_code_and_scale_is_exact():
     blocks = np.tile(codes[::2] % 16 | (codes[1::2] % 16) << 4, (1, 32, 1, 1)).astype(np.uint8)
     scales = np.arange(112, 144, dtype=np.uint8).reshape(1, 32, 1)
     program = few_rows_ptx.Projection(
-        experts=1, rows=32, blocks=1, choices=1, tokens=1, bias_bytes=4
+        rows=32, blocks=1, choices=1, pairs=1, visits=1, columns=1, bias_bytes=4
     )
     want = np.asarray(MXArray(blocks, scales).dequantize(jnp.float32))[0]
     for k in range(32):
         memory = ptx.Memory()
         x = mosaic_gpu.interleave(jnp.eye(32, dtype=jnp.bfloat16)[k : k + 1], program.width)
-        arrays = [blocks, scales, x, np.zeros(1, np.int32), np.zeros(32, np.float32)]
+        nothing = np.zeros(32, np.int32)
+        arrays = [blocks, scales, x, nothing, nothing, nothing]
         places = [memory.put(np.asarray(a)) for a in [*arrays, np.ones(1, np.float32)]]
         places.append(memory.put(np.full(32, np.nan, np.float32)))
         ptx.launch(
@@ -96,13 +112,13 @@ def test_every_code_and_scale_is_exact():
             places,
             memory,
             grid=program.grid,
-            shared_bytes=few_rows_ptx.SHARED_BYTES,
+            shared_bytes=program.shared_bytes,
         )
         np.testing.assert_array_equal(memory.get(places[-1], (32,), np.float32), want[:, k])
 
 
 @pytest.mark.skipif(jax.__version_info__ < mosaic_gpu._JAX, reason="needs a newer JAX")
-@pytest.mark.parametrize("M", [1, 8])
+@pytest.mark.parametrize("M", [1, 8, 33])
 def test_few_rows_lower_for_cuda(M):
     few_rows = jax.jit(functools.partial(mosaic_gpu.few_rows, limit=7.0))
     text = few_rows.trace(*layer(M)).lower(lowering_platforms=("cuda",)).as_text()
@@ -128,7 +144,7 @@ def test_few_rows_lower_for_cuda_under_vmap():
 )
 def test_what_it_does_not_cover_is_refused(change, reason):
     with pytest.raises(NotImplementedError, match=reason):
-        mosaic_gpu.few_rows(*change(*layer(9 if reason == "rows" else 1)), limit=7.0)
+        mosaic_gpu.few_rows(*change(*layer(129 if reason == "rows" else 1)), limit=7.0)
 
 
 def dense(w):

@@ -1,8 +1,9 @@
 """The expert layer on Hopper, MXFP4 in checkpoint order, through Pallas' Mosaic GPU back end.
 
-Up to eight rows, when the time goes into reading weights: each expert that any row chose is read
-once, in two launches, up projection with bias and SwiGLU, and down projection with bias and routing
-weight. What a thread does is in `few_rows_ptx`. Gradients come from the XLA version.
+Up to 128 rows, when the time goes into reading weights: each expert that any row chose is read once
+for up to 32 of them, in two launches, up projection with bias and SwiGLU, and down projection with
+bias and routing weight. What a thread does is in `few_rows_ptx`. Gradients come from the XLA
+version.
 """
 
 from __future__ import annotations
@@ -16,15 +17,14 @@ import numpy as np
 from gpt_oss_jax.kernels.expert_matmul import xla
 from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import (
     MAX_BLOCKS,
-    MAX_PAIRS,
-    MAX_ROWS,
-    SHARED_BYTES,
+    MAX_COLUMNS,
     Projection,
 )
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.quant import MXArray
 
 _JAX = (0, 11, 2)
+MAX_ROWS = 128
 
 
 def expert_mlp(
@@ -94,16 +94,17 @@ def few_rows(
         raise NotImplementedError("experts are not MXFP4")
     if x_MD.dtype != jnp.bfloat16:
         raise NotImplementedError(f"rows are {x_MD.dtype}, not bfloat16")
-    if M > MAX_ROWS or M * X > MAX_PAIRS:
+    if M > MAX_ROWS:
         raise NotImplementedError(f"takes up to {MAX_ROWS} rows, these are {M}")
     up, down = projections(w, M, X, limit)
     if max(up.blocks, down.blocks) > MAX_BLOCKS:
         raise NotImplementedError(f"takes widths up to {32 * MAX_BLOCKS}, got experts {w.up.shape}")
     experts = experts_MX.reshape(-1).astype(jnp.int32)
+    members = visits(experts, up.visits, up.columns)
     h_ZF = _launch(
         up,
         jax.ShapeDtypeStruct((M * X, down.width), jnp.bfloat16),
-        (w.up.blocks, w.up.scales, interleave(x_MD, up.width), experts, w.up_bias),
+        (w.up.blocks, w.up.scales, interleave(x_MD, up.width), experts, members, w.up_bias),
     )
     y_ZD = _launch(
         down,
@@ -113,6 +114,7 @@ def few_rows(
             w.down.scales,
             h_ZF,
             experts,
+            members,
             w.down_bias,
             weights_MX.reshape(-1).astype(jnp.float32),
         ),
@@ -123,9 +125,36 @@ def few_rows(
 def projections(w: ExpertWeights, M: int, X: int, limit: float) -> tuple[Projection, Projection]:
     """Both launches for M rows of X experts each."""
     E, F, _, D = w.up.shape
-    common = {"experts": E, "choices": X, "tokens": M, "bias_bytes": w.up_bias.dtype.itemsize}
+    columns = 1 if M == 1 else min(8 * -(-M // 8), MAX_COLUMNS)
+    common = {
+        "choices": X,
+        "pairs": M * X,
+        "visits": M * X if M == 1 else min(M * X, E + M * X // columns),
+        "columns": columns,
+        "bias_bytes": w.up_bias.dtype.itemsize,
+    }
     up = Projection(rows=2 * F, blocks=D // 32, limit=limit, **common)
     return up, Projection(rows=D, blocks=F // 32, **common)
+
+
+def visits(experts_Z: jax.Array, count: int, columns: int) -> jax.Array:
+    """Pairs by expert, up to `columns` to a visit: [count, columns], -1 where there is none.
+
+    Comparisons of all with all, which are few, fuse better than a sort.
+    """
+    if columns == 1:
+        return jnp.arange(count, dtype=jnp.int32)[:, None]
+    pairs = jnp.arange(experts_Z.size, dtype=jnp.int32)
+    earlier = pairs[:, None] > pairs
+    same = experts_Z[:, None] == experts_Z
+    rank = (same & earlier).sum(axis=1)
+    opens = rank % columns == 0
+    number = (opens & earlier).sum(axis=1)
+    opener = same & opens & (rank[:, None] // columns == rank // columns)
+    visit = jnp.where(opener, number, 0).sum(axis=1)
+    place = visit * columns + rank % columns
+    there = place == jnp.arange(count * columns)[:, None]
+    return jnp.where(there, pairs, -1).max(axis=1).astype(jnp.int32).reshape(count, columns)
 
 
 def interleave(x_MD: jax.Array, width: int) -> jax.Array:
@@ -144,7 +173,7 @@ def _launch(program: Projection, out: jax.ShapeDtypeStruct, inputs: tuple) -> ja
     from jax.experimental.mosaic.gpu import utils as mgpu
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    waits = program.limit is None and program.overlaps
+    waits = program.limit is None
 
     def body(*refs):
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
@@ -160,7 +189,7 @@ def _launch(program: Projection, out: jax.ShapeDtypeStruct, inputs: tuple) -> ja
     return plgpu.kernel(
         body,
         out_type=out,
-        scratch_types=[plgpu.SMEM((SHARED_BYTES,), jnp.uint8)],
+        scratch_types=[plgpu.SMEM((program.shared_bytes,), jnp.uint8)],
         grid=(program.grid,),
         grid_names=("block",),
         num_threads=1,
