@@ -6,4 +6,7 @@ from gpt_oss_jax.kernels.contract import einsum as einsum
 from gpt_oss_jax.kernels.expert_matmul import api as _expert_matmul
 from gpt_oss_jax.kernels.expert_matmul.api import expert_mlp as expert_mlp
 
-IMPLEMENTATIONS = tuple(_attention.IMPLEMENTATIONS | _expert_matmul.IMPLEMENTATIONS)
+# What a whole model can be asked to run on: what every operation has.
+IMPLEMENTATIONS = tuple(
+    n for n in _expert_matmul.IMPLEMENTATIONS if n in _attention.IMPLEMENTATIONS
+)

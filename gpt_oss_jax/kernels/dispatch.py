@@ -13,6 +13,10 @@ _log = logging.getLogger("gpt_oss_jax")
 _PLATFORMS = {"mosaic_gpu": "gpu", "mosaic_tpu": "tpu"}
 
 
+class ByDesign(NotImplementedError):
+    """What an implementation leaves to the next one in the normal course of things."""
+
+
 @functools.cache
 def _say_once(message: str) -> None:
     _log.warning(message)
@@ -30,9 +34,10 @@ def dispatch(
     Args:
       operation: Name for messages.
       implementations: Callables by name, fastest first; one raises NotImplementedError for what it
-        cannot do (device, dtype, shape).
+        cannot do (device, dtype, shape), or `ByDesign`.
       implementation: A key, to have that one or its error; None for the first that can, which is
-        logged once, with the reasons, when it is not the fastest for this kind of device.
+        logged once, with the reasons, when it is not the fastest for this kind of device and not
+        so by design.
       *args: Passed on.
       **kwargs: Passed on.
 
@@ -47,7 +52,7 @@ def dispatch(
                 f"{', '.join(implementations)}, got {implementation!r}."
             )
         return implementations[implementation](*args, **kwargs)
-    reasons = []
+    reasons, remarkable = [], False
     for name, function in implementations.items():
         if _PLATFORMS.get(name, platform()) != platform():
             continue
@@ -55,8 +60,9 @@ def dispatch(
             result = function(*args, **kwargs)
         except NotImplementedError as error:
             reasons.append(f"{name}: {error}")
+            remarkable |= not isinstance(error, ByDesign)
             continue
-        if reasons:
+        if remarkable:
             _say_once(f"{operation} runs on {name} ({'; '.join(reasons)})")
         return result
     raise NotImplementedError(f"no implementation of {operation}: {'; '.join(reasons)}.")

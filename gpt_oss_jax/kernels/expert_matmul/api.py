@@ -7,10 +7,14 @@ from jax.sharding import Mesh
 
 from gpt_oss_jax.kernels import sharded
 from gpt_oss_jax.kernels.dispatch import dispatch
-from gpt_oss_jax.kernels.expert_matmul import mosaic_tpu, xla
+from gpt_oss_jax.kernels.expert_matmul import mosaic_gpu, mosaic_tpu, xla
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 
-IMPLEMENTATIONS = {"mosaic_tpu": mosaic_tpu.expert_mlp, "xla": xla.expert_mlp}
+IMPLEMENTATIONS = {
+    "mosaic_gpu": mosaic_gpu.expert_mlp,
+    "mosaic_tpu": mosaic_tpu.expert_mlp,
+    "xla": xla.expert_mlp,
+}
 
 
 def expert_mlp(
@@ -35,7 +39,7 @@ def expert_mlp(
       weights_MX: float32 routing weights.
       w: Weights of all experts.
       limit: Clamp of gate and linear part.
-      implementation: "mosaic_tpu", "xla", or None for the fastest that can.
+      implementation: "mosaic_gpu", "mosaic_tpu", "xla", or None for the fastest that can.
       mesh: Devices to split rows and experts over; None: one device.
 
     Returns:

@@ -1,0 +1,290 @@
+"""Runs the PTX of our kernels on a CPU, lane by lane, so that their logic is tested without a GPU.
+
+Covers what they use and nothing else. Branches must be taken by all lanes of a warp or by none.
+Memory that nobody wrote is poison. Knows nothing of timing, caches or the order between blocks.
+"""
+
+import re
+
+import ml_dtypes
+import numpy as np
+
+_ALL = 0xFFFFFFFF
+_OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
+
+
+class Memory:
+    """Bytes with arrays in them; addresses start at 4096."""
+
+    def __init__(self):
+        self.bytes = np.full(4096, 255, np.uint8)
+
+    def put(self, array):
+        raw = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
+        at = -(-self.bytes.size // 256) * 256
+        fresh = np.full(at + raw.size, 255, np.uint8)
+        fresh[: self.bytes.size] = self.bytes
+        fresh[at:] = raw
+        self.bytes = fresh
+        return at
+
+    def get(self, at, shape, dtype):
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return np.frombuffer(self.bytes[at : at + size].tobytes(), dtype).reshape(shape)
+
+
+def launch(text, operands, memory, *, grid, shared_bytes, warps=4):
+    """Runs a thread program whose first operand is the block and whose last is shared memory."""
+    program, labels = _parse(text)
+    for block in range(grid):
+        shared = np.full(shared_bytes, 255, np.uint8)
+        values, barriers = [block, *operands, 0], {}
+        threads = [
+            _Warp(program, labels, values, memory.bytes, shared, barriers, w).run()
+            for w in range(warps)
+        ]
+        waiting = {}
+        while threads:
+            thread = threads.pop(0)
+            barrier = next(thread, None)
+            if barrier is None:
+                continue
+            if barrier == "again":
+                threads.append(thread)
+                continue
+            number, needed = barrier
+            waiting.setdefault(number, []).append(thread)
+            if len(waiting[number]) == needed // 32:
+                threads += waiting.pop(number)
+        assert not waiting, "a warp waits for ever"
+
+
+def _parse(text):
+    program, labels = [], {}
+    body = text.strip().removeprefix("{").removesuffix("}")
+    for statement in re.sub(r"^(\w+):", r"\1:;", body, flags=re.MULTILINE).split(";"):
+        statement = statement.strip()
+        if statement.endswith(":"):
+            labels[statement[:-1]] = len(program)
+        elif statement and not statement.startswith(".reg"):
+            guard = re.match(r"@(!?)(\w+)\s+", statement)
+            rest = statement[guard.end() :] if guard else statement
+            name, _, arguments = rest.partition(" ")
+            program.append((guard and guard.groups(), name, _OPERAND.findall(arguments)))
+    return program, labels
+
+
+def _float(x):
+    return np.asarray(x, np.uint32).view(np.float32)
+
+
+def _bf16(bits):
+    return np.asarray(bits, np.uint16).view(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def _to_bf16(x):
+    return np.asarray(x, np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
+
+
+class _Barrier:
+    """Copies land when somebody waits for them; a phase ends when all bytes expected have."""
+
+    def __init__(self):
+        self.phase, self.expected, self.copies = 0, 0, []
+
+    def expect(self, size):
+        assert not self.expected, "a tile is copied to a place that is still on its way"
+        self.expected = size
+
+    def passed(self, parity):
+        if self.expected and self.phase == parity:
+            for size, land in self.copies:
+                land()
+                self.expected -= size
+            assert not self.expected, "more or fewer bytes than expected"
+            self.copies, self.phase = [], self.phase ^ 1
+        return self.phase != parity
+
+
+class _Warp:
+    """32 lanes; a register holds 32 unsigned integers of 64 bits, whatever its type."""
+
+    def __init__(self, program, labels, operands, memory, shared, barriers, warp):
+        self.barriers = barriers
+        self.program, self.labels, self.operands = program, labels, operands
+        self.spaces = {"global": memory, "shared": shared}
+        self.registers = {"%tid.x": np.arange(32, dtype=np.uint64) + 32 * warp}
+
+    def value(self, name):
+        name = name.strip()
+        if name.startswith("$"):
+            return np.full(32, self.operands[int(name[1:])], np.uint64)
+        if name.startswith("0f"):
+            return np.full(32, int(name[2:], 16), np.uint64)
+        if re.match(r"-?\d", name):
+            return np.full(32, int(name, 0) % 2**64, np.uint64)
+        return self.registers.get(name, np.full(32, 0x7FC07FC0, np.uint64))
+
+    def run(self):
+        at = 0
+        while at < len(self.program):
+            guard, name, args = self.program[at]
+            at += 1
+            active = np.ones(32, bool)
+            if guard:
+                active = self.value(guard[1]).astype(bool) ^ bool(guard[0])
+            kind = name.split(".")
+            if kind[0] == "bra":
+                assert active.all() or not active.any(), f"divergent branch to {args}"
+                if active.all():
+                    at = self.labels[args[0].strip()]
+            elif name == "bar.sync":
+                yield int(self.value(args[0])[0]), int(args[1])
+            elif kind[:2] == ["mbarrier", "try_wait"]:
+                done = self.barriers[self.address(args[1])[0]].passed(int(self.value(args[2])[0]))
+                self.write(args[0], np.full(32, done), active)
+                if not done:
+                    yield "again"
+            elif active.any():
+                self.step(kind, args, active)
+
+    def write(self, name, value, active, bits=32):
+        old = self.value(name)
+        value = np.asarray(value).astype(np.uint64) & np.uint64(2**bits - 1)
+        self.registers[name.strip()] = np.where(active, value, old)
+
+    def step(self, kind, args, active):
+        name = ".".join(kind)
+        if kind[0] in ("ld", "st"):
+            return self.move(kind, args, active)
+        if kind[0] == "mma":
+            return self.multiply(args)
+        if kind[0] in ("griddepcontrol", "fence"):
+            return None
+        if kind[0] in ("mbarrier", "cp"):
+            return self.bulk(kind, args, active)
+        destination, *sources = args
+        v = [self.value(source) for source in sources]
+        if kind[-1] == "f32" and kind[0] != "cvt":
+            f = [_float(x.astype(np.uint32)) for x in v]
+            with np.errstate(all="ignore"):
+                result = {
+                    "mov": lambda: f[0],
+                    "add": lambda: f[0] + f[1],
+                    "mul": lambda: f[0] * f[1],
+                    "fma": lambda: f[0] * f[1] + f[2],
+                    "min": lambda: np.minimum(f[0], f[1]),
+                    "max": lambda: np.maximum(f[0], f[1]),
+                    "ex2": lambda: np.exp2(f[0]),
+                    "rcp": lambda: 1 / f[0],
+                }[kind[0]]()
+            return self.write(destination, np.asarray(result, np.float32).view(np.uint32), active)
+        u = [x & np.uint64(_ALL) for x in v]
+        if kind[0] == "setp":
+            compare = {"lt": np.less, "ge": np.greater_equal, "eq": np.equal, "ne": np.not_equal}
+            result = compare[kind[1]](u[0], u[1])
+            if kind[2] == "and":
+                result &= v[2].astype(bool)
+            return self.write(destination, result, active)
+        if name == "mul.bf16x2":
+            parts = [
+                _to_bf16(_bf16(u[0] >> shift & 65535) * _bf16(u[1] >> shift & 65535))
+                for shift in (np.uint64(0), np.uint64(16))
+            ]
+            return self.write(
+                destination, parts[0] | parts[1].astype(np.uint64) << np.uint64(16), active
+            )
+        if name == "cvt.rn.bf16.f32":
+            return self.write(destination, _to_bf16(_float(u[0].astype(np.uint32))), active)
+        result = {
+            "mov": lambda: v[0],
+            "cvt": lambda: v[0],
+            "and": lambda: u[0] & u[1],
+            "or": lambda: u[0] | u[1],
+            "xor": lambda: u[0] ^ u[1],
+            "shl": lambda: u[0] << u[1],
+            "shr": lambda: u[0] >> u[1],
+            "add": lambda: v[0] + v[1],
+            "sub": lambda: v[0] - v[1],
+            "mul": lambda: u[0] * u[1],
+            "mad": lambda: u[0] * u[1] + u[2],
+            "div": lambda: u[0] // u[1],
+            "rem": lambda: u[0] % u[1],
+            "min": lambda: np.minimum(u[0], u[1]),
+            "selp": lambda: np.where(v[2].astype(bool), u[0], u[1]),
+            "popc": lambda: [int(x).bit_count() for x in u[0]],
+            "brev": lambda: [int(f"{int(x):032b}"[::-1], 2) for x in u[0]],
+            "clz": lambda: [32 - int(x).bit_length() for x in u[0]],
+            "fns": lambda: [_nth_bit(int(x), int(n)) for x, n in zip(u[0], u[2], strict=True)],
+            "match": lambda: [sum(1 << i for i in range(32) if u[0][i] == x) for x in u[0]],
+            "vote": lambda: [sum(1 << i for i in range(32) if v[0][i])] * 32,
+            "shfl": lambda: u[0][u[1].astype(int)],
+        }[kind[0]]()
+        wide = kind[-1] == "u64" or (kind[0] == "mul" and kind[1] == "wide")
+        return self.write(destination, result, active, 64 if wide else 32)
+
+    def address(self, text):
+        base, _, offset = text.strip("[] ").partition("+")
+        return self.value(base).astype(np.int64) + int(offset or 0)
+
+    def move(self, kind, args, active):
+        space = self.spaces[kind[1]]
+        size = {"u8": 1, "b16": 2}.get(kind[-1], 4)
+        target, address = args if kind[0] == "ld" else args[::-1]
+        names = target.strip("{} ").split(",")
+        at = self.address(address)
+        assert not (at[active] % (size * len(names))).any(), f"misaligned {kind} {args}"
+        for i, register in enumerate(names):
+            where = at[:, None] + size * i + np.arange(size)
+            if kind[0] == "ld":
+                raw = np.zeros((32, 8), np.uint8)
+                raw[active, :size] = space[where[active]]
+                self.write(register, raw.view(np.uint64)[:, 0], active)
+            else:
+                raw = self.value(register)[:, None].view(np.uint8)
+                space[where[active]] = raw[active, :size]
+
+    def bulk(self, kind, args, active):
+        """Copies of whole pieces, started by one lane, that a barrier waits for."""
+        assert active.sum() == 1, f"{kind} by {active.sum()} lanes"
+        lane = active.argmax()
+        if kind[1] == "init":
+            self.barriers[self.address(args[0])[lane]] = _Barrier()
+        elif kind[1] == "arrive":
+            self.barriers[self.address(args[1])[lane]].expect(int(args[2]))
+        else:
+            to, source = self.address(args[0])[lane], self.address(args[1])[lane]
+            size = int(args[2])
+            assert to % 16 == 0 and source % 16 == 0 and size % 16 == 0, f"misaligned {args}"
+            memory, shared = self.spaces["global"], self.spaces["shared"]
+            shared[to : to + size] = 255
+
+            def land():
+                shared[to : to + size] = memory[source : source + size]
+
+            self.barriers[self.address(args[3])[lane]].copies.append((size, land))
+
+    def multiply(self, args):
+        """m16n8k16: what each lane holds of the matrices is in the PTX manual."""
+        d, a, b, c = (x.strip("{} ").split(",") for x in args)
+        g, q = np.arange(32) // 4, np.arange(32) % 4
+        left, right = np.zeros((16, 16), np.float32), np.zeros((16, 8), np.float32)
+        for half in range(2):
+            shift = np.uint64(16 * half)
+            for i, name in enumerate(a):
+                left[g + 8 * (i % 2), 2 * q + half + 8 * (i // 2)] = _bf16(
+                    self.value(name) >> shift & 65535
+                )
+            for i, name in enumerate(b):
+                right[2 * q + half + 8 * i, g] = _bf16(self.value(name) >> shift & 65535)
+        with np.errstate(all="ignore"):
+            product = left @ right
+            for i, (out, start) in enumerate(zip(d, c, strict=True)):
+                value = product[g + 8 * (i // 2), 2 * q + i % 2]
+                value = value + _float(self.value(start).astype(np.uint32))
+                self.write(out, value.astype(np.float32).view(np.uint32), np.ones(32, bool))
+
+
+def _nth_bit(mask, n):
+    bits = [i for i in range(32) if mask >> i & 1]
+    return bits[n - 1] if n <= len(bits) else _ALL

@@ -1,0 +1,210 @@
+"""The Hopper kernels of the expert layer, without the GPU: interpreted, and lowered for it."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import oracle
+import ptx
+import pytest
+from as_tpu import as_on_a_tpu
+
+from gpt_oss_jax.kernels import sharded
+from gpt_oss_jax.kernels.dispatch import ByDesign, dispatch
+from gpt_oss_jax.kernels.expert_matmul import api, few_rows_ptx, mosaic_gpu
+from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
+from gpt_oss_jax.quant import MXArray
+from gpt_oss_jax.sharding import make_mesh
+
+OLD = jax.__version_info__ < mosaic_gpu._JAX
+few_rows = functools.partial(mosaic_gpu.few_rows, limit=7.0)
+
+
+def layer(M, E=5, X=2, D=96, F=64, bias=np.float32, same=False):
+    """Rows, experts, routing weights and expert weights, all random."""
+    random = np.random.default_rng(M)
+
+    def packed(*shape):
+        blocks = random.integers(0, 256, (*shape[:-1], shape[-1] // 32, 16))
+        scales = random.integers(110, 124, (*shape[:-1], shape[-1] // 32))
+        return MXArray(jnp.asarray(blocks, jnp.uint8), jnp.asarray(scales, jnp.uint8))
+
+    w = ExpertWeights(
+        packed(E, F, 2, D),
+        jnp.asarray(random.normal(size=(E, F, 2)), bias),
+        packed(E, D, F),
+        jnp.asarray(random.normal(size=(E, D)), bias),
+    )
+    x = jnp.asarray(random.normal(size=(M, D)), jnp.bfloat16)
+    chosen = np.stack([random.permutation(X if same else E)[:X] for _ in range(M)])
+    weight = random.random((M, X))
+    return x, jnp.asarray(chosen, jnp.int32), jnp.asarray(weight, jnp.float32), w
+
+
+def interpreted(x, chosen, weight, w, limit, some_elsewhere=False):
+    """`mosaic_gpu.few_rows` with the PTX interpreter in the place of the GPU."""
+    M, X = chosen.shape
+    programs = mosaic_gpu.projections(w, M, X, limit, some_elsewhere)
+    # Few blocks, so that each has several tiles.
+    up, down = (dataclasses.replace(p, multiprocessors=1) for p in programs)
+    memory = ptx.Memory()
+    put = lambda array: memory.put(np.asarray(array))
+    h = put(np.full((M * X, down.width), np.nan, ml_dtypes.bfloat16))
+    y = put(np.full((M * X, x.shape[1]), np.nan, np.float32))
+    experts = put(chosen)
+    members = put(mosaic_gpu.visits(chosen.reshape(-1), w.up.shape[0], up.visits, up.columns))
+    run = functools.partial(ptx.launch, memory=memory)
+    rows = put(mosaic_gpu.interleave(x, up.width))
+    inputs = [put(w.up.blocks), put(w.up.scales), rows, experts, members, put(w.up_bias)]
+    run(up.ptx(), [*inputs, h], grid=up.grid, shared_bytes=up.shared_bytes)
+    inputs = [put(w.down.blocks), put(w.down.scales), h, experts, members]
+    inputs += [put(w.down_bias), put(weight)]
+    run(down.ptx(), [*inputs, y], grid=down.grid, shared_bytes=down.shared_bytes)
+    y_MXD = memory.get(y, (M, X, x.shape[1]), np.float32)
+    here = np.asarray(chosen)[..., None] < w.up.shape[0]
+    return np.where(here, y_MXD, 0).sum(axis=1) if some_elsewhere else y_MXD.sum(axis=1)
+
+
+@pytest.mark.parametrize(
+    ("M", "options"),
+    [
+        (1, {}),
+        (1, {"bias": ml_dtypes.bfloat16}),
+        (3, {"same": True}),
+        (8, {"X": 4, "D": 64, "F": 32}),
+        (1, {"D": 544, "F": 32}),
+        (13, {"D": 64, "F": 32}),
+        (40, {"D": 32, "F": 32, "same": True}),
+    ],
+    ids=[
+        "one row",
+        "bfloat16 biases",
+        "the same experts",
+        "32 pairs",
+        "two steps and a rest",
+        "two matrices",
+        "two visits",
+    ],
+)
+def test_few_rows_equal_the_oracle(M, options):
+    x, chosen, weight, w = layer(M, **options)
+    got = interpreted(x, chosen, weight, w, 7.0)
+    up, down = w.up.dequantize(jnp.float32), w.down.dequantize(jnp.float32)
+    biases = w.up_bias.astype(jnp.float32), w.down_bias.astype(jnp.float32)
+    args = x.astype(jnp.float32), chosen, weight, up, biases[0], down, biases[1]
+    want = oracle.expert_mlp(*args, limit=7.0)
+    assert np.linalg.norm(got - want) < 2e-3 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize(("M", "own"), [(1, 3), (1, 1), (9, 3), (2, 0)])
+def test_ids_past_the_experts_add_nothing(M, own):
+    """As on a device of a mesh; `own` 0: of several experts, which no row chose."""
+    x, chosen, weight, w = layer(M, D=64, F=32)
+    some = jax.tree.map(lambda a: a[: own or 2], w)
+    ours = jnp.minimum(chosen, own) if own else jnp.full_like(chosen, 2)
+    got = interpreted(x, ours, weight, some, 7.0, some_elsewhere=True)
+    up, down = w.up.dequantize(jnp.float32), w.down.dequantize(jnp.float32)
+    run = lambda weight: oracle.expert_mlp(
+        x, chosen, weight, up, w.up_bias, down, w.down_bias, limit=7.0
+    )
+    want, all_of_it = run(jnp.where(chosen < own, weight, 0)), run(weight)
+    assert np.linalg.norm(got - want) < 2e-3 * np.linalg.norm(all_of_it)
+
+
+def test_every_code_and_scale_is_exact():
+    """One block on the input axis, one nonzero x: what comes out is one weight after the other."""
+    codes = np.arange(32, dtype=np.uint8)
+    blocks = np.tile(codes[::2] % 16 | (codes[1::2] % 16) << 4, (1, 32, 1, 1)).astype(np.uint8)
+    scales = np.arange(112, 144, dtype=np.uint8).reshape(1, 32, 1)
+    program = few_rows_ptx.Projection(
+        rows=32, blocks=1, choices=1, pairs=1, visits=1, columns=1, bias_bytes=4
+    )
+    want = np.asarray(MXArray(blocks, scales).dequantize(jnp.float32))[0]
+    for k in range(32):
+        memory = ptx.Memory()
+        x = mosaic_gpu.interleave(jnp.eye(32, dtype=jnp.bfloat16)[k : k + 1], program.width)
+        nothing = np.zeros(32, np.int32)
+        arrays = [blocks, scales, x, nothing, nothing, nothing]
+        places = [memory.put(np.asarray(a)) for a in [*arrays, np.ones(1, np.float32)]]
+        places.append(memory.put(np.full(32, np.nan, np.float32)))
+        ptx.launch(
+            program.ptx(),
+            places,
+            memory,
+            grid=program.grid,
+            shared_bytes=program.shared_bytes,
+        )
+        np.testing.assert_array_equal(memory.get(places[-1], (32,), np.float32), want[:, k])
+
+
+def kernels_for_cuda(function, *args):
+    """How many Mosaic GPU kernels a function becomes."""
+    text = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    return text.count("mosaic_gpu_v2")
+
+
+if not OLD:
+
+    @pytest.mark.parametrize("M", [1, 8, 33])
+    def test_few_rows_lower_for_cuda(M):
+        assert kernels_for_cuda(few_rows, *layer(M)) == 2
+
+    def test_few_rows_lower_for_cuda_under_vmap():
+        x, chosen, weight, w = layer(4)
+        rows = [a.reshape(2, 2, -1) for a in (x, chosen, weight)]
+        assert kernels_for_cuda(jax.vmap(lambda *rows: few_rows(*rows, w)), *rows) == 2
+
+    def test_few_rows_lower_for_cuda_on_a_mesh():
+        kernel = functools.partial(few_rows, some_elsewhere=True)
+        run = functools.partial(sharded.expert_mlp, make_mesh(expert=4), kernel)
+        assert kernels_for_cuda(run, *layer(4, E=8)) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda x, *rest: (x.astype(jnp.float32), *rest), "bfloat16"),
+        (lambda x, chosen, *rest: (x, chosen, *(r for r in rest)), "rows"),
+        (lambda x, chosen, weight, w: (x, chosen, weight, dense(w)), "MXFP4"),
+        (lambda x, chosen, weight, w: (x, chosen, weight, in_words(w)), "TPU words"),
+    ],
+)
+def test_what_it_does_not_cover_is_refused(change, reason):
+    with pytest.raises(NotImplementedError, match=reason):
+        mosaic_gpu.few_rows(*change(*layer(129 if reason == "rows" else 1)), limit=7.0)
+
+
+def dense(w):
+    return ExpertWeights(w.up.dequantize(), w.up_bias, w.down.dequantize(), w.down_bias)
+
+
+def in_words(w):
+    return dataclasses.replace(w, up=w.up.in_words(), down=w.down.in_words())
+
+
+def test_elsewhere_it_says_why_when_named():
+    reason = "needs JAX" if OLD else "needs a Hopper GPU, this is cpu"
+    with pytest.raises(NotImplementedError, match=reason):
+        api.expert_mlp(*layer(1), limit=7.0, implementation="mosaic_gpu")
+    with as_on_a_tpu(), pytest.raises(NotImplementedError, match="needs"):
+        api.expert_mlp(*layer(1), limit=7.0, implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "remarks"),
+    [
+        ("mosaic_gpu", NotImplementedError, 0),
+        ("fast", ByDesign, 0),
+        ("fast", NotImplementedError, 1),
+    ],
+    ids=["of another device", "by design", "for want of something"],
+)
+def test_what_is_said_of_an_implementation_that_is_passed_over(caplog, name, error, remarks):
+    def refuse():
+        raise error(f"{error.__name__}, not this one")
+
+    assert dispatch("x", {name: refuse, "xla": lambda: 1}, None) == 1
+    assert len(caplog.records) == remarks
