@@ -14,13 +14,13 @@ from as_tpu import as_on_a_tpu
 
 from gpt_oss_jax.kernels import sharded
 from gpt_oss_jax.kernels.dispatch import ByDesign, dispatch
-from gpt_oss_jax.kernels.expert_matmul import api, few_rows_ptx, mosaic_gpu
+from gpt_oss_jax.kernels.expert_matmul import api, few_rows, few_rows_ptx, mosaic_gpu
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.quant import MXArray
 from gpt_oss_jax.sharding import make_mesh
 
 OLD = jax.__version_info__ < mosaic_gpu._JAX
-few_rows = functools.partial(mosaic_gpu.few_rows, limit=7.0)
+on_hopper = functools.partial(mosaic_gpu.on_hopper, limit=7.0)
 
 
 def layer(M, E=5, X=2, D=96, F=64, bias=np.float32, same=False):
@@ -45,9 +45,9 @@ def layer(M, E=5, X=2, D=96, F=64, bias=np.float32, same=False):
 
 
 def interpreted(x, chosen, weight, w, limit, some_elsewhere=False):
-    """`mosaic_gpu.few_rows` with the PTX interpreter in the place of the GPU."""
+    """`few_rows` with the PTX interpreter in the place of the GPU."""
     M, X = chosen.shape
-    programs = mosaic_gpu.projections(w, M, X, limit, some_elsewhere)
+    programs = few_rows.projections(w, M, X, limit, some_elsewhere)
     # Few blocks, so that each has several tiles.
     up, down = (dataclasses.replace(p, multiprocessors=1) for p in programs)
     memory = ptx.Memory()
@@ -55,9 +55,9 @@ def interpreted(x, chosen, weight, w, limit, some_elsewhere=False):
     h = put(np.full((M * X, down.width), np.nan, ml_dtypes.bfloat16))
     y = put(np.full((M * X, x.shape[1]), np.nan, np.float32))
     experts = put(chosen)
-    members = put(mosaic_gpu.visits(chosen.reshape(-1), w.up.shape[0], up.visits, up.columns))
+    members = put(few_rows.visits(chosen.reshape(-1), w.up.shape[0], up.visits, up.columns))
     run = functools.partial(ptx.launch, memory=memory)
-    rows = put(mosaic_gpu.interleave(x, up.width))
+    rows = put(few_rows.interleave(x, up.width))
     inputs = [put(w.up.blocks), put(w.up.scales), rows, experts, members, put(w.up_bias)]
     run(up.ptx(), [*inputs, h], grid=up.grid, shared_bytes=up.shared_bytes)
     inputs = [put(w.down.blocks), put(w.down.scales), h, experts, members]
@@ -125,7 +125,7 @@ def test_every_code_and_scale_is_exact():
     want = np.asarray(MXArray(blocks, scales).dequantize(jnp.float32))[0]
     for k in range(32):
         memory = ptx.Memory()
-        x = mosaic_gpu.interleave(jnp.eye(32, dtype=jnp.bfloat16)[k : k + 1], program.width)
+        x = few_rows.interleave(jnp.eye(32, dtype=jnp.bfloat16)[k : k + 1], program.width)
         nothing = np.zeros(32, np.int32)
         arrays = [blocks, scales, x, nothing, nothing, nothing]
         places = [memory.put(np.asarray(a)) for a in [*arrays, np.ones(1, np.float32)]]
@@ -150,15 +150,15 @@ if not OLD:
 
     @pytest.mark.parametrize("M", [1, 8, 33])
     def test_few_rows_lower_for_cuda(M):
-        assert kernels_for_cuda(few_rows, *layer(M)) == 2
+        assert kernels_for_cuda(on_hopper, *layer(M)) == 2
 
     def test_few_rows_lower_for_cuda_under_vmap():
         x, chosen, weight, w = layer(4)
         rows = [a.reshape(2, 2, -1) for a in (x, chosen, weight)]
-        assert kernels_for_cuda(jax.vmap(lambda *rows: few_rows(*rows, w)), *rows) == 2
+        assert kernels_for_cuda(jax.vmap(lambda *rows: on_hopper(*rows, w)), *rows) == 2
 
     def test_few_rows_lower_for_cuda_on_a_mesh():
-        kernel = functools.partial(few_rows, some_elsewhere=True)
+        kernel = functools.partial(on_hopper, some_elsewhere=True)
         run = functools.partial(sharded.expert_mlp, make_mesh(expert=4), kernel)
         assert kernels_for_cuda(run, *layer(4, E=8)) == 2
 
@@ -174,7 +174,7 @@ if not OLD:
 )
 def test_what_it_does_not_cover_is_refused(change, reason):
     with pytest.raises(NotImplementedError, match=reason):
-        mosaic_gpu.few_rows(*change(*layer(129 if reason == "rows" else 1)), limit=7.0)
+        on_hopper(*change(*layer(129 if reason == "rows" else 1)))
 
 
 def dense(w):

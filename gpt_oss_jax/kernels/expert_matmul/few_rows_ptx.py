@@ -13,7 +13,14 @@ agree: x and the hidden rows are kept in the order in which the decoding leaves 
 from __future__ import annotations
 
 import dataclasses
-import struct
+
+from gpt_oss_jax.kernels.expert_matmul.mxfp4_ptx import (
+    LAST_FACTOR,
+    decode,
+    literal,
+    scale,
+    swiglu,
+)
 
 MAX_COLUMNS = 32
 MAX_BLOCKS = 128  # On the input axis.
@@ -21,11 +28,6 @@ TILE = 16
 # By matrices of eight columns: thread blocks that a multiprocessor holds, and tiles that each has
 # in shared memory or on their way, as registers and shared memory allow.
 RESIDENT = {1: (4, 2), 2: (3, 2), 3: (3, 2), 4: (2, 4)}
-
-# A code, moved to where bf16 has its sign and the last bits of its exponent and first of its
-# mantissa, is its value times 2^-126. The scale's power of two puts back 62 of these exponents, the
-# end of the sum 64, so that scales from 2^-60 to 2^65 are exact; larger ones give infinity.
-_SCALE_BIAS, _LARGEST_SCALE, _LAST_FACTOR = 62, 193, 2.0**64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,12 +231,11 @@ shl.b32 row, tile, 3; add.u32 row, row, g; shl.b32 row, row, 1;"""
                     f"{guard} ld.shared.u8 s{row}, [as + {16 * step + self.blocks * row}];\n"
                 )
             for row in range(2):
-                text += f"min.u32 s{row}, s{row}, {_LARGEST_SCALE};"
-                text += f"mad.lo.u32 k{row}, s{row}, {0x00800080}, {_SCALE_BIAS * 0x00800080};\n"
+                text += scale(f"s{row}", f"k{row}") + "\n"
             for i in range(4):
                 text += "".join(self._load_x(step, i, n) for n in range(self._groups))
                 for row in range(2):
-                    text += _decode(f"w{row}_{i}", f"k{row}", f"v{row}_") + "\n"
+                    text += decode(f"w{row}_{i}", f"k{row}", f"v{row}_") + "\n"
                 for n in range(self._groups):
                     for half in range(2):
                         a = ", ".join(f"v{r}_{2 * half + k}" for k in range(2) for r in range(2))
@@ -290,7 +291,7 @@ shl.b32 row, tile, 3; add.u32 row, row, g; shl.b32 row, row, 1;"""
         else:
             text += "@p ld.global.nc.v2.f32 {b0, b1}, [at];"
         for r in range(2):
-            text += f"fma.rn.f32 f{r}, c{8 * group + 2 * r + column}, {_float(_LAST_FACTOR)}, b{r};"
+            text += f"fma.rn.f32 f{r}, c{8 * group + 2 * r + column}, {literal(LAST_FACTOR)}, b{r};"
         text += "\n"
         if self.limit is None:
             text += f"mad.lo.u32 t0, pair, {self.rows}, row;"
@@ -299,12 +300,8 @@ shl.b32 row, tile, 3; add.u32 row, row, g; shl.b32 row, row, 1;"""
             text += "@p ld.global.nc.f32 b0, [more]; mul.f32 f0, f0, b0; mul.f32 f1, f1, b0;"
             return text + "@p st.global.v2.f32 [at], {f0, f1};\n"
         width = 128 * -(-self.rows // 256)
-        limit, minus = _float(self.limit), _float(-self.limit)
-        text += f"min.NaN.f32 f0, f0, {limit}; min.NaN.f32 f1, f1, {limit};"
-        text += f"max.NaN.f32 f1, f1, {minus}; add.f32 f1, f1, {_float(1.0)};"
-        text += f"mul.f32 b0, f0, {_float(-1.702 * 1.4426950408889634)}; ex2.approx.f32 b0, b0;"
-        text += f"add.f32 b0, b0, {_float(1.0)}; rcp.approx.f32 b0, b0;"
-        text += "mul.f32 f0, f0, b0; mul.f32 f0, f0, f1; cvt.rn.bf16.f32 h, f0;\n"
+        text += swiglu("f0", "f1", self.limit)
+        text += "cvt.rn.bf16.f32 h, f0;\n"
         # Where `interleave` puts number 8 tile + g of the row.
         text += f"mul.lo.u32 t0, pair, {width};"
         text += "shr.u32 t1, tile, 4; mad.lo.u32 t0, t1, 128, t0;"
@@ -313,24 +310,6 @@ shl.b32 row, tile, 3; add.u32 row, row, g; shl.b32 row, row, 1;"""
         text += "and.b32 t1, g, 3; mad.lo.u32 t0, t1, 2, t0; shr.u32 t1, g, 2; add.u32 t0, t0, t1;"
         text += "mul.wide.u32 at, t0, 2; add.u64 at, at, <out>;"
         return text + "@p st.global.b16 [at], h;\n"
-
-
-def _float(value: float) -> str:
-    return f"0f{struct.pack('>f', value).hex()}"
-
-
-def _decode(word: str, scale: str, out: str) -> str:
-    """Eight codes to four registers of two bf16: 0 and 4, 1 and 5, 2 and 6, 3 and 7.
-
-    One product with two powers of two moves sign and magnitude to their places.
-    """
-    text = ""
-    for i, (mask, factor) in enumerate(((0x000F000F, 0x1040), (0x00F000F0, 0x0104)) * 2):
-        if i == 2:
-            text += f"shr.u32 t0, {word}, 8;"
-        text += f"and.b32 t1, {word if i < 2 else 't0'}, {mask}; mul.lo.u32 t1, t1, {factor};"
-        text += f"and.b32 t1, t1, {0x81C081C0}; mul.bf16x2 {out}{i}, t1, {scale};"
-    return text
 
 
 _REGISTERS = """

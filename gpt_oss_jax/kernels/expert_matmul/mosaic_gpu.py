@@ -1,8 +1,6 @@
 """The expert layer on Hopper, MXFP4 in checkpoint order, through Pallas' Mosaic GPU back end.
 
-Up to 128 rows, when the time goes into reading weights: each expert that any row chose is read once
-for up to 32 of them, in two launches, up projection with bias and SwiGLU, and down projection with
-bias and routing weight. What a thread does is in `few_rows_ptx`. Gradients come from the XLA
+Which kernel, and whether one can; `few_rows` and `many_rows` know how. Gradients come from the XLA
 version.
 """
 
@@ -16,17 +14,12 @@ import numpy as np
 
 from gpt_oss_jax.kernels.dispatch import ByDesign
 from gpt_oss_jax.kernels.expert_matmul import xla
-from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import (
-    MAX_BLOCKS,
-    MAX_COLUMNS,
-    Projection,
-)
+from gpt_oss_jax.kernels.expert_matmul.few_rows import MAX_ROWS, few_rows
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.kernels.target import device_kind, platform
 from gpt_oss_jax.quant import MXArray
 
 _JAX = (0, 11, 2)
-MAX_ROWS = 128
 
 
 def expert_mlp(
@@ -55,7 +48,7 @@ def expert_mlp(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _differentiable(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit, some_elsewhere):
     more = {"limit": limit, "some_elsewhere": some_elsewhere}
-    return few_rows(x_MD, experts_MX, weights_MX, w, **more)
+    return on_hopper(x_MD, experts_MX, weights_MX, w, **more)
 
 
 def _forward(x_MD, experts_MX, weights_MX, w, limit, some_elsewhere):
@@ -79,7 +72,7 @@ def _backward(limit, some_elsewhere, kept, dy_MD):
 _differentiable.defvjp(_forward, _backward)
 
 
-def few_rows(
+def on_hopper(
     x_MD: jax.Array,
     experts_MX: jax.Array,
     weights_MX: jax.Array,
@@ -88,128 +81,18 @@ def few_rows(
     limit: float,
     some_elsewhere: bool = False,
 ) -> jax.Array:
-    """The expert layer for up to `MAX_ROWS` bf16 rows; compiles for Hopper on any machine.
+    """The expert layer for bf16 rows; compiles for Hopper on any machine.
 
     Raises:
       NotImplementedError: For sizes and types that it does not cover.
     """
-    M, X = experts_MX.shape
     if not isinstance(w.up, MXArray) or not isinstance(w.down, MXArray):
         raise NotImplementedError("experts are not MXFP4")
     if w.up.words_of is not None or w.down.words_of is not None:
         raise NotImplementedError("experts are in TPU words, not in checkpoint order")
     if x_MD.dtype != jnp.bfloat16:
         raise NotImplementedError(f"rows are {x_MD.dtype}, not bfloat16")
-    if M > MAX_ROWS:
-        raise ByDesign(f"takes up to {MAX_ROWS} rows, these are {M}")
-    up, down = projections(w, M, X, limit, some_elsewhere)
-    if max(up.blocks, down.blocks) > MAX_BLOCKS:
-        raise NotImplementedError(f"takes widths up to {32 * MAX_BLOCKS}, got experts {w.up.shape}")
-    experts = experts_MX.reshape(-1).astype(jnp.int32)
-    members = visits(experts, w.up.shape[0], up.visits, up.columns)
-    h_ZF = _launch(
-        up,
-        jax.ShapeDtypeStruct((M * X, down.width), jnp.bfloat16),
-        (w.up.blocks, w.up.scales, interleave(x_MD, up.width), experts, members, w.up_bias),
-    )
-    y_ZD = _launch(
-        down,
-        jax.ShapeDtypeStruct((M * X, x_MD.shape[1]), jnp.float32),
-        (
-            w.down.blocks,
-            w.down.scales,
-            h_ZF,
-            experts,
-            members,
-            w.down_bias,
-            weights_MX.reshape(-1).astype(jnp.float32),
-        ),
-    )
-    y_MXD = y_ZD.reshape(M, X, -1)
-    if some_elsewhere:
-        # What no visit has was never written.
-        y_MXD = jnp.where(experts_MX[..., None] < w.up.shape[0], y_MXD, 0)
-    return y_MXD.sum(axis=1).astype(x_MD.dtype)
-
-
-def projections(
-    w: ExpertWeights, M: int, X: int, limit: float, some_elsewhere: bool = False
-) -> tuple[Projection, Projection]:
-    """Both launches for M rows of X experts each."""
-    E, F, _, D = w.up.shape
-    alone = M == 1 and not some_elsewhere  # Then every pair is a visit.
-    columns = 1 if alone else min(8 * -(-M // 8), MAX_COLUMNS)
-    common = {
-        "choices": X,
-        "pairs": M * X,
-        "visits": M * X if alone else min(M * X, E + M * X // columns),
-        "columns": columns,
-        "bias_bytes": w.up_bias.dtype.itemsize,
-    }
-    up = Projection(rows=2 * F, blocks=D // 32, limit=limit, **common)
-    return up, Projection(rows=D, blocks=F // 32, **common)
-
-
-def visits(experts_Z: jax.Array, num_experts: int, count: int, columns: int) -> jax.Array:
-    """Pairs by expert, up to `columns` to a visit: [count, columns], -1 where there is none.
-
-    Ids past the experts are visited by nobody.
-
-    Comparisons of all with all, which are few, fuse better than a sort.
-    """
-    if columns == 1:
-        return jnp.arange(count, dtype=jnp.int32)[:, None]
-    pairs = jnp.arange(experts_Z.size, dtype=jnp.int32)
-    earlier = pairs[:, None] > pairs
-    is_here = experts_Z < num_experts
-    same = experts_Z[:, None] == experts_Z
-    rank = (same & earlier).sum(axis=1)
-    opens = is_here & (rank % columns == 0)
-    number = (opens & earlier).sum(axis=1)
-    opener = same & opens & (rank[:, None] // columns == rank // columns)
-    visit = jnp.where(opener, number, 0).sum(axis=1)
-    place = jnp.where(is_here, visit * columns + rank % columns, -1)
-    there = place == jnp.arange(count * columns)[:, None]
-    return jnp.where(there, pairs, -1).max(axis=1).astype(jnp.int32).reshape(count, columns)
-
-
-def interleave(x_MD: jax.Array, width: int) -> jax.Array:
-    """Puts rows in the order the kernels read: [M, D] -> [M, width], zeros after the D.
-
-    Of eight neighbours, 0 to 3 come beside 4 to 7; of four MXFP4 blocks, their first eight values
-    come first.
-    """
-    M, D = x_MD.shape
-    x = jnp.pad(x_MD, ((0, 0), (0, width - D))).reshape(M, -1, 4, 4, 2, 4)
-    return x.transpose(0, 1, 3, 2, 5, 4).reshape(M, -1)
-
-
-def _launch(program: Projection, out: jax.ShapeDtypeStruct, inputs: tuple) -> jax.Array:
-    # Here, because these change from one version of JAX to the next.
-    from jax.experimental.mosaic.gpu import utils as mgpu
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    waits = program.limit is None
-
-    def body(*refs):
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
-        def thread(ctx, *refs):
-            del ctx
-            pointers = [mgpu.memref_ptr(ref) for ref in refs]
-            mgpu.inline_ptx(program.ptx(), mgpu.block_idx(), *pointers, convergent=True)
-
-        thread(*refs)
-        if waits:
-            plgpu.griddepcontrol_wait()  # The program waits; this marks the launch as dependent.
-
-    return plgpu.kernel(
-        body,
-        out_type=out,
-        scratch_types=[plgpu.SMEM((program.shared_bytes,), jnp.uint8)],
-        grid=(program.grid,),
-        grid_names=("block",),
-        num_threads=1,
-        thread_name="warpgroup",
-        kernel_name="mxfp4_few_rows_" + ("down" if program.limit is None else "up"),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(*inputs)
+    if x_MD.shape[0] > MAX_ROWS:
+        raise ByDesign(f"takes up to {MAX_ROWS} rows, these are {x_MD.shape[0]}")
+    more = {"limit": limit, "some_elsewhere": some_elsewhere}
+    return few_rows(x_MD, experts_MX, weights_MX, w, **more)

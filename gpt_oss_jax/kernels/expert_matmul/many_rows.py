@@ -1,0 +1,292 @@
+"""The expert layer on Hopper for many rows, when the time goes into matrix products.
+
+Rows are sorted into tiles of one expert each. A thread block multiplies a tile with 192 outputs of
+its expert, whose packed weights and whose rows one warpgroup copies to shared memory, some steps of
+the input axis ahead; three others decode 64 outputs each in registers and multiply. Two launches,
+up projection with bias and SwiGLU, and down projection with bias and routing weight. What a thread
+does by itself is in `many_rows_ptx`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+from gpt_oss_jax.kernels.expert_matmul.many_rows_ptx import (
+    BLOCKS,
+    OUTPUTS,
+    STEP,
+    Projection,
+    decode_block,
+)
+from gpt_oss_jax.kernels.expert_matmul.tiles import Tiles, sort_into_tiles
+from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
+from gpt_oss_jax.quant import MXArray
+
+_WARPGROUPS = 3
+_BLOCK_OUTPUTS = _WARPGROUPS * OUTPUTS
+_MIN_TILE, _MAX_TILE = 8, 128
+_COPY_REGISTERS = 40
+_SHARED_BYTES = 220 << 10
+_MAX_STAGES = 6
+
+
+def many_rows(
+    x_MD: jax.Array,
+    experts_MX: jax.Array,
+    weights_MX: jax.Array,
+    w: ExpertWeights,
+    *,
+    limit: float,
+    some_elsewhere: bool = False,
+    tile: int | None = None,
+) -> jax.Array:
+    """See `mosaic_gpu.on_hopper`; for any number of rows.
+
+    Args:
+      x_MD: Rows.
+      experts_MX: int32 expert of each row.
+      weights_MX: Routing weights.
+      w: Weights of all experts.
+      limit: Clamp of gate and linear part.
+      some_elsewhere: Ids past the experts add nothing.
+      tile: Rows that are multiplied at a time, 8 to 128 in powers of two; None for what suits the
+        mean number of rows of an expert.
+
+    Raises:
+      NotImplementedError: For experts whose widths are not multiples of 192.
+    """
+    M, X = experts_MX.shape
+    E, F, _, D = w.up.shape
+    if D % _BLOCK_OUTPUTS or F % _BLOCK_OUTPUTS:
+        raise NotImplementedError(f"takes widths of {_BLOCK_OUTPUTS} n, got experts {w.up.shape}")
+    size = tile or tile_rows(M * X, E)
+    up, down = projections(w, limit)
+    tiles = sort_into_tiles(experts_MX.reshape(-1), E, size)
+    pairs_R = tiles.pairs.reshape(-1)
+    h_RF = grouped(up, w.up, w.up_bias, tiles, in_order(x_MD)[pairs_R // X])
+    weights_R = weights_MX.reshape(-1).astype(jnp.float32)[pairs_R]
+    y_RD = grouped(down, w.down, w.down_bias, tiles, h_RF, weights_R)
+    y_MXD = y_RD[tiles.place_of_pair].reshape(M, X, -1).astype(jnp.float32)
+    if some_elsewhere:
+        # What no tile has was never written.
+        y_MXD = jnp.where(experts_MX[..., None] < E, y_MXD, 0)
+    return y_MXD.sum(axis=1).astype(x_MD.dtype)
+
+
+def projections(w: ExpertWeights, limit: float) -> tuple[Projection, Projection]:
+    """Both launches."""
+    _, F, _, D = w.up.shape
+    size = w.up_bias.dtype.itemsize
+    up = Projection(outputs=2 * F, blocks=D // 32, bias_bytes=size, limit=limit)
+    return up, Projection(outputs=D, blocks=F // 32, bias_bytes=size)
+
+
+def tile_rows(pairs: int, experts: int) -> int:
+    """Rows of a tile: what an expert gets on average, as a power of two."""
+    mean = -(-pairs // experts)
+    return min(_MAX_TILE, max(_MIN_TILE, 1 << (mean - 1).bit_length()))
+
+
+def in_order(x_MD: jax.Array) -> jax.Array:
+    """Rows in the order in which the matrix unit meets the weights of each MXFP4 block.
+
+    Value 8 q + 4 b + v of 32 comes to place 8 v + 2 q + b: a word of eight codes, decoded, is four
+    pairs of values four apart, and a column quad holds two pairs of every 16 columns.
+    """
+    M, D = x_MD.shape
+    return x_MD.reshape(M, D // 32, 4, 2, 4).transpose(0, 1, 4, 2, 3).reshape(M, D)
+
+
+def grouped(
+    p: Projection,
+    w: MXArray,
+    bias: jax.Array,
+    tiles: Tiles,
+    x_RK: jax.Array,
+    weights_R: jax.Array | None = None,
+) -> jax.Array:
+    """Each tile of rows times its expert: bf16 [R, p.width], unwritten past `tiles.count`.
+
+    Args:
+      p: What it computes.
+      w: Weights of all experts, in checkpoint order.
+      bias: Theirs.
+      tiles: What expert each tile of rows has.
+      x_RK: bf16 rows, tile by tile, `in_order`.
+      weights_R: float32 routing weights for the down projection.
+    """
+    # Here, because these change from one version of JAX to the next.
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    T, P = tiles.pairs.shape
+    E = w.scales.shape[0]
+    packed = 16 * BLOCKS
+    # The scales of a warpgroup are one piece, cut so that the copy engine takes it.
+    scale_rows = OUTPUTS * p.blocks // _BLOCK_OUTPUTS
+    more = () if weights_R is None else (weights_R,)
+
+    def block(experts, count, blocks, scales, x, bias, *rest):
+        *weights, out, scales_smem, arrived = rest
+        n, t, warpgroup = (lax.axis_index(name) for name in ("n", "t", "warpgroup"))
+
+        @pl.when(t < count[0])
+        def _():
+            expert = experts[t]
+            stripe = expert * (p.outputs // _BLOCK_OUTPUTS) + n
+
+            def step(indices, w_smem, x_smem, sums):
+                own = w_smem.at[pl.ds(warpgroup * OUTPUTS, OUTPUTS)]
+                decoded = _decode(p)(own, scales_smem.at[warpgroup], indices[0])
+                plgpu.wgmma(sums, decoded, plgpu.transpose_ref(x_smem, (1, 0)))
+                plgpu.wgmma_wait(0)
+                return sums
+
+            def compute(run):
+                at = (stripe * _WARPGROUPS + warpgroup) * scale_rows
+                barrier = arrived.at[warpgroup]
+                plgpu.copy_gmem_to_smem(
+                    scales.at[pl.ds(at, scale_rows)], scales_smem.at[warpgroup], barrier
+                )
+                plgpu.barrier_wait(barrier)
+
+                def scoped(sums):
+                    run(sums)
+                    return sums[...]
+
+                sums = pl.run_scoped(scoped, plgpu.ACC((OUTPUTS, P), jnp.float32))
+                own = n * _WARPGROUPS + warpgroup
+                width = p.width * OUTPUTS // p.outputs
+                _finish(p, len(weights))(
+                    sums,
+                    bias.at[expert, pl.ds(own * OUTPUTS, OUTPUTS)],
+                    out.at[pl.ds(t * P, P), pl.ds(own * width, width)],
+                    *(a.at[pl.ds(t * P, P)] for a in weights),
+                )
+
+            tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+            plgpu.emit_pipeline_warp_specialized(
+                step,
+                grid=(p.blocks // BLOCKS,),
+                memory_registers=_COPY_REGISTERS,
+                wg_axis="warpgroup",
+                num_compute_wgs=_WARPGROUPS,
+                max_concurrent_steps=stages(p, P),
+                compute_context=compute,
+                in_specs=[
+                    plgpu.BlockSpec((_BLOCK_OUTPUTS, packed), lambda k: (stripe, k)),
+                    plgpu.BlockSpec((P, STEP), lambda k: (t, k), transforms=tiled),
+                ],
+            )(blocks, x)
+
+    return plgpu.kernel(
+        block,
+        out_type=jax.ShapeDtypeStruct((T * P, p.width), jnp.bfloat16),
+        scratch_types=[
+            plgpu.SMEM((_WARPGROUPS, scale_rows, _BLOCK_OUTPUTS), jnp.uint8),
+            plgpu.Barrier(num_barriers=_WARPGROUPS),
+        ],
+        grid=(p.outputs // _BLOCK_OUTPUTS, T),
+        grid_names=("n", "t"),
+        num_threads=_WARPGROUPS + 1,
+        thread_name="warpgroup",
+        kernel_name="mxfp4_many_rows_" + ("down" if p.limit is None else "up"),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )(
+        tiles.expert_of_tile.astype(jnp.int32),
+        tiles.count.astype(jnp.int32).reshape(1),
+        w.blocks.reshape(E * p.outputs, 16 * p.blocks),
+        w.scales.reshape(-1, _BLOCK_OUTPUTS),
+        x_RK,
+        bias.reshape(E, p.outputs),
+        *more,
+    )
+
+
+def stages(p: Projection, tile: int) -> int:
+    """Steps that are in shared memory or on their way."""
+    step = _BLOCK_OUTPUTS * 16 * BLOCKS + tile * STEP * 2
+    room = _SHARED_BYTES - _BLOCK_OUTPUTS * p.blocks
+    return min(_MAX_STAGES, p.blocks // BLOCKS, room // step)
+
+
+def _decode(p: Projection):
+    """A step's weights of a warpgroup and all its scales, in shared memory -> left operand."""
+    from jax.experimental.mosaic import gpu as mgpu
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxlib.mlir import ir
+
+    shape = (OUTPUTS, STEP)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT(())),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, plgpu.Layout.WGMMA),
+    )
+    def decode(ctx, w, scales, step):
+        del ctx
+        word, half = (ir.IntegerType.get_signless(bits) for bits in (32, 16))
+        pair = ir.VectorType.get((2,), ir.BF16Type.get())
+        pointers = [mgpu.utils.memref_ptr(ref) for ref in (w, scales)]
+        loaded = mgpu.utils.inline_ptx(
+            p.load(),
+            *pointers,
+            step.registers.item(),
+            result_types=[word] * 18,
+            has_side_effects=True,
+        )
+        registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape(shape), dtype=object)
+        place = _places(registers.shape)
+        for h in range(2):
+            for i in range(BLOCKS):
+                scales = loaded[2 * BLOCKS + 3 * h + i // 2]
+                values = mgpu.utils.inline_ptx(
+                    decode_block(bool(i % 2)),
+                    loaded[BLOCKS * h + i],
+                    scales,
+                    result_types=[word] * 4,
+                )
+                for v, value in enumerate(values):
+                    registers[place(4 * i + v, h)] = mgpu.utils.bitcast(value, pair)
+        return mgpu.FragmentedArray(
+            _registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None
+        )
+
+    return decode
+
+
+def _finish(p: Projection, weights: int):
+    """Sums of a warpgroup to the result in global memory."""
+    from jax.experimental.mosaic import gpu as mgpu
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import vector
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA, *(plgpu.RefType(),) * (2 + weights)),
+    )
+    def finish(ctx, sums, *refs):
+        del ctx
+        bias, out, *rest = (mgpu.utils.memref_ptr(ref) for ref in refs)
+        f32, i64 = ir.F32Type.get(), ir.IntegerType.get_signless(64)
+        started = mgpu.utils.inline_ptx(
+            p.start(), bias, out, result_types=[i64, f32, f32], has_side_effects=True
+        )
+        place = _places(sums.registers.shape)
+        for group in range(sums.shape[1] // 8):
+            own = [
+                vector.extract(sums.registers[place(group, h)], [], ir.DenseI64ArrayAttr.get([i]))
+                for h in range(2)
+                for i in range(2)
+            ]
+            mgpu.utils.inline_ptx(p.finish(group), *own, *started, *rest, convergent=True)
+
+    return finish
+
+
+def _places(shape):
+    """Where the registers of a `WGMMA_LAYOUT` have group i of eight columns, and row h of two."""
+    (half,) = (axis for axis, size in enumerate(shape) if size == 2 and axis > 1)
+    return lambda i, h: tuple(i if a == 1 else h if a == half else 0 for a in range(len(shape)))

@@ -1,0 +1,163 @@
+"""What a thread of `many_rows.grouped` does besides the matrix products, as PTX for Hopper.
+
+A warpgroup multiplies 64 outputs of an expert with a tile of rows; the weights are the left
+operand, in registers. A step of its input axis is 192 wide, 6 MXFP4 blocks of 16 bytes as the
+checkpoint has them. Of each block a thread takes the word of its column quad, eight codes, so the
+matrix unit meets the values of a block in an order of its own (`in_order`), in which rows and
+hidden rows are kept. Knows no JAX.
+
+A thread is named by its warp w, the row g of eight and the column quad q of its lane 4 g + q. Of a
+left operand [64, 16] it holds two rows, h = 0 and 1, and of a result [64, columns] two neighbouring
+columns in eight of the same two rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from gpt_oss_jax.kernels.expert_matmul.mxfp4_ptx import (
+    LAST_FACTOR,
+    decode,
+    literal,
+    scale,
+    swiglu,
+)
+
+BLOCKS = 6  # Of a step.
+STEP = 32 * BLOCKS
+OUTPUTS = 64  # Of a warpgroup.
+
+_THREAD = """.reg .pred odd; .reg .b16 h; .reg .b32 t<2>, w, g, q, place; .reg .b64 at;
+.reg .f32 f<2>, b0, sent, got, weight<2>;
+mov.u32 t0, %tid.x; and.b32 q, t0, 3; shr.u32 g, t0, 2; and.b32 g, g, 7;
+shr.u32 w, t0, 5; and.b32 w, w, 3;
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """The up or the down projection. Its methods are the pieces, with their operands in order.
+
+    Attributes:
+      outputs: Of an expert.
+      blocks: MXFP4 blocks of its input axis.
+      bias_bytes: 2 for bfloat16, 4 for float32.
+      limit: Clamp of the SwiGLU that pairs of outputs go through; None for the down projection,
+        whose outputs are multiplied with the routing weight instead.
+    """
+
+    outputs: int
+    blocks: int
+    bias_bytes: int
+    limit: float | None = None
+
+    @property
+    def width(self) -> int:
+        """Values of a row of the result."""
+        return self.outputs if self.limit is None else self.outputs // 2
+
+    def load(self) -> str:
+        """A thread's words and scales of a step.
+
+        Operands: 12 words and 6 pairs of scales that it gives, each for h = 0 and then 1; in shared
+        memory the warpgroup's weights of the step [64, 96] and all its scales [64, blocks]; the
+        number of the step.
+        """
+        text = self._row()
+        text += f"mad.lo.u32 place, t0, {16 * BLOCKS}, $18; mad.lo.u32 place, q, 4, place;\n"
+        for i in range(2 * BLOCKS):
+            place = 8 * 16 * BLOCKS * (i // BLOCKS) + 16 * (i % BLOCKS)
+            text += f"ld.shared.u32 ${i}, [place + {place}];\n"
+        text += f"mad.lo.u32 place, t0, {self.blocks}, $19; mad.lo.u32 place, $20, {BLOCKS}, place;"
+        for i in range(BLOCKS):
+            place = 8 * self.blocks * (i // 3) + 2 * (i % 3)
+            text += f"ld.shared.u16 ${12 + i}, [place + {place}];\n"
+        return _scope(text)
+
+    def start(self) -> str:
+        """Where a thread's results go, and its biases.
+
+        Operands: the address and two float32 that it gives; in global memory the biases of the
+        warpgroup's outputs, and the result at its first row and output.
+        """
+        text, second = self._row(), 8
+        if self.limit is not None:
+            # Those of the gate that a thread has after the exchange, and of the linear part.
+            text += "and.b32 t1, g, 1; sub.u32 t0, t0, t1; mad.lo.u32 t0, t1, 8, t0;"
+            second = 1
+        text += f"mul.wide.u32 at, t0, {self.bias_bytes}; add.u64 at, at, $3;\n"
+        for i in range(2):
+            place = second * self.bias_bytes * i
+            if self.bias_bytes == 2:
+                text += f"ld.global.nc.u16 t1, [at + {place}]; shl.b32 t1, t1, 16;"
+                text += f"mov.b32 ${1 + i}, t1;\n"
+            else:
+                text += f"ld.global.nc.f32 ${1 + i}, [at + {place}];\n"
+        if self.limit is not None:
+            # Where `in_order` has hidden value `t0 / 2`.
+            text += "and.b32 t0, w, 1; shl.b32 t0, t0, 4; shr.u32 t1, w, 1;"
+            text += "mad.lo.u32 t0, t1, 4, t0; shr.u32 t1, g, 2; mad.lo.u32 t0, t1, 2, t0;"
+            text += "and.b32 t1, g, 2; mad.lo.u32 t0, t1, 4, t0;"
+            text += "and.b32 t1, g, 1; add.u32 t0, t0, t1;\n"
+        text += f"mad.lo.u32 t0, q, {2 * self.width}, t0; mul.wide.u32 at, t0, 2;"
+        return _scope(text + "add.u64 $0, at, $4;")
+
+    def finish(self, group: int) -> str:
+        """Bias, then SwiGLU or routing weight, for a thread's four sums of eight columns.
+
+        Operands: sums of its two columns for h = 0 and for 1; what `start` gave; for the down
+        projection the routing weights of the rows of the tile, in global memory.
+        """
+        text = ""
+        if self.limit is None:
+            text += "mul.wide.u32 at, q, 8; add.u64 at, at, $7;"
+            text += f"ld.global.nc.v2.f32 {{weight0, weight1}}, [at + {32 * group}];\n"
+        else:
+            text += "and.b32 t0, g, 1; setp.ne.u32 odd, t0, 0;\n"
+        for column in range(2):
+            place = 2 * self.width * (8 * group + column)
+            first, second = f"${column}", f"${2 + column}"
+            if self.limit is None:
+                for i, value in enumerate((first, second)):
+                    text += f"fma.rn.f32 f0, {value}, {literal(LAST_FACTOR)}, ${5 + i};"
+                    text += f"mul.f32 f0, f0, weight{column}; cvt.rn.bf16.f32 h, f0;"
+                    text += f"st.global.b16 [$4 + {place + 16 * i}], h;\n"
+                continue
+            # A lane has gate or linear part of two hidden values, its neighbour the other parts.
+            text += f"selp.b32 sent, {first}, {second}, odd;"
+            text += "shfl.sync.bfly.b32 got, sent, 4, 31, -1;"
+            text += f"selp.b32 f0, got, {first}, odd; selp.b32 f1, {second}, got, odd;\n"
+            for i in range(2):
+                text += f"fma.rn.f32 f{i}, f{i}, {literal(LAST_FACTOR)}, ${5 + i};"
+            text += swiglu("f0", "f1", self.limit)
+            text += f"cvt.rn.bf16.f32 h, f0; st.global.b16 [$4 + {place}], h;\n"
+        return _scope(text)
+
+    def _row(self) -> str:
+        """t0: a thread's output with h = 0; that with h = 1 is 8 after it.
+
+        Neighbouring lanes take neighbouring rows, 96 bytes apart in shared memory, so that they
+        begin at all four banks where a row can. In the up projection the hidden values of a warp
+        also lie together.
+        """
+        if self.limit is None:
+            return "mad.lo.u32 t0, w, 16, g;\n"
+        return (
+            "shr.u32 t0, w, 1; shl.b32 t0, t0, 5; and.b32 t1, w, 1; mad.lo.u32 t0, t1, 4, t0;"
+            "shr.u32 t1, g, 2; mad.lo.u32 t0, t1, 16, t0; and.b32 t1, g, 3; add.u32 t0, t0, t1;\n"
+        )
+
+
+def decode_block(second: bool) -> str:
+    """The word of a block to its part of the left operand.
+
+    Operands: four registers of two bf16 that it gives, in the order of the columns; the word; two
+    scales, of which the block's is the first or the second.
+    """
+    text = ".reg .b32 t<2>, s, k; "
+    text += "shr.u32 s, $5, 8;" if second else "and.b32 s, $5, 255;"
+    return "{\n" + text + scale("s", "k") + decode("$4", "k", "$") + "\n}"
+
+
+def _scope(text: str) -> str:
+    return "{\n" + _THREAD + text + "\n}"

@@ -1,0 +1,54 @@
+"""Pieces of PTX that the Hopper kernels share: decoding MXFP4, and the clamped SwiGLU.
+
+A code, moved to where bf16 has its sign and the last bits of its exponent and first of its
+mantissa, is its value times 2^-126. The scale's power of two puts back 62 of these exponents, the
+end of the sum 64 (`LAST_FACTOR`), so that scales from 2^-60 to 2^65 are exact; larger ones give
+infinity.
+"""
+
+from __future__ import annotations
+
+import struct
+
+LAST_FACTOR = 2.0**64
+_SCALE_BIAS, _LARGEST_SCALE = 62, 193
+
+
+def literal(value: float) -> str:
+    """A float32 as PTX spells it."""
+    return f"0f{struct.pack('>f', value).hex()}"
+
+
+def scale(byte: str, out: str) -> str:
+    """A scale byte, which is changed, to what `decode` multiplies with."""
+    return (
+        f"min.u32 {byte}, {byte}, {_LARGEST_SCALE};"
+        f"mad.lo.u32 {out}, {byte}, {0x00800080}, {_SCALE_BIAS * 0x00800080};"
+    )
+
+
+def decode(word: str, scale: str, out: str) -> str:
+    """Eight codes to four registers of two bf16: 0 and 4, 1 and 5, 2 and 6, 3 and 7.
+
+    One product with two powers of two moves sign and magnitude to their places. Uses t0 and t1.
+    """
+    text = ""
+    for i, (mask, factor) in enumerate(((0x000F000F, 0x1040), (0x00F000F0, 0x0104)) * 2):
+        if i == 2:
+            text += f"shr.u32 t0, {word}, 8;"
+        text += f"and.b32 t1, {word if i < 2 else 't0'}, {mask}; mul.lo.u32 t1, t1, {factor};"
+        text += f"and.b32 t1, t1, {0x81C081C0}; mul.bf16x2 {out}{i}, t1, {scale};"
+    return text
+
+
+def swiglu(gate: str, linear: str, limit: float) -> str:
+    """`xla.swiglu` of two registers, which are changed, to the first; uses b0."""
+    return (
+        f"min.NaN.f32 {gate}, {gate}, {literal(limit)};"
+        f"min.NaN.f32 {linear}, {linear}, {literal(limit)};"
+        f"max.NaN.f32 {linear}, {linear}, {literal(-limit)};"
+        f"add.f32 {linear}, {linear}, {literal(1.0)};"
+        f"mul.f32 b0, {gate}, {literal(-1.702 * 1.4426950408889634)}; ex2.approx.f32 b0, b0;"
+        f"add.f32 b0, b0, {literal(1.0)}; rcp.approx.f32 b0, b0;"
+        f"mul.f32 {gate}, {gate}, b0; mul.f32 {gate}, {gate}, {linear};"
+    )
