@@ -1,15 +1,19 @@
-"""The expert layer alone: right, then how fast, for each implementation and number of rows.
+"""The expert layer alone: right, then how fast, for each kernel, number of rows and routing.
 
-`python benchmarks/experts.py [--model 20b] [--rows 1 8] [--implementation mosaic_gpu xla]`, on an
-accelerator. Weights, rows and routing are random and of full size; the choice of experts changes
-from call to call, so that no weights are found in the cache. Calls are timed inside one jitted
-loop, launches counted, and the loop's own time shown. Ends with one JSON line.
+`python benchmarks/experts.py [--model 20b] [--rows 1 8] [--kernels few_rows xla]`, on a Hopper GPU.
+Weights, rows and routing are random and of full size: each row goes to any experts ("uniform") or
+mostly to a few ("skewed"). The experts change from call to call, so that no weights are found in
+the cache. Calls are timed inside one jitted loop, launches counted, and the loop's own time shown.
+Each kernel has a process of its own, so that the others are measured whatever happens to one; each
+prints a line as soon as it knows it, and ends with one line of JSON.
 """
 
 import argparse
 import functools
 import json
 import statistics
+import subprocess
+import sys
 import time
 
 import jax
@@ -18,11 +22,18 @@ import numpy as np
 
 from gpt_oss_jax import config
 from gpt_oss_jax.kernels import expert_mlp
+from gpt_oss_jax.kernels.expert_matmul.few_rows import MAX_ROWS, few_rows
+from gpt_oss_jax.kernels.expert_matmul.many_rows import many_rows
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.quant import MXArray
 
-CALLS, LOOPS, REPEATS = 8, 40, 7
-LIMIT = 7.0
+LIMIT, LARGEST_ERROR = 7.0, 1e-2
+CALLS, LOOPS, REPEATS, RUN_SECONDS = 8, 40, 7, 0.03
+KERNELS = {
+    "few_rows": few_rows,
+    "many_rows": many_rows,
+    "xla": functools.partial(expert_mlp, implementation="xla"),
+}
 
 
 def weights(sizes: config.Config) -> ExpertWeights:
@@ -44,102 +55,163 @@ def weights(sizes: config.Config) -> ExpertWeights:
     )
 
 
-def copied_bytes_per_second() -> float:
-    """Bytes read and written by copying 4 GB, best of several."""
-    x = jnp.zeros(2**30, jnp.float32)
-    copy = jax.jit(lambda x: x + 1)
-    jax.block_until_ready(copy(x))
+def routing(sizes: config.Config, M: int, skew: float) -> tuple[np.ndarray, np.ndarray]:
+    """Experts and weights of M rows; with a skew, expert e is chosen about as often as e^-skew."""
+    random = np.random.default_rng(M)
+    E, X = sizes.num_experts, sizes.experts_per_token
+    scores = random.gumbel(size=(M, E)) - skew * np.log(np.arange(1, E + 1))
+    chosen = np.argsort(-scores, axis=1)[:, :X]
+    return chosen.astype(np.int32), random.dirichlet(np.ones(X), M).astype(np.float32)
+
+
+def fastest_seconds(function, *args) -> float:
+    """Of a call among eight that are queued together, best of several."""
+    jax.block_until_ready(function(*args))
     times = []
     for _ in range(REPEATS):
         start = time.perf_counter()
         for _ in range(8):
-            y = copy(x)
+            y = function(*args)
         jax.block_until_ready(y)
         times.append((time.perf_counter() - start) / 8)
-    return 2 * x.nbytes / min(times)
+    return min(times)
 
 
-def relative_error(call, w: ExpertWeights, x, chosen, weight) -> float:
-    """Against XLA in float32, the call's result written over memory full of NaN."""
-    want = jax.jit(lambda *a: expert_mlp(*a, limit=LIMIT, implementation="xla"))(
-        x.astype(jnp.float32), chosen, weight, w
-    )
-    poison = [jnp.full(2**n, jnp.nan) for n in range(8, 24)]
+def device_limits() -> tuple[float, float]:
+    """Bytes read and written a second by copying 4 GB, FLOPs a second of a bf16 product."""
+    x = jnp.zeros(2**30, jnp.float32)
+    bandwidth = 2 * x.nbytes / fastest_seconds(jax.jit(lambda x: x + 1), x)
+    a = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
+    return bandwidth, 2 * 8192**3 / fastest_seconds(jax.jit(lambda a: a @ a), a)
+
+
+@jax.jit
+def reference(x, chosen, weight, w):
+    """XLA in float32."""
+    x = x.astype(jnp.float32)
+    return expert_mlp(x, chosen, weight, w, limit=LIMIT, implementation="xla")
+
+
+def errors(call, x, chosen, weight, w: ExpertWeights) -> tuple[float, float]:
+    """Of a call, written over memory full of NaN: of the norm, and the largest over the largest."""
+    want = reference(x, chosen, weight, w)
+    poison = [jnp.full(2**n, jnp.nan) for n in range(8, 27)]
     jax.block_until_ready(poison)
     del poison
-    got = jax.jit(call)(x, chosen, weight, w).astype(jnp.float32)
-    return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+    got = call(x, chosen, weight, w).astype(jnp.float32)
+    difference = got - want
+    norm = jnp.linalg.norm(difference) / jnp.linalg.norm(want)
+    return float(norm), float(jnp.abs(difference).max() / jnp.abs(want).max())
 
 
-def microseconds(call, w: ExpertWeights, x, chosen, weight) -> float:
+def microseconds(call, x, chosen, weight, w: ExpertWeights) -> float:
     """Median time of a call in a loop in which each waits for the one before."""
 
     @jax.jit
-    def loop(x, w):
+    def loop(x, w, loops):
         def body(_, y):
             for experts in chosen:
                 y = x + jnp.bfloat16(1e-3) * call(y, experts, weight, w)
             return y
 
-        return jax.lax.fori_loop(0, LOOPS, body, x)
+        return jax.lax.fori_loop(0, loops, body, x)
 
-    jax.block_until_ready(loop(x, w))
-    times = []
-    for _ in range(REPEATS):
+    def seconds(loops):
         start = time.perf_counter()
-        jax.block_until_ready(loop(x, w))
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) / (LOOPS * len(chosen)) * 1e6
+        jax.block_until_ready(loop(x, w, loops))
+        return time.perf_counter() - start
+
+    seconds(1)
+    loops = max(1, min(LOOPS, int(RUN_SECONDS / seconds(1))))
+    times = [seconds(loops) for _ in range(REPEATS)]
+    return statistics.median(times) / (loops * len(chosen)) * 1e6
+
+
+def measure(kernel: str, model: str, counts: list[int], skews: dict[str, float]):
+    """Checks a kernel for all numbers of rows, then times it where it is right."""
+    sizes = {"20b": config.GPT_OSS_20B, "120b": config.GPT_OSS_120B}[model]
+    E, X, D = sizes.num_experts, sizes.experts_per_token, sizes.hidden_size
+    size_of_expert = 3 * D * sizes.intermediate_size
+    w = weights(sizes)
+    call = functools.partial(KERNELS[kernel], limit=LIMIT)
+    jitted = jax.jit(call)
+    results = []
+    for M in counts:
+        x = jax.random.normal(jax.random.key(M), (M, D), jnp.bfloat16)
+        for name, skew in skews.items():
+            args = x, *map(jnp.asarray, routing(sizes, M, skew))
+            result = {"kernel": kernel, "model": model, "rows": M, "routing": name}
+            try:
+                norm, largest = errors(jitted, *args, w)
+            except Exception as error:  # Whatever it is, the next one is to be tried.
+                say(result | {"failed": f"{type(error).__name__}: {str(error)[:300]}"})
+                continue
+            result |= {"relative_error": norm, "largest_error": largest}
+            say(result | {"right": norm < LARGEST_ERROR})
+            if norm < LARGEST_ERROR:
+                results.append((result, args))
+    bandwidth, rate = device_limits()
+    say({"copy_tb_per_second": bandwidth / 1e12, "bf16_tflop_per_second": rate / 1e12})
+    done = []
+    for result, (x, chosen, weight) in results:
+        M = len(x)
+        calls = max(1, min(CALLS, 2 * E // (M * X)))
+        rotated = [(chosen + X * i) % E for i in range(calls)]
+        experts = len(np.unique(chosen))
+        size, flops = experts * size_of_expert * 17 / 32, 2 * M * X * size_of_expert
+        try:
+            empty = microseconds(lambda x, *_: x, x, rotated, weight, w)
+            us = microseconds(call, x, rotated, weight, w)
+        except Exception as error:
+            say(result | {"failed": f"{type(error).__name__}: {str(error)[:300]}"})
+            continue
+        done.append(
+            result
+            | {
+                "experts": experts,
+                "megabytes": size / 1e6,
+                "gigaflop": flops / 1e9,
+                "microseconds": us,
+                "loop_microseconds": empty,
+                "gb_per_second": size / us / 1e3,
+                "tflop_per_second": flops / us / 1e6,
+                "percent_of_limit": 100 * max(size / bandwidth, flops / rate) / us * 1e6,
+            }
+        )
+        say(done[-1])
+    print(json.dumps(done), flush=True)
+
+
+def say(result: dict):
+    print(
+        ", ".join(
+            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()
+        ),
+        flush=True,
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
+    rows = [1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192]
     parser.add_argument("--model", choices=("20b", "120b"), default="20b")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--implementation", nargs="+", default=["mosaic_gpu", "xla"])
+    parser.add_argument("--rows", type=int, nargs="+", default=rows)
+    parser.add_argument("--routing", choices=("uniform", "skewed"), nargs="+")
+    parser.add_argument("--kernels", choices=tuple(KERNELS), nargs="+", default=list(KERNELS))
+    parser.add_argument("--seconds", type=float, default=180, help="for each kernel; then the next")
     args = parser.parse_args()
-    sizes = {"20b": config.GPT_OSS_20B, "120b": config.GPT_OSS_120B}[args.model]
-    E, X, D, F = (
-        sizes.num_experts,
-        sizes.experts_per_token,
-        sizes.hidden_size,
-        sizes.intermediate_size,
-    )
-    bandwidth, w = copied_bytes_per_second(), weights(sizes)
-    random = np.random.default_rng(0)
-    print(f"{args.model} on {jax.devices()[0].device_kind}, copies at {bandwidth / 1e12:.2f} TB/s")
-    rows = []
-    for M in args.rows:
-        x = jnp.asarray(random.normal(size=(M, D)), jnp.bfloat16)
-        weight = jnp.asarray(random.dirichlet(np.ones(X), M), jnp.float32)
-        # Each call takes the next experts of every row's own order: none is in the cache by then.
-        order = [random.permutation(E) for _ in range(M)]
-        chosen = [np.stack([np.roll(o, -X * i)[:X] for o in order]) for i in range(CALLS)]
-        distinct = statistics.mean(len(np.unique(c)) for c in chosen)
-        size = distinct * 3 * D * F * 17 / 32
-        chosen = [jnp.asarray(c, jnp.int32) for c in chosen]
-        empty = microseconds(lambda x, *_: x, w, x, chosen, weight)
-        for name in args.implementation:
-            call = functools.partial(expert_mlp, limit=LIMIT, implementation=name)
-            error = relative_error(call, w, x, chosen[0], weight)
-            if not error < 1e-2:
-                raise SystemExit(f"{name} with {M} rows is wrong: relative error {error:.1e}")
-            us = microseconds(call, w, x, chosen, weight)
-            rows.append(
-                {
-                    "implementation": name,
-                    "rows": M,
-                    "experts": round(distinct, 1),
-                    "megabytes": round(size / 1e6, 1),
-                    "microseconds": round(us, 1),
-                    "loop_microseconds": round(empty, 1),
-                    "tb_per_second": round(size / us / 1e6, 2),
-                    "percent_of_bandwidth": round(100 * size / us * 1e6 / bandwidth, 1),
-                    "relative_error": float(f"{error:.1e}"),
-                }
-            )
-            print(", ".join(f"{key} {value}" for key, value in rows[-1].items()))
-    print(json.dumps({"model": args.model, "copy_tb_per_second": bandwidth / 1e12, "rows": rows}))
+    if len(args.kernels) == 1:
+        (kernel,) = args.kernels
+        counts = [M for M in args.rows if M <= MAX_ROWS or kernel != "few_rows"]
+        skews = {"uniform": 0.0, "skewed": 1.5}
+        measure(kernel, args.model, counts, {k: skews[k] for k in args.routing or skews})
+        return
+    for kernel in args.kernels:
+        command = [sys.executable, *sys.argv, "--kernels", kernel]
+        try:
+            subprocess.run(command, timeout=args.seconds)
+        except subprocess.TimeoutExpired:
+            print(f"kernel {kernel}: not done in {args.seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Covers what they use and nothing else. Branches must be taken by all lanes of a 
 Memory that nobody wrote is poison. Knows nothing of timing, caches or the order between blocks.
 """
 
+import functools
 import re
 
 import ml_dtypes
@@ -59,6 +60,34 @@ def launch(text, operands, memory, *, grid, shared_bytes, warps=4):
         assert not waiting, "a warp waits for ever"
 
 
+def piece(text, gives, operands, memory, shared):
+    """Runs a piece of a program in the four warps of a warpgroup.
+
+    Args:
+      text: What runs.
+      gives: How many operands it gives; they come first.
+      operands: The others, one for all threads or one for each.
+      memory: Global memory.
+      shared: Shared memory.
+
+    Returns:
+      What it gives, uint64 [gives, 128].
+    """
+    program, labels = _parse(re.sub(r"\$(\d+)", r"operand\1", text))
+    given = np.zeros((gives, 128), np.uint64)
+    for w in range(4):
+        own = slice(32 * w, 32 * w + 32)
+        warp = _Warp(program, labels, [], memory.bytes, shared, {}, w)
+        for i, value in enumerate(operands):
+            value = np.broadcast_to(np.asarray(value, np.uint64), 128)[own]
+            warp.registers[f"operand{gives + i}"] = value
+        assert not list(warp.run()), "a piece waits"
+        for i in range(gives):
+            given[i, own] = warp.value(f"operand{i}")
+    return given
+
+
+@functools.cache
 def _parse(text):
     program, labels = [], {}
     body = text.strip().removeprefix("{").removesuffix("}")
@@ -218,7 +247,7 @@ class _Warp:
             "fns": lambda: [_nth_bit(int(x), int(n)) for x, n in zip(u[0], u[2], strict=True)],
             "match": lambda: [sum(1 << i for i in range(32) if u[0][i] == x) for x in u[0]],
             "vote": lambda: [sum(1 << i for i in range(32) if v[0][i])] * 32,
-            "shfl": lambda: u[0][u[1].astype(int)],
+            "shfl": lambda: u[0][np.arange(32) ^ u[1].astype(int)],  # Of kind bfly.
         }[kind[0]]()
         wide = kind[-1] == "u64" or (kind[0] == "mul" and kind[1] == "wide")
         return self.write(destination, result, active, 64 if wide else 32)
@@ -229,7 +258,7 @@ class _Warp:
 
     def move(self, kind, args, active):
         space = self.spaces[kind[1]]
-        size = {"u8": 1, "b16": 2}.get(kind[-1], 4)
+        size = {"u8": 1, "u16": 2, "b16": 2}.get(kind[-1], 4)
         target, address = args if kind[0] == "ld" else args[::-1]
         names = target.strip("{} ").split(",")
         at = self.address(address)

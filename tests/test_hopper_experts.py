@@ -11,6 +11,7 @@ import oracle
 import ptx
 import pytest
 from as_tpu import as_on_a_tpu
+from hopper_layer import kernels_for_cuda, layer
 
 from gpt_oss_jax.kernels import sharded
 from gpt_oss_jax.kernels.dispatch import ByDesign, dispatch
@@ -21,27 +22,6 @@ from gpt_oss_jax.sharding import make_mesh
 
 OLD = jax.__version_info__ < mosaic_gpu._JAX
 on_hopper = functools.partial(mosaic_gpu.on_hopper, limit=7.0)
-
-
-def layer(M, E=5, X=2, D=96, F=64, bias=np.float32, same=False):
-    """Rows, experts, routing weights and expert weights, all random."""
-    random = np.random.default_rng(M)
-
-    def packed(*shape):
-        blocks = random.integers(0, 256, (*shape[:-1], shape[-1] // 32, 16))
-        scales = random.integers(110, 124, (*shape[:-1], shape[-1] // 32))
-        return MXArray(jnp.asarray(blocks, jnp.uint8), jnp.asarray(scales, jnp.uint8))
-
-    w = ExpertWeights(
-        packed(E, F, 2, D),
-        jnp.asarray(random.normal(size=(E, F, 2)), bias),
-        packed(E, D, F),
-        jnp.asarray(random.normal(size=(E, D)), bias),
-    )
-    x = jnp.asarray(random.normal(size=(M, D)), jnp.bfloat16)
-    chosen = np.stack([random.permutation(X if same else E)[:X] for _ in range(M)])
-    weight = random.random((M, X))
-    return x, jnp.asarray(chosen, jnp.int32), jnp.asarray(weight, jnp.float32), w
 
 
 def interpreted(x, chosen, weight, w, limit, some_elsewhere=False):
@@ -138,12 +118,6 @@ def test_every_code_and_scale_is_exact():
             shared_bytes=program.shared_bytes,
         )
         np.testing.assert_array_equal(memory.get(places[-1], (32,), np.float32), want[:, k])
-
-
-def kernels_for_cuda(function, *args):
-    """How many Mosaic GPU kernels a function becomes."""
-    text = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-    return text.count("mosaic_gpu_v2")
 
 
 if not OLD:

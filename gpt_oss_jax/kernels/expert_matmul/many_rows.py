@@ -141,7 +141,7 @@ def grouped(
             def step(indices, w_smem, x_smem, sums):
                 own = w_smem.at[pl.ds(warpgroup * OUTPUTS, OUTPUTS)]
                 decoded = _decode(p)(own, scales_smem.at[warpgroup], indices[0])
-                plgpu.wgmma(sums, decoded, plgpu.transpose_ref(x_smem, (1, 0)))
+                plgpu.wgmma(sums, decoded, x_smem.transpose((1, 0)))
                 plgpu.wgmma_wait(0)
                 return sums
 

@@ -1,0 +1,156 @@
+"""The Hopper kernel for many rows, without the GPU.
+
+The pieces that a thread does by itself run in the interpreter; NumPy stands in for the copies and
+for the matrix unit, whose layout of operands and results (PTX manual, "wgmma") is in `left` and
+`sums` here and nowhere in what is tested.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import oracle
+import ptx
+import pytest
+from hopper_layer import kernels_for_cuda, layer
+
+from gpt_oss_jax.kernels.expert_matmul import many_rows, many_rows_ptx, mosaic_gpu
+from gpt_oss_jax.quant import MXArray
+
+W, G, Q = np.arange(128) // 32, np.arange(128) % 32 // 4, np.arange(128) % 4
+
+
+def bits(x):
+    return np.asarray(x, np.float32).view(np.uint32)
+
+
+def left(program, weights, scales, step):
+    """What a warpgroup makes of a step's weights [64, 96] and all its scales: [64, 192]."""
+    shared = np.concatenate([np.asarray(a).reshape(-1) for a in (weights, scales)])
+    run = functools.partial(ptx.piece, memory=ptx.Memory(), shared=shared)
+    loaded = run(program.load(), 18, [0, weights.size, step])
+    decoded = np.full((64, 192), np.nan, np.float32)
+    for h in range(2):
+        for i in range(6):
+            word, pair = loaded[6 * h + i], loaded[12 + 3 * h + i // 2]
+            values = run(many_rows_ptx.decode_block(bool(i % 2)), 4, [word, pair])
+            for v in range(4):
+                for e in range(2):
+                    value = (values[v] >> np.uint64(16 * e)).astype(np.uint16)
+                    columns = 32 * i + 8 * v + 2 * Q + e
+                    decoded[16 * W + G + 8 * h, columns] = value.view(ml_dtypes.bfloat16)
+    return decoded
+
+
+def grouped(p, w, bias, tiles, x_RK, weights_R=None):
+    """`many_rows.grouped`, warpgroup by warpgroup."""
+    E, P = bias.shape[0], tiles.pairs.shape[1]
+    blocks = np.asarray(w.blocks).reshape(E, -1, 64, p.blocks // 6, 96)
+    scales = np.asarray(w.scales).reshape(E, -1, 64, p.blocks)
+    x = np.asarray(x_RK, np.float32).reshape(-1, P, p.blocks // 6, 192)
+    memory = ptx.Memory()
+    biases = memory.put(np.asarray(bias).reshape(E, p.outputs))
+    routing = [] if weights_R is None else [memory.put(np.asarray(weights_R))]
+    out = memory.put(np.full((len(x_RK), p.width), np.nan, ml_dtypes.bfloat16))
+    lefts = functools.cache(lambda e, n, k: left(p, blocks[e, n, :, k], scales[e, n], k))
+    run = functools.partial(ptx.piece, memory=memory, shared=None)
+    for t in range(int(tiles.count)):
+        e = int(tiles.expert_of_tile[t])
+        for n in range(p.outputs // 64):
+            sums = sum(lefts(e, n, k) @ x[t, :, k].T for k in range(p.blocks // 6))
+            own_bias = biases + (e * p.outputs + 64 * n) * p.bias_bytes
+            own_out = out + 2 * (t * P * p.width + n * 64 * p.width // p.outputs)
+            started = run(p.start(), 3, [own_bias, own_out])
+            for group in range(P // 8):
+                columns = [8 * group + 2 * Q + i for i in range(2)]
+                own = [bits(sums[16 * W + G + 8 * h, c]) for h in range(2) for c in columns]
+                own_routing = [place + 4 * t * P for place in routing]
+                run(p.finish(group), 0, [*own, *started, *own_routing])
+    return jnp.asarray(memory.get(out, (len(x_RK), p.width), ml_dtypes.bfloat16))
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    monkeypatch.setattr(many_rows, "grouped", grouped)
+
+
+def wanted(x, chosen, weight, w):
+    up, down = w.up.dequantize(jnp.float32), w.down.dequantize(jnp.float32)
+    return oracle.expert_mlp(x, chosen, weight, up, w.up_bias, down, w.down_bias, limit=7.0)
+
+
+@pytest.mark.parametrize(
+    ("M", "tile", "options"),
+    [
+        (3, None, {}),
+        (20, None, {"bias": ml_dtypes.bfloat16}),
+        (20, 16, {"E": 6, "same": True}),
+        (2, None, {"D": 384}),
+    ],
+    ids=["few", "bfloat16 biases", "the same experts, several tiles each", "two steps"],
+)
+def test_many_rows_equal_the_oracle(emulated, M, tile, options):
+    args = layer(M, **{"E": 3, "D": 192, "F": 192} | options)
+    got = many_rows.many_rows(*args, limit=7.0, tile=tile)
+    assert got.dtype == jnp.bfloat16
+    want = wanted(*args)
+    assert np.linalg.norm(got.astype(jnp.float32) - want) < 6e-3 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("own", [2, 1])
+def test_ids_past_the_experts_add_nothing(emulated, own):
+    """As on a device of a mesh."""
+    x, chosen, weight, w = layer(5, E=4, D=192, F=192)
+    some = jax.tree.map(lambda a: a[:own], w)
+    ours = jnp.minimum(chosen, own)
+    got = many_rows.many_rows(x, ours, weight, some, limit=7.0, some_elsewhere=True)
+    want = wanted(x, chosen, jnp.where(chosen < own, weight, 0), w)
+    scale = np.linalg.norm(wanted(x, chosen, weight, w))
+    assert np.linalg.norm(got.astype(jnp.float32) - want) < 6e-3 * scale
+
+
+@pytest.mark.parametrize("limit", [None, 7.0], ids=["down", "up"])
+def test_every_code_and_scale_is_exact(limit):
+    """Every value of a step, and where it is: rows as `_row` says, columns `in_order`."""
+    random = np.random.default_rng(0)
+    p = many_rows_ptx.Projection(outputs=64, blocks=12, bias_bytes=4, limit=limit)
+    blocks = random.permutation(np.arange(64 * 12 * 16) % 256).astype(np.uint8).reshape(64, 12, 16)
+    scales = random.permutation(np.arange(64 * 12) % 80 + 68).astype(np.uint8).reshape(64, 12)
+    values = MXArray(jnp.asarray(blocks), jnp.asarray(scales)).dequantize(jnp.float32)
+    want = np.asarray(many_rows.in_order(values))[:, 192:]
+    got = left(p, blocks[:, 6:].reshape(64, 96), scales, 1) * np.float32(2.0**64)
+    rows = sorted(range(64), key=lambda slot: output(slot, limit is not None))
+    np.testing.assert_array_equal(got[rows], want)
+
+
+def output(slot, up):
+    """Which output a row of the left operand is; a hidden value's two parts are neighbours."""
+    w, h, g = slot // 16, slot // 8 % 2, slot % 8
+    if not up:
+        return slot
+    return 32 * (w // 2) + 4 * (w % 2) + 16 * (g // 4) + g % 4 + 8 * h
+
+
+@pytest.mark.parametrize("pairs", [1, 32 * 9, 32 * 1024])
+@pytest.mark.parametrize("width", [192, 2880])
+def test_tiles_fit_into_shared_memory(pairs, width):
+    size = many_rows.tile_rows(pairs, 32)
+    p = many_rows_ptx.Projection(outputs=width, blocks=width // 32, bias_bytes=2)
+    stages = many_rows.stages(p, size)
+    assert stages == 1 if width == 192 else stages >= 3
+    assert stages * (192 * 96 + size * 384) + 192 * p.blocks < 226 << 10
+
+
+def test_other_widths_are_refused():
+    with pytest.raises(NotImplementedError, match="widths"):
+        many_rows.many_rows(*layer(2, D=96), limit=7.0)
+
+
+if jax.__version_info__ >= mosaic_gpu._JAX:
+
+    @pytest.mark.parametrize("M", [1, 300])
+    def test_many_rows_lower_for_cuda(M):
+        run = functools.partial(many_rows.many_rows, limit=7.0)
+        assert kernels_for_cuda(run, *layer(M, D=384, F=192)) == 2
