@@ -179,16 +179,15 @@ def measure(kernel: str, model: str, counts: list[int], skews: dict[str, float])
             }
         )
         say(done[-1])
-    print(json.dumps(done), flush=True)
+    print(json.dumps([rounded(result) for result in done]), flush=True)
+
+
+def rounded(result: dict) -> dict:
+    return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()}
 
 
 def say(result: dict):
-    print(
-        ", ".join(
-            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()
-        ),
-        flush=True,
-    )
+    print(", ".join(f"{k} {v}" for k, v in rounded(result).items()), flush=True)
 
 
 def main():
