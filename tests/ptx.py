@@ -146,13 +146,15 @@ class _Warp:
 
     def value(self, name):
         name = name.strip()
+        if name in self.registers:
+            return self.registers[name]
         if name.startswith("$"):
             return np.full(32, self.operands[int(name[1:])], np.uint64)
         if name.startswith("0f"):
             return np.full(32, int(name[2:], 16), np.uint64)
         if re.match(r"-?\d", name):
             return np.full(32, int(name, 0) % 2**64, np.uint64)
-        return self.registers.get(name, np.full(32, 0x7FC07FC0, np.uint64))
+        return np.full(32, 0x7FC07FC0, np.uint64)  # Nobody wrote it.
 
     def run(self):
         at = 0
