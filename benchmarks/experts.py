@@ -105,11 +105,11 @@ def errors(call, x, chosen, weight, w: ExpertWeights) -> tuple[float, float]:
     return float(norm), float(jnp.abs(difference).max() / jnp.abs(want).max())
 
 
-def microseconds(call, x, chosen, weight, w: ExpertWeights) -> float:
-    """Median time of a call in a loop in which each waits for the one before."""
+def in_a_loop(call):
+    """A program that calls again and again, for each of the choices of experts in turn."""
 
     @jax.jit
-    def loop(x, w, loops):
+    def loop(x, chosen, weight, w, loops):
         def body(_, y):
             for experts in chosen:
                 y = x + jnp.bfloat16(1e-3) * call(y, experts, weight, w)
@@ -117,9 +117,15 @@ def microseconds(call, x, chosen, weight, w: ExpertWeights) -> float:
 
         return jax.lax.fori_loop(0, loops, body, x)
 
+    return loop
+
+
+def microseconds(loop, x, chosen, weight, w: ExpertWeights) -> float:
+    """Median time of a call in a loop in which each waits for the one before."""
+
     def seconds(loops):
         start = time.perf_counter()
-        jax.block_until_ready(loop(x, w, loops))
+        jax.block_until_ready(loop(x, chosen, weight, w, loops))
         return time.perf_counter() - start
 
     seconds(1)
@@ -135,7 +141,7 @@ def measure(kernel: str, model: str, counts: list[int], skews: dict[str, float])
     size_of_expert = 3 * D * sizes.intermediate_size
     w = weights(sizes)
     call = functools.partial(KERNELS[kernel], limit=LIMIT)
-    jitted = jax.jit(call)
+    jitted, loop, empty_loop = jax.jit(call), in_a_loop(call), in_a_loop(lambda x, *_: x)
     results = []
     for M in counts:
         x = jax.random.normal(jax.random.key(M), (M, D), jnp.bfloat16)
@@ -157,12 +163,12 @@ def measure(kernel: str, model: str, counts: list[int], skews: dict[str, float])
     for result, (x, chosen, weight) in results:
         M = len(x)
         calls = max(1, min(CALLS, 2 * E // (M * X)))
-        rotated = [(chosen + X * i) % E for i in range(calls)]
+        rotated = jnp.stack([(chosen + X * i) % E for i in range(calls)])
         experts = len(np.unique(chosen))
         size, flops = experts * size_of_expert * 17 / 32, 2 * M * X * size_of_expert
         try:
-            empty = microseconds(lambda x, *_: x, x, rotated, weight, w)
-            us = microseconds(call, x, rotated, weight, w)
+            empty = microseconds(empty_loop, x, rotated, weight, w)
+            us = microseconds(loop, x, rotated, weight, w)
         except Exception as error:
             say(result | {"failed": f"{type(error).__name__}: {str(error)[:300]}"})
             continue

@@ -129,7 +129,6 @@ def grouped(
 
     T, P = tiles.pairs.shape
     E = w.scales.shape[0]
-    packed = 16 * BLOCKS
     # The scales of a warpgroup are one piece, cut so that the copy engine takes it.
     scale_rows = OUTPUTS * p.blocks // _BLOCK_OUTPUTS
     more = () if weights_R is None else (weights_R,)
@@ -185,7 +184,7 @@ def grouped(
                 max_concurrent_steps=stages(p, P),
                 compute_context=compute,
                 in_specs=[
-                    plgpu.BlockSpec((_BLOCK_OUTPUTS, packed), lambda k: (stripe, k)),
+                    plgpu.BlockSpec((_BLOCK_OUTPUTS, 16 * BLOCKS), lambda k: (stripe, k)),
                     plgpu.BlockSpec((P, STEP), lambda k: (t, k), transforms=tiled),
                 ],
             )(blocks, x)
