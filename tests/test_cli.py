@@ -360,6 +360,8 @@ class Terminal:
 
     def __init__(self, *arguments):
         self.screen, inside = pty.openpty()
+        # What a shell runs in the background ignores Ctrl-C, and so would what tests start there.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "gpt_oss_jax", *arguments],
             stdin=inside,
@@ -368,6 +370,7 @@ class Terminal:
             env=os.environ | {"TERM": "xterm"},
             start_new_session=True,
         )
+        signal.signal(signal.SIGINT, before)
         os.close(inside)
         self.seen = ""
 
