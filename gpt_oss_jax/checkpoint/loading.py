@@ -165,7 +165,8 @@ def _check_room(targets: Collection[jax.ShapeDtypeStruct], mesh: Mesh | None) ->
         needed += math.prod(shape) * x.dtype.itemsize
     for device in jnp.zeros(()).devices() if mesh is None else mesh.local_devices:
         stats = _memory(device)
-        free = stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)
+        limit = stats.get("bytes_limit") or math.inf  # Allocators without a pool say 0.
+        free = limit - stats.get("bytes_in_use", 0)
         if needed > free:
             pool = (
                 "XLA_CLIENT_MEM_FRACTION, set before JAX starts, is the share of a GPU's memory "
@@ -173,7 +174,7 @@ def _check_room(targets: Collection[jax.ShapeDtypeStruct], mesh: Mesh | None) ->
             )
             raise ValueError(
                 f"the weights need {needed / 1e9:.2f} GB on {device}, where {free / 1e9:.2f} GB of "
-                f"JAX's {stats['bytes_limit'] / 1e9:.2f} GB are free. "
+                f"JAX's {limit / 1e9:.2f} GB are free. "
                 f"{pool if device.platform == 'gpu' else ''}"
                 "a mesh spreads a model over several devices; gpt-oss-jax plan says what fits."
             )
