@@ -315,7 +315,7 @@ def test_other_efforts_are_refused(effort):
 
 
 def test_wrong_arguments_are_refused():
-    for date in ("28 June", "2026-02-31", "20260228", "2026-W09-1"):
+    for date in ("28 June", "2026-02-32", "20260228", "2026-W09-1"):
         with pytest.raises(ValueError, match=f"date must be .* YYYY-MM-DD or None, got '{date}'"):
             System(date=date)
     with pytest.raises(ValueError, match="A-Z a-z 0-9 _ - ., got 'a b'"):

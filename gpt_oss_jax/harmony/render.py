@@ -6,7 +6,6 @@ needs, and the `<|constrain|>` that a content type may begin with.
 """
 
 import dataclasses
-import datetime
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from gpt_oss_jax.harmony.message import ROLES, Message
 REASONING_EFFORTS = ("low", "medium", "high")
 _NAME = re.compile(r"[\w.-]+", re.ASCII)
 _WORD = re.compile(r"\S+", re.ASCII)
-_DATE = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
+_DATE = re.compile(r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +55,6 @@ class Function:
             raise ValueError(f"parameters of {self.name} must be JSON: {error}.") from error
 
 
-def _is_day(text: str) -> bool:
-    try:
-        datetime.date.fromisoformat(text)
-    except ValueError:
-        return False
-    return _DATE.fullmatch(text) is not None  # Python reads other forms, too.
-
-
 @dataclasses.dataclass(frozen=True)
 class System:
     """The system message.
@@ -89,7 +80,7 @@ class System:
                 f"reasoning_effort must be {', '.join(REASONING_EFFORTS[:-1])} or "
                 f"{REASONING_EFFORTS[-1]}, got {self.reasoning_effort!r}."
             )
-        if self.date is not None and not _is_day(self.date):
+        if self.date is not None and not _DATE.fullmatch(self.date):
             raise ValueError(f"date must be a day as YYYY-MM-DD or None, got {self.date!r}.")
 
 
