@@ -271,3 +271,8 @@ def test_what_does_not_fit_is_refused_before_it_is_read(sharded, monkeypatch, ax
     monkeypatch.setattr(loading, "_arrays", lambda *args: pytest.fail("it reads"))
     with pytest.raises(ValueError, match="the weights need .* GB on .*; gpt-oss-jax plan"):
         load(sharded, mesh=mesh)
+
+
+def test_a_mesh_is_a_mesh(folders):
+    with pytest.raises(ValueError, match="make_mesh, got 'expert=2'"):
+        load(folders / "hf", mesh="expert=2")

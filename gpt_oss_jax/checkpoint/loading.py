@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from gpt_oss_jax.checkpoint import synthetic
-from gpt_oss_jax.checkpoint.experts import Source, expert_kinds, with_experts
+from gpt_oss_jax.checkpoint.experts import Source, model_kind, with_experts
 from gpt_oss_jax.checkpoint.files import Folder, LocalFolder, open_folder
 from gpt_oss_jax.checkpoint.hub import resolve
 from gpt_oss_jax.checkpoint.orbax import is_orbax, open_orbax
@@ -69,6 +69,8 @@ def load(
       ValueError: If there is no such checkpoint, or anything about it is not as it should be: then
         everything that is wrong is named. If the weights do not fit the device.
     """
+    if not isinstance(mesh, Mesh | None):
+        raise ValueError(f"mesh must be a jax.sharding.Mesh, such as of make_mesh, got {mesh!r}.")
     dtype = _dtype(dtype, mesh)
     name = str(path_or_id)
     if name.startswith(synthetic.PREFIX):
@@ -78,7 +80,7 @@ def load(
         source = open_source(path_or_id)
         folder = source.folder
         # One dense matrix makes all of them dense: a model holds its experts in one way.
-        config, kind = source.config, "dense" if "dense" in expert_kinds(source) else "mxfp4"
+        config, kind = source.config, model_kind(source)
         arrays = lambda targets: _arrays(with_experts(source, kind), targets)
     abstract = nnx.eval_shape(
         lambda: Transformer(
