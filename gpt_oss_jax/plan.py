@@ -48,7 +48,8 @@ class Kind:
     devices_per_chip: int = 1
 
 
-# Memory of TPUs as their compiler has it; of GPUs less the 0.6 GiB that a process takes of CUDA.
+_CUDA = 0.6  # GiB of a GPU's memory that any process takes.
+# Memory of TPUs as their compiler has it; of GPUs less what CUDA takes.
 KINDS = {
     kind.name: kind
     for kind in (
@@ -133,7 +134,9 @@ def parse_device(text: str) -> tuple[Kind, int]:
     name = text.lower().replace("_", "").replace(" ", "")
     if size := re.fullmatch(r"(\d+(?:\.\d+)?)g(?:i?b)?", name):
         # What a card is sold as is GiB, of which the process takes some.
-        return Kind(text, "gpu", float(size[1]) - 0.6, 0, 0), 1
+        if (memory := float(size[1]) - _CUDA) <= 0:
+            raise ValueError(f"the memory of a GPU must be over {_CUDA} GiB, got {text!r}.")
+        return Kind(text, "gpu", memory, 0, 0), 1
     count = 1
     if several := re.fullmatch(r"(\d+)x(.+)", name):
         count, name = int(several[1]), several[2]
@@ -159,6 +162,7 @@ def plan(
     context: int = 8192,
     batch: int = 1,
     dtype=jnp.bfloat16,
+    experts: str = "mxfp4",
     mesh: dict[str, int] | None = None,
 ) -> Plan:
     """Counts what a model needs on each device.
@@ -170,6 +174,7 @@ def plan(
       context: Positions in the cache of each row.
       batch: Rows.
       dtype: Of what is not MXFP4.
+      experts: "mxfp4", or "dense" for those of a checkpoint that has them in bfloat16.
       mesh: Sizes of the axes data, expert and tensor; None: what leaves the most memory free.
 
     Raises:
@@ -180,7 +185,7 @@ def plan(
     if context > config.max_context:
         raise ValueError(f"the model's context is {config.max_context:,} tokens, got {context:,}.")
     dtype = jnp.dtype(dtype)
-    count = _Count(config, kind, dtype, _variables(config, dtype))
+    count = _Count(config, kind, dtype, _variables(config, dtype, experts))
     if mesh is None:
         # Whole experts, which kernels for TPU want, unless they leave much undivided.
         sizes = [(count.weights(_abstract(m)), m) for m in _meshes(devices)]
@@ -232,8 +237,10 @@ def weights_of_a_step(config: Config, sizes: Mapping[tuple, int], rows: int) -> 
 
 
 @functools.cache
-def _variables(config: Config, dtype) -> dict[tuple, nnx.Variable]:
-    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype))
+def _variables(config: Config, dtype, experts: str) -> dict[tuple, nnx.Variable]:
+    model = nnx.eval_shape(
+        lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype, experts=experts)
+    )
     return dict(nnx.to_flat_state(nnx.state(model)))
 
 

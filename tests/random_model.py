@@ -9,9 +9,10 @@ from gpt_oss_jax.model import Transformer
 from gpt_oss_jax.sharding import named_sharding
 
 
-def random_model(config, *, seed=0, dtype=jnp.float32, mesh=None) -> Transformer:
+def random_model(config, *, seed=0, dtype=jnp.float32, experts="mxfp4", mesh=None) -> Transformer:
     """Weights that keep activations near one; on a mesh, if given, split as `load` splits them."""
-    abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype, mesh=mesh))
+    kind = {"dtype": dtype, "experts": experts, "mesh": mesh}
+    abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), **kind))
     graphdef, state = nnx.split(abstract)
     rng = np.random.default_rng(seed)
 

@@ -217,7 +217,7 @@ def test_refuses_what_is_no_path():
 
 def test_says_what_the_mesh_does_not_split(folders, sharded, caplog):
     with caplog.at_level("WARNING", "gpt_oss_jax"):
-        load(sharded, mesh=make_mesh(expert=4, tensor=2))
+        load(sharded, mesh=make_mesh(expert=2, tensor=2))
         assert not caplog.messages
         load(folders / "hf", mesh=make_mesh(tensor=2))
     (said,) = caplog.messages
@@ -271,3 +271,8 @@ def test_what_does_not_fit_is_refused_before_it_is_read(sharded, monkeypatch, ax
     monkeypatch.setattr(loading, "_arrays", lambda *args: pytest.fail("it reads"))
     with pytest.raises(ValueError, match="the weights need .* GB on .*; gpt-oss-jax plan"):
         load(sharded, mesh=mesh)
+
+
+def test_a_mesh_is_a_mesh(folders):
+    with pytest.raises(ValueError, match="make_mesh, got 'expert=2'"):
+        load(folders / "hf", mesh="expert=2")

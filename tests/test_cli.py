@@ -292,9 +292,10 @@ def test_options_reach_the_model(folder, capsys):
     assert "top_p" in capsys.readouterr().err
     assert cli.main(["chat", folder, "hi", "-c", "10"]) == 2
     assert "10" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main(["chat", folder, "--mesh", "rows=2"])
-    assert "rows=2" in capsys.readouterr().err
+    for mesh in ("rows=2", "expert=2,expert=4", "expert"):
+        with pytest.raises(SystemExit):
+            cli.main(["chat", folder, "--mesh", mesh])
+        assert repr(mesh) in capsys.readouterr().err
 
 
 def test_mesh_spreads_the_model(folder):
@@ -360,6 +361,8 @@ class Terminal:
 
     def __init__(self, *arguments):
         self.screen, inside = pty.openpty()
+        # What a shell runs in the background ignores Ctrl-C, and so would what tests start there.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "gpt_oss_jax", *arguments],
             stdin=inside,
@@ -368,6 +371,7 @@ class Terminal:
             env=os.environ | {"TERM": "xterm"},
             start_new_session=True,
         )
+        signal.signal(signal.SIGINT, before)
         os.close(inside)
         self.seen = ""
 

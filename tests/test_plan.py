@@ -42,21 +42,28 @@ def test_other_names_are_refused(text):
         parse_device(text)
 
 
+@pytest.mark.parametrize("experts", ["mxfp4", "dense"])
 @pytest.mark.parametrize("axes", [{}, {"expert": 4, "tensor": 2}, {"data": 2, "expert": 4}])
-def test_bytes_are_those_that_lie_on_a_device(shardable, axes):
+def test_bytes_are_those_that_lie_on_a_device(shardable, axes, experts):
     mesh = make_mesh(**axes)
-    model = random_model(shardable, mesh=mesh)
+    model = random_model(shardable, experts=experts, mesh=mesh)
     first = mesh.devices.flat[0]
 
     def here(arrays):
         shards = (s for x in arrays for s in x.addressable_shards if s.device == first)
         return sum(s.data.nbytes for s in shards)
 
-    found = plan(shardable, CARD, mesh.size, context=64, batch=4, dtype="float32", mesh=axes)
+    kind = {"dtype": "float32", "experts": experts, "mesh": axes}
+    found = plan(shardable, CARD, mesh.size, context=64, batch=4, **kind)
     assert found.weights == here(jax.tree.leaves(nnx.state(model)))
     skeleton, leaves = device.split(model)
     assert found.cache == here(jax.tree.leaves(device.empty_cache(leaves, skeleton, 4, 64)))
     assert found.mesh == {"data": 1, "expert": 1, "tensor": 1} | axes
+
+
+def test_no_memory_at_all_is_refused():
+    with pytest.raises(ValueError, match="must be over 0.6 GiB, got '0GB'"):
+        parse_device("0GB")
 
 
 def test_the_largest_that_fits_fits_and_no_more():

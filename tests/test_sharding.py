@@ -43,6 +43,19 @@ def test_a_mesh_gives_the_logits_of_one_device(shardable, data, expert, tensor):
     )
 
 
+@pytest.mark.parametrize("axes", [{"tensor": 4}, {"expert": 4, "tensor": 2}])
+@pytest.mark.parametrize("length", [1, 40])
+def test_dense_experts_on_a_mesh(shardable, axes, length):
+    """Also where the mesh divides their width, but not its blocks."""
+    tokens = jax.random.randint(jax.random.key(0), (2, length), 0, shardable.vocab_size)
+    forward = jax.jit(lambda m, t: m(t))
+    want, got = (
+        forward(random_model(shardable, experts="dense", mesh=mesh), tokens)
+        for mesh in (None, make_mesh(**axes))
+    )
+    np.testing.assert_allclose(got, want, atol=2e-6 * float(jnp.abs(want).max()))
+
+
 @pytest.mark.parametrize(("rows", "length"), [(1, 1), (2, 40)])
 def test_no_packed_byte_leaves_its_device(shardable, rows, length):
     """Rows are given to the experts where these are, few or many."""

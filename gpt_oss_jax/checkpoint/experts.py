@@ -43,6 +43,11 @@ def expert_kinds(source: Source) -> set[str]:
     }
 
 
+def model_kind(source: Source) -> str:
+    """Of the experts of a model that is loaded from it: "dense" if any are."""
+    return "dense" if "dense" in expert_kinds(source) else "mxfp4"
+
+
 def with_experts(source: Source, kind: str) -> Source:
     """The source with every expert matrix "mxfp4" or every one "dense"."""
     return source if expert_kinds(source) == {kind} else _Recoded(source, kind)

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from gpt_oss_jax.checkpoint import synthetic
-from gpt_oss_jax.checkpoint.experts import Source, expert_kinds, with_experts
+from gpt_oss_jax.checkpoint.experts import Source, model_kind, with_experts
 from gpt_oss_jax.checkpoint.files import Folder, LocalFolder, open_folder
 from gpt_oss_jax.checkpoint.hub import resolve
 from gpt_oss_jax.checkpoint.orbax import is_orbax, open_orbax
@@ -69,6 +69,8 @@ def load(
       ValueError: If there is no such checkpoint, or anything about it is not as it should be: then
         everything that is wrong is named. If the weights do not fit the device.
     """
+    if not isinstance(mesh, Mesh | None):
+        raise ValueError(f"mesh must be a jax.sharding.Mesh, such as of make_mesh, got {mesh!r}.")
     dtype = _dtype(dtype, mesh)
     name = str(path_or_id)
     if name.startswith(synthetic.PREFIX):
@@ -78,7 +80,7 @@ def load(
         source = open_source(path_or_id)
         folder = source.folder
         # One dense matrix makes all of them dense: a model holds its experts in one way.
-        config, kind = source.config, "dense" if "dense" in expert_kinds(source) else "mxfp4"
+        config, kind = source.config, model_kind(source)
         arrays = lambda targets: _arrays(with_experts(source, kind), targets)
     abstract = nnx.eval_shape(
         lambda: Transformer(
@@ -165,7 +167,8 @@ def _check_room(targets: Collection[jax.ShapeDtypeStruct], mesh: Mesh | None) ->
         needed += math.prod(shape) * x.dtype.itemsize
     for device in jnp.zeros(()).devices() if mesh is None else mesh.local_devices:
         stats = _memory(device)
-        free = stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)
+        limit = stats.get("bytes_limit") or math.inf  # Allocators without a pool say 0.
+        free = limit - stats.get("bytes_in_use", 0)
         if needed > free:
             pool = (
                 "XLA_CLIENT_MEM_FRACTION, set before JAX starts, is the share of a GPU's memory "
@@ -173,7 +176,7 @@ def _check_room(targets: Collection[jax.ShapeDtypeStruct], mesh: Mesh | None) ->
             )
             raise ValueError(
                 f"the weights need {needed / 1e9:.2f} GB on {device}, where {free / 1e9:.2f} GB of "
-                f"JAX's {stats['bytes_limit'] / 1e9:.2f} GB are free. "
+                f"JAX's {limit / 1e9:.2f} GB are free. "
                 f"{pool if device.platform == 'gpu' else ''}"
                 "a mesh spreads a model over several devices; gpt-oss-jax plan says what fits."
             )

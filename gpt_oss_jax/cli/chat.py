@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     # Before the model is loaded, which takes a while: whatever may be wrong with the rest.
     params, _ = sampling(args), System(args.reasoning_effort, args.date)
     model = load_model(args)
+    if args.context > model.config.max_context:
+        remark(f"--context is cut to the model's {model.config.max_context:,} tokens")
     chat = Chat(
         model,
         reasoning_effort=args.reasoning_effort,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from gpt_oss_jax import aot
 from gpt_oss_jax.checkpoint import open_source
+from gpt_oss_jax.checkpoint.experts import model_kind
 from gpt_oss_jax.cli.terminal import mesh_axes, positive, remark, write
 from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B, Config
 from gpt_oss_jax.plan import CHUNK, GIB, KINDS, Plan, parse_device, plan
@@ -55,11 +56,12 @@ def run(args: argparse.Namespace) -> int:
     kind, devices = parse_device(args.device)
     if args.compile and kind.platform != "tpu":
         raise ValueError("--compile asks the compiler for TPU; name a TPU.")
-    config = _config(args.model)
+    config, experts = _sizes(args.model)
+    if args.compile and experts != "mxfp4":
+        raise ValueError("--compile asks about MXFP4 experts; this checkpoint has others.")
     dtype = jnp.dtype(args.dtype)
-    found = plan(
-        config, kind, devices, context=args.context, batch=args.batch, dtype=dtype, mesh=args.mesh
-    )
+    rows = {"context": args.context, "batch": args.batch}
+    found = plan(config, kind, devices, **rows, dtype=dtype, experts=experts, mesh=args.mesh)
     write(f"{args.model} on {_devices(found, devices)}, {args.dtype}, ")
     write(f"context {args.context:,} tokens, batch {args.batch}\n\n{_table(found)}\n")
     if args.compile:
@@ -67,9 +69,13 @@ def run(args: argparse.Namespace) -> int:
     return 0 if found.fits else 1
 
 
-def _config(name: str) -> Config:
-    name = name.removeprefix("openai/gpt-oss-").removeprefix("gpt-oss:").removeprefix("synthetic:")
-    return _RELEASED.get(name) or open_source(name).config
+def _sizes(name: str) -> tuple[Config, str]:
+    """Config and kind of the experts; those of the released models are known."""
+    short = name.removeprefix("openai/gpt-oss-").removeprefix("gpt-oss:").removeprefix("synthetic:")
+    if short in _RELEASED:
+        return _RELEASED[short], "mxfp4"
+    source = open_source(name)
+    return source.config, model_kind(source)
 
 
 def _devices(found: Plan, count: int) -> str:

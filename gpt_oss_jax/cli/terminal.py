@@ -150,10 +150,16 @@ def positive(text: str) -> int:
 def mesh_axes(text: str) -> dict[str, int]:
     """An option that says how to spread a model."""
     try:
-        axes = {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
+        parts = [part.split("=") for part in text.split(",")]
+        axes = {name: int(size) for name, size in parts}
     except ValueError:
         axes = {}
-    if not axes or not set(axes) <= {"data", "expert", "tensor"} or min(axes.values()) < 1:
+    if (
+        not axes
+        or len(axes) < len(parts)
+        or not set(axes) <= {"data", "expert", "tensor"}
+        or min(axes.values()) < 1
+    ):
         raise argparse.ArgumentTypeError(
             f"wanted sizes of data, expert or tensor, such as expert=4, got {text!r}."
         )

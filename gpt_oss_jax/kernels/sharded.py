@@ -17,6 +17,7 @@ from gpt_oss_jax.sharding import named_sharding
 
 _UP = ("experts", "expert_width", None, "embed", None)
 _DOWN = ("experts", "embed", "expert_width_blocks", None)
+_DENSE_DOWN = ("experts", "embed", "expert_width")
 _WORDS = ("experts", None, None, None)
 
 
@@ -84,9 +85,8 @@ def _specs(mesh: Mesh, w: ExpertWeights) -> ExpertWeights:
     up_bias = spec(w.up_bias, _UP)
     if isinstance(w.up, MXArray) and w.up.words_of is not None:
         up_bias = PartitionSpec(up_bias[0], None, None)
-    return ExpertWeights(
-        matrix(w.up, _UP), up_bias, matrix(w.down, _DOWN), spec(w.down_bias, _DOWN)
-    )
+    down = _DOWN if isinstance(w.down, MXArray) else _DENSE_DOWN
+    return ExpertWeights(matrix(w.up, _UP), up_bias, matrix(w.down, down), spec(w.down_bias, down))
 
 
 def _of_fewer(m: MXArray | jax.Array, experts: int) -> MXArray | jax.Array:

@@ -42,7 +42,8 @@ class Embedding(nnx.Module):
     def use_rows(self) -> None:
         """Puts the table into the order that a TPU reads rows from, once."""
         table = self.weight[...]
-        self.weight[...] = jax.device_put(table, rows_whole(table.sharding))
+        # Not an assignment to its elements, which could put them back into the old order.
+        self.weight = self.weight.replace(jax.device_put(table, rows_whole(table.sharding)))
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """Rows of the tokens, [B, T, D]. Ids are clamped: check them where they come in."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gpt_oss_jax.checkpoint.experts import Source, expert_kinds, with_experts
+from gpt_oss_jax.checkpoint.experts import Source, model_kind, with_experts
 from gpt_oss_jax.checkpoint.stream import Request
 from gpt_oss_jax.config import Config
 from gpt_oss_jax.model.attention import Context
@@ -44,7 +44,7 @@ class Streamed:
         step: Callable[[int], None] = lambda nbytes: None,
     ):
         """Opens nothing yet; `step` hears how many bytes of the checkpoint each part took."""
-        kind = "dense" if "dense" in expert_kinds(source) else "mxfp4"
+        kind = model_kind(source)
         self._source, self._experts = with_experts(source, kind), kind
         self._step = step
         self.config, self.dtype = source.config, jnp.dtype(dtype)
