@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from gpt_oss_jax.config import Config
 from gpt_oss_jax.model import Transformer, init_cache
 from gpt_oss_jax.model.layers import rows_whole
+from gpt_oss_jax.model.moe import can_use_words
 from gpt_oss_jax.sharding import named_sharding
 
 # Chips of a slice by how many there are; the smallest that has enough is taken.
@@ -90,7 +91,7 @@ def compile_step(
     def make():
         of = None if mesh.size == 1 else mesh
         model = Transformer(config, rngs=nnx.Rngs(0), dtype=dtype, mesh=of)
-        if mesh.shape["tensor"] == 1:
+        if can_use_words(config, mesh):
             for layer in model.layers:
                 layer.mlp.use_words()
         return model

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -18,11 +19,12 @@ from jax.sharding import AbstractMesh, AxisType
 
 from gpt_oss_jax.config import Config
 from gpt_oss_jax.model import Transformer, init_cache
+from gpt_oss_jax.model.cache import MIN_SLOTS, bucket
+from gpt_oss_jax.model.moe import can_use_words
 from gpt_oss_jax.quant import MXArray
 from gpt_oss_jax.sharding import MESH_AXES, named_sharding
 
 GIB = 2**30
-_SLOTS = 128  # A cache grows by so many.
 # Tokens of a prompt that `generate` gives to one call.
 CHUNK = 1024
 
@@ -48,8 +50,8 @@ class Kind:
     devices_per_chip: int = 1
 
 
-_CUDA = 0.6  # GiB of a GPU's memory that any process takes.
-# Memory of TPUs as their compiler has it; of GPUs less what CUDA takes.
+POOL = 0.95  # Of a GPU's memory, what the command line lets JAX take.
+# Memory of TPUs as their compiler has it; of GPUs that share of what CUDA says they have.
 KINDS = {
     kind.name: kind
     for kind in (
@@ -57,12 +59,12 @@ KINDS = {
         Kind("v5p", "tpu", 95.73, 2765, 459),
         Kind("v6e", "tpu", 31.24, 1640, 918),
         Kind("tpu7x", "tpu", 94.74, 3690, 1153.5, devices_per_chip=2),
-        Kind("a100", "gpu", 78.5, 2039, 312),
-        Kind("h100", "gpu", 78.5, 3350, 989),
-        Kind("h200", "gpu", 139.2, 4800, 989),
-        Kind("b200", "gpu", 178.0, 8000, 2250),
-        Kind("rtx4090", "gpu", 23.0, 1008, 165),
-        Kind("rtx5090", "gpu", 31.0, 1792, 210),
+        Kind("a100", "gpu", POOL * 79.2, 2039, 312),
+        Kind("h100", "gpu", POOL * 79.2, 3350, 989),
+        Kind("h200", "gpu", POOL * 139.8, 4800, 989),
+        Kind("b200", "gpu", POOL * 178.4, 8000, 2250),
+        Kind("rtx4090", "gpu", POOL * 23.5, 1008, 165),
+        Kind("rtx5090", "gpu", POOL * 31.3, 1792, 210),
     )
 }
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x", "ironwood": "tpu7x"}
@@ -133,10 +135,9 @@ def parse_device(text: str) -> tuple[Kind, int]:
     """
     name = text.lower().replace("_", "").replace(" ", "")
     if size := re.fullmatch(r"(\d+(?:\.\d+)?)g(?:i?b)?", name):
-        # What a card is sold as is GiB, of which the process takes some.
-        if (memory := float(size[1]) - _CUDA) <= 0:
-            raise ValueError(f"the memory of a GPU must be over {_CUDA} GiB, got {text!r}.")
-        return Kind(text, "gpu", memory, 0, 0), 1
+        if not float(size[1]):
+            raise ValueError(f"a GPU must have memory, got {text!r}.")
+        return Kind(text, "gpu", POOL * float(size[1]), 0, 0), 1  # Cards are sold by the GiB.
     count = 1
     if several := re.fullmatch(r"(\d+)x(.+)", name):
         count, name = int(several[1]), several[2]
@@ -211,9 +212,8 @@ def plan(
         workspace=count.workspace(on, context, batch),
         decode_bytes=count.decode_bytes(on, context, batch),
         prefill_flops=count.prefill_flops(on),
-        largest_context=_SLOTS
-        * _largest(config.max_context // _SLOTS, lambda n: fits(n * _SLOTS, batch)),
-        largest_batch=_largest(4096, lambda n: fits(context, n)),
+        largest_context=_largest(MIN_SLOTS, config.max_context, lambda n: fits(n, batch)),
+        largest_batch=_largest(1, 4096, lambda n: fits(context, n)),
     )
 
 
@@ -256,13 +256,11 @@ def _abstract(mesh: dict[str, int]) -> AbstractMesh:
     return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
-def _largest(most: int, fits: Callable[[int], bool]) -> int:
-    """The largest number up to `most` that fits, by bisection; 0 if not even 1 does."""
-    low, high = 0, most + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+def _largest(least: int, most: int, fits: Callable[[int], bool]) -> int:
+    """The largest size that fits, of those that `generate` rounds to; 0 if none does."""
+    sizes = itertools.takewhile(lambda n: n < 2 * most, (least << i for i in itertools.count()))
+    fitting = [min(n, most) for n in sizes if fits(min(n, most))]
+    return max(fitting, default=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,7 +284,7 @@ class _Count:
             return found
         for path, blocks in self.variables.items():
             # Kernels for TPU have words, a little larger.
-            if path[-1] == "blocks" and mesh.shape["tensor"] == 1:
+            if path[-1] == "blocks" and can_use_words(self.config, mesh):
                 scales = path[:-1] + ("scales",)
                 parts = (blocks, self.variables[scales])
                 of = MXArray(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in parts))
@@ -298,7 +296,9 @@ class _Count:
         return found
 
     def cache(self, mesh: AbstractMesh, context: int, batch: int) -> int:
-        made = jax.eval_shape(lambda: init_cache(self.config, batch, context, self.dtype))
+        """Of the rows and slots that `generate` makes of them."""
+        rows, slots = bucket(batch), bucket(context - 1, MIN_SLOTS)
+        made = jax.eval_shape(lambda: init_cache(self.config, rows, slots, self.dtype))
         total = 0
         for x in jax.tree.leaves(made):
             # Heads lie side by side and are not cut.
@@ -309,16 +309,19 @@ class _Count:
         return total
 
     def workspace(self, mesh: AbstractMesh, context: int, batch: int) -> int:
-        """Of prefill, whose rows go through the experts sorted; and the logits of a step."""
+        """Of prefill, whose rows go through the experts sorted, or of a cache that grows.
+
+        While it does, the smaller one is still there.
+        """
         c, b = self.config, self.dtype.itemsize
-        rows = math.ceil(batch / mesh.shape["data"])
+        rows = math.ceil(bucket(batch) / mesh.shape["data"])
         tokens = min(context, CHUNK) * min(rows, 16)
         D, F, X = c.hidden_size, c.intermediate_size, c.experts_per_token
         experts = math.ceil(c.num_experts / mesh.shape["expert"])
         tile = min(256, max(16, 1 << (max(1, -(-tokens * X // c.num_experts)) - 1).bit_length()))
         sorted_rows = tokens * X + experts * tile
         mlp = sorted_rows * (2 * D + F) * b + tokens * X * D * 4
-        return mlp + rows * c.vocab_size * 4 * 2
+        return max(mlp + rows * c.vocab_size * 4 * 2, self.cache(mesh, context // 2, batch))
 
     def decode_bytes(self, mesh: AbstractMesh, context: int, batch: int) -> float:
         """Weights once, chosen experts only, and every row's cache."""

@@ -12,6 +12,7 @@ from gpt_oss_jax import load, save
 from gpt_oss_jax.kernels.attention import mosaic_tpu as attention
 from gpt_oss_jax.kernels.expert_matmul import mosaic_tpu as experts
 from gpt_oss_jax.model import init_cache
+from gpt_oss_jax.parity import compare, values
 from gpt_oss_jax.sharding import make_mesh
 
 
@@ -61,3 +62,14 @@ def test_kernels_run_on_each_device_of_a_mesh(shardable, monkeypatch, rows):
         got = logits(model)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max()))
+
+
+def test_parity_looks_into_experts_in_words(shardable):
+    tokens = np.arange(9)
+    arrays = {k: x for stage in values(random_model(shardable), tokens) for k, x in stage.items()}
+    model = random_model(shardable)
+    for layer in model.layers:
+        layer.mlp.use_words()
+    assert compare(model, arrays, tokens).ok
+    arrays["layers.0.mlp.out"] = 1.01 * arrays["layers.0.mlp.out"]
+    assert compare(model, arrays, tokens).first == "layers.0.mlp.out"

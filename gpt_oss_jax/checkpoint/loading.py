@@ -28,6 +28,7 @@ from gpt_oss_jax.checkpoint.source import open_safetensors
 from gpt_oss_jax.checkpoint.stream import Request
 from gpt_oss_jax.kernels.target import platform
 from gpt_oss_jax.model import Transformer
+from gpt_oss_jax.model.moe import can_use_words
 from gpt_oss_jax.sharding import named_sharding
 
 _LOGGER = logging.getLogger(__name__)
@@ -107,7 +108,8 @@ def load(
     model = nnx.merge(graphdef, nnx.from_flat_state(flat))
     if _platform(mesh) == "tpu":
         model.embedding.use_rows()
-        if kind == "mxfp4" and implementation in (None, "mosaic_tpu"):
+        named = implementation in (None, "mosaic_tpu")
+        if kind == "mxfp4" and named and can_use_words(config, mesh):
             for layer in model.layers:
                 layer.mlp.use_words(mesh)
     if folder is not None:

@@ -2,19 +2,21 @@
 
 import argparse
 import math
+import os
 
 import jax.numpy as jnp
 
 from gpt_oss_jax import aot
-from gpt_oss_jax.checkpoint import open_source
+from gpt_oss_jax.checkpoint import open_source, synthetic
 from gpt_oss_jax.checkpoint.experts import model_kind
+from gpt_oss_jax.checkpoint.hub import ALIASES
 from gpt_oss_jax.cli.terminal import mesh_axes, positive, remark, write
 from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B, Config
-from gpt_oss_jax.plan import CHUNK, GIB, KINDS, Plan, parse_device, plan
+from gpt_oss_jax.plan import CHUNK, GIB, KINDS, POOL, Plan, parse_device, plan
 from gpt_oss_jax.sharding import make_mesh
 
-_POOL = 0.75  # Of a GPU's memory, what JAX takes.
-_RELEASED = {"20b": GPT_OSS_20B, "120b": GPT_OSS_120B}
+_DEFAULT_POOL = 0.75  # Of a GPU's memory, what JAX takes by itself.
+_RELEASED = {"openai/gpt-oss-20b": GPT_OSS_20B, "openai/gpt-oss-120b": GPT_OSS_120B}
 
 
 def add(commands) -> None:
@@ -62,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     dtype = jnp.dtype(args.dtype)
     rows = {"context": args.context, "batch": args.batch}
     found = plan(config, kind, devices, **rows, dtype=dtype, experts=experts, mesh=args.mesh)
-    write(f"{args.model} on {_devices(found, devices)}, {args.dtype}, ")
+    write(f"{args.model} on {_devices(found)}, {args.dtype}, ")
     write(f"context {args.context:,} tokens, batch {args.batch}\n\n{_table(found)}\n")
     if args.compile:
         _ask_compiler(config, found, dtype)
@@ -71,14 +73,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _sizes(name: str) -> tuple[Config, str]:
     """Config and kind of the experts; those of the released models are known."""
-    short = name.removeprefix("openai/gpt-oss-").removeprefix("gpt-oss:").removeprefix("synthetic:")
-    if short in _RELEASED:
-        return _RELEASED[short], "mxfp4"
-    source = open_source(name)
+    if name.startswith(synthetic.PREFIX):
+        return synthetic.config_of(name), "mxfp4"
+    released = _RELEASED.get(ALIASES.get(name, name))
+    if released is not None and not os.path.isdir(name):
+        return released, "mxfp4"
+    source = open_source(name, download=False)
     return source.config, model_kind(source)
 
 
-def _devices(found: Plan, count: int) -> str:
+def _devices(found: Plan) -> str:
+    count = math.prod(found.mesh.values())
     axes = ",".join(f"{name}={size}" for name, size in found.mesh.items() if size > 1)
     what = f"{count} x {found.kind.name}" if count > 1 else found.kind.name
     return f"{what} (--mesh {axes})" if axes else what
@@ -92,7 +97,7 @@ def _table(found: Plan) -> str:
         else f"{'weights':<12}{gib(found.weights)}",
         f"{'cache':<12}{gib(found.cache)}",
         f"{'workspace':<12}{gib(found.workspace)}, an estimate",
-        f"{'margin':<12}{gib(found.margin)} of {found.kind.memory_gib:.2f}",
+        f"{'margin':<12}{gib(found.margin)} of {found.kind.memory_gib:.2f} that JAX can have",
         "",
     ]
     if found.fits:
@@ -110,11 +115,11 @@ def _table(found: Plan) -> str:
             f"It does NOT fit: {-found.margin / GIB:.2f} GiB are missing. More devices are needed, "
             "or larger ones."
         )
-    needed = 1 - found.margin / GIB / found.kind.memory_gib
-    if found.fits and found.kind.platform == "gpu" and needed > _POOL:
+    needed = POOL * (1 - found.margin / GIB / found.kind.memory_gib)
+    if found.fits and found.kind.platform == "gpu" and needed > _DEFAULT_POOL:
         lines.append(
-            f"From Python, JAX takes {100 * _POOL:.0f}% of a GPU's memory unless told otherwise: "
-            f"export XLA_CLIENT_MEM_FRACTION={max(0.95, needed):.2f}"
+            f"From Python, JAX takes {100 * _DEFAULT_POOL:.0f}% of a GPU's memory unless told "
+            f"otherwise: export XLA_CLIENT_MEM_FRACTION={POOL}"
         )
     if found.kind.bandwidth_gb:
         lines.append(

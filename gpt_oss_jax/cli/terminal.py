@@ -101,7 +101,8 @@ def load_model(args: argparse.Namespace) -> Transformer:
         why = str(error) or type(error).__name__
         raise ValueError(f"JAX finds no device: {why}. gpt-oss-jax doctor says more.") from error
     if platform == "gpu" and os.environ.get("XLA_CLIENT_MEM_FRACTION") == _MEM_FRACTION:
-        remark(f"JAX takes {_MEM_FRACTION} of the GPU's memory (XLA_CLIENT_MEM_FRACTION)")
+        share = f"{100 * float(_MEM_FRACTION):.0f}%"
+        remark(f"JAX takes {share} of the GPU's memory (XLA_CLIENT_MEM_FRACTION={_MEM_FRACTION})")
     return load(
         args.model,
         mesh=make_mesh(**args.mesh) if args.mesh else None,

@@ -10,11 +10,11 @@ import numpy as np
 
 from gpt_oss_jax.generate import device
 from gpt_oss_jax.model import Transformer
+from gpt_oss_jax.model.cache import MIN_SLOTS as _MIN_SLOTS, bucket
 from gpt_oss_jax.sampling import SamplingParams
 
 _SHORT_CHUNK, _LONG_CHUNK = 128, 1024  # Prompt tokens a row and call.
 _MAX_CALL = 16 * _LONG_CHUNK  # Prompt tokens a call, all rows: bounds the memory of activations.
-_MIN_SLOTS = 512
 _ROOM = 512  # Slots beyond the prompt to begin with; more are added when they are needed.
 
 
@@ -51,7 +51,7 @@ def run(
 def score(model: Transformer, ids: np.ndarray, chunk: int) -> np.ndarray:
     """Log-probabilities of all ids but the first, `chunk` of them a call."""
     skeleton, leaves = device.split(model)
-    cache = device.empty_cache(leaves, skeleton, 1, _bucket(len(ids), _MIN_SLOTS))
+    cache = device.empty_cache(leaves, skeleton, 1, bucket(len(ids), _MIN_SLOTS))
     logprobs = [np.zeros((1, 0), np.float32)]
     for tokens_BT, positions_BT, next_BT in _chunks([ids[:-1]], [ids[1:]], chunk):
         logprobs_BT, cache = device.score_chunk(
@@ -68,9 +68,9 @@ def _dispatched(model, prompts, lasts, n, sampling, stops):
     if budget == 0:
         return
     skeleton, leaves = device.split(model)
-    slots = _bucket(min(furthest, longest + _ROOM), _MIN_SLOTS)
+    slots = bucket(min(furthest, longest + _ROOM), _MIN_SLOTS)
     state = _prefilled(leaves, skeleton, slots, prompts, lasts, n, sampling.seed)
-    padding = _bucket(len(stops), 4) - len(stops)
+    padding = bucket(len(stops), 4) - len(stops)
     stops_K = np.array([*stops, *[-1] * padding], np.int32)
 
     taken, steps, block = 0, 1, ()
@@ -78,7 +78,7 @@ def _dispatched(model, prompts, lasts, n, sampling, stops):
         while taken < budget:
             needed = min(longest - 1 + taken + steps, furthest)
             if needed > slots:
-                slots = _bucket(needed)
+                slots = bucket(needed)
                 state = device.grown(state, skeleton, slots)
             state, block = device.decode(
                 leaves, state, sampling, stops_K, np.int32(steps), skeleton
@@ -96,14 +96,14 @@ def _dispatched(model, prompts, lasts, n, sampling, stops):
 def _prefilled(leaves, skeleton, slots, prompts, lasts, n, seed) -> device.DecodeState:
     """Reads all but the last token of every prompt, once, and sets up `n` rows for each."""
     before = [prompt[:-1] for prompt in prompts]
-    longest, size = max(map(len, before)), _bucket(len(prompts))
+    longest, size = max(map(len, before)), bucket(len(prompts))
     short = longest <= 4 * _SHORT_CHUNK or size * _LONG_CHUNK > _MAX_CALL
     chunk = min(_SHORT_CHUNK if short else _LONG_CHUNK, max(1, _MAX_CALL // size))
     cache = device.empty_cache(leaves, skeleton, size, slots)
     for tokens_BT, positions_BT, _ in _chunks(before, before, chunk):
         cache = device.prefill(leaves, cache, tokens_BT, positions_BT, skeleton)
 
-    rows, size = n * len(prompts), _bucket(n * len(prompts))
+    rows, size = n * len(prompts), bucket(n * len(prompts))
 
     def of_rows(values, fill, dtype=np.int32):
         return np.array([*values, *[fill] * (size - rows)], dtype)
@@ -122,15 +122,10 @@ def _prefilled(leaves, skeleton, slots, prompts, lasts, n, seed) -> device.Decod
     )
 
 
-def _bucket(size: int, least: int = 1) -> int:
-    """The power of two that holds `size`."""
-    return max(least, 1 << (size - 1).bit_length())
-
-
 def _chunks(prompts, targets, chunk):
     """Cuts padded prompts into calls: int32 [B, chunk] of tokens, positions (-1 pads), targets."""
     longest = max(map(len, prompts))
-    shape = (_bucket(len(prompts)), -(-longest // chunk) * chunk)
+    shape = (bucket(len(prompts)), -(-longest // chunk) * chunk)
     tokens, wanted = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     positions = np.full(shape, -1, np.int32)
     for row, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):

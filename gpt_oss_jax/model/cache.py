@@ -39,6 +39,14 @@ class Cache:
         return self.full_positions.shape[1]
 
 
+MIN_SLOTS = 512  # A cache that grows begins with so many.
+
+
+def bucket(size: int, least: int = 1) -> int:
+    """The power of two that holds `size`: rows and slots come in few sizes, each compiled once."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
 def init_cache(
     config: Config, batch: int, max_len: int, dtype, *, ring: int | None = None
 ) -> Cache:

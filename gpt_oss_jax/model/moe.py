@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from gpt_oss_jax.config import Config
 from gpt_oss_jax.kernels import expert_mlp
@@ -60,12 +63,29 @@ class Projection(nnx.Module):
         return MXArray(self.blocks[...], self.scales[...], self.words_of)
 
     def use_words(self, mesh: Mesh | None = None) -> None:
-        """Puts an MXFP4 matrix into the order that kernels for TPU want, once."""
+        """Puts an MXFP4 matrix into the order that kernels for TPU want, once, where it lies."""
+        words = _in_words(mesh, self.matrix.shape[0])(self.matrix)
+        self.words_of = self.matrix.shape
         axes = ("experts", None, None, None)
-        where = None if mesh is None else named_sharding(mesh, axes[:1])
-        words = jax.jit(MXArray.in_words, out_shardings=where)(self.matrix)
-        self.words_of = words.words_of
         self.blocks, self.scales = Packed(words.blocks, axes=axes), Packed(words.scales, axes=axes)
+
+
+@functools.cache
+def _in_words(mesh: Mesh | None, experts: int) -> Callable[[MXArray], MXArray]:
+    """Compiled once for all layers. Each device has its own experts, and none is moved."""
+    if mesh is None:
+        return jax.jit(MXArray.in_words)
+    spec = named_sharding(mesh, ("experts",), (experts,)).spec
+    run = jax.shard_map(MXArray.in_words, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    return jax.jit(run)
+
+
+def can_use_words(config: Config, mesh: Mesh | AbstractMesh | None) -> bool:
+    """Whether experts can be in the order of TPU kernels: each has to be whole on its device."""
+    if mesh is None:
+        return True
+    width = (config.intermediate_size,)
+    return named_sharding(mesh, ("expert_width",), width).shard_shape(width) == width
 
 
 class MoE(nnx.Module):

@@ -60,7 +60,8 @@ class Transformer(nnx.Module):
     Attributes:
       config: Its sizes.
       implementation: Name of the kernels to use, None for the fastest that can.
-      mesh: Devices that the weights are spread over, None for one.
+      mesh: Devices that the weights are spread over, None for one. Whoever moves them by hand says
+        so here.
     """
 
     def __init__(

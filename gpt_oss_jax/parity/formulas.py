@@ -186,7 +186,8 @@ def _mlp(moe, x_D, experts_X, weights_X, config: Config) -> Variants:
     def matrix(projection, expert: int, swapped: bool) -> np.ndarray:
         if hasattr(projection, "weight"):
             return np.asarray(projection.weight[expert]).astype(np.float64)
-        blocks, scales = projection.blocks[expert], projection.scales[expert]
+        packed = projection.matrix[expert]  # In the checkpoint's order, whatever lies there.
+        blocks, scales = packed.blocks, packed.scales
         if swapped:
             blocks = (blocks << 4) | (blocks >> 4)
         return np.asarray(dequantize(blocks, scales, np.float32)).astype(np.float64)
