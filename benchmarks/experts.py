@@ -32,7 +32,6 @@ CALLS, LOOPS, REPEATS, RUN_SECONDS = 8, 40, 7, 0.03
 KERNELS = {
     "few_rows": few_rows,
     "many_rows": many_rows,
-    "many_rows_in_parts": functools.partial(many_rows, parts=3),
     "xla": functools.partial(expert_mlp, implementation="xla"),
 }
 

@@ -27,25 +27,23 @@ def bits(x):
     return np.asarray(x, np.float32).view(np.uint32)
 
 
-def left(program, weights, scales, step, parts=1):
+def left(program, weights, scales, step):
     """What a warpgroup makes of a step's weights [64, 96] and all its scales: [64, 192]."""
-    count = 6 // parts
     shared = np.concatenate([np.asarray(a).reshape(-1) for a in (weights, scales)])
     run = functools.partial(ptx.piece, memory=ptx.Memory(), shared=shared)
     decoded = np.full((64, 192), np.nan, np.float32)
-    for first in range(0, 6, count):
-        loaded = run(program.load(first, count), 3 * count, [0, weights.size, step])
-        for h, i in itertools.product(range(2), range(count)):
-            word, pair = loaded[count * h + i], loaded[2 * count + count // 2 * h + i // 2]
-            values = run(many_rows_ptx.decode_block(bool(i % 2)), 4, [word, pair])
-            for v, e in itertools.product(range(4), range(2)):
-                value = (values[v] >> np.uint64(16 * e)).astype(np.uint16)
-                columns = 32 * (first + i) + 8 * v + 2 * Q + e
-                decoded[16 * W + G + 8 * h, columns] = value.view(ml_dtypes.bfloat16)
+    loaded = run(program.load(), 18, [0, weights.size, step])
+    for h, i in itertools.product(range(2), range(6)):
+        word, pair = loaded[6 * h + i], loaded[12 + 3 * h + i // 2]
+        values = run(many_rows_ptx.decode_block(bool(i % 2)), 4, [word, pair])
+        for v, e in itertools.product(range(4), range(2)):
+            value = (values[v] >> np.uint64(16 * e)).astype(np.uint16)
+            columns = 32 * i + 8 * v + 2 * Q + e
+            decoded[16 * W + G + 8 * h, columns] = value.view(ml_dtypes.bfloat16)
     return decoded
 
 
-def grouped(p, w, bias, tiles, parts, x_RK, weights_R=None):
+def grouped(p, w, bias, tiles, x_RK, weights_R=None):
     """`many_rows.grouped`, warpgroup by warpgroup."""
     E, P = bias.shape[0], tiles.pairs.shape[1]
     blocks = np.asarray(w.blocks).reshape(E, -1, 64, p.blocks // 6, 96)
@@ -55,7 +53,7 @@ def grouped(p, w, bias, tiles, parts, x_RK, weights_R=None):
     biases = memory.put(np.asarray(bias).reshape(E, p.outputs))
     routing = [] if weights_R is None else [memory.put(np.asarray(weights_R))]
     out = memory.put(np.full((len(x_RK), p.width), np.nan, ml_dtypes.bfloat16))
-    lefts = functools.cache(lambda e, n, k: left(p, blocks[e, n, :, k], scales[e, n], k, parts))
+    lefts = functools.cache(lambda e, n, k: left(p, blocks[e, n, :, k], scales[e, n], k))
     run = functools.partial(ptx.piece, memory=memory, shared=None)
     for t in range(int(tiles.count)):
         e = int(tiles.expert_of_tile[t])
@@ -85,7 +83,7 @@ def wanted(x, chosen, weight, w):
 @pytest.mark.parametrize(
     ("M", "how", "options"),
     [
-        (3, {"parts": 3}, {"bias": ml_dtypes.bfloat16}),
+        (3, {}, {"bias": ml_dtypes.bfloat16}),
         (20, {"tile": 16}, {"same": True}),
         (2, {}, {"E": 2, "D": 384}),
     ],
@@ -111,8 +109,8 @@ def test_ids_past_the_experts_add_nothing(emulated, own):
     assert np.linalg.norm(got.astype(jnp.float32) - want) < 6e-3 * scale
 
 
-@pytest.mark.parametrize(("limit", "parts"), [(None, 3), (7.0, 1)], ids=["down", "up"])
-def test_every_code_and_scale_is_exact(limit, parts):
+@pytest.mark.parametrize("limit", [None, 7.0], ids=["down", "up"])
+def test_every_code_and_scale_is_exact(limit):
     """Every value of a step, and where it is: rows as `_row` says, columns `in_order`."""
     random = np.random.default_rng(0)
     p = many_rows_ptx.Projection(outputs=64, blocks=12, bias_bytes=4, limit=limit)
@@ -120,7 +118,7 @@ def test_every_code_and_scale_is_exact(limit, parts):
     scales = random.permutation(np.arange(64 * 12) % 80 + 68).astype(np.uint8).reshape(64, 12)
     values = MXArray(jnp.asarray(blocks), jnp.asarray(scales)).dequantize(jnp.float32)
     want = np.asarray(many_rows.in_order(values))[:, 192:]
-    got = left(p, blocks[:, 6:].reshape(64, 96), scales, 1, parts) * np.float32(2.0**64)
+    got = left(p, blocks[:, 6:].reshape(64, 96), scales, 1) * np.float32(2.0**64)
     rows = sorted(range(64), key=lambda slot: output(slot, limit is not None))
     np.testing.assert_array_equal(got[rows], want)
 
@@ -151,13 +149,12 @@ def test_other_widths_are_refused():
 if jax.__version_info__ >= mosaic_gpu._JAX:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    @pytest.mark.parametrize(("M", "parts"), [(1, 1), (300, 3)])
-    def test_many_rows_lower_for_cuda(M, parts):
-        run = functools.partial(many_rows.many_rows, limit=7.0, parts=parts)
+    @pytest.mark.parametrize("M", [1, 300])
+    def test_many_rows_lower_for_cuda(M):
+        run = functools.partial(many_rows.many_rows, limit=7.0)
         assert kernels_for_cuda(run, *layer(M, D=384, F=192)) == 2
 
-    @pytest.mark.parametrize("parts", [1, 3])
-    def test_blocks_copy_and_multiply_what_is_theirs(monkeypatch, parts):
+    def test_blocks_copy_and_multiply_what_is_theirs(monkeypatch):
         """The kernel in JAX's interpreter, which finds races.
 
         It runs no PTX, so JAX stands in for the pieces of the threads; and it multiplies no
@@ -175,7 +172,7 @@ if jax.__version_info__ >= mosaic_gpu._JAX:
             return kernel(lent_to, scratch_types=[*scratch_types, through], **options)
 
         def multiply(sums, a, b):
-            own = lent[-1].at[jax.lax.axis_index("warpgroup"), :, : a.shape[1]]
+            own = lent[-1].at[jax.lax.axis_index("warpgroup")]
             own[...] = a
             plgpu.commit_smem()
             wgmma(sums, own, b)
@@ -186,20 +183,18 @@ if jax.__version_info__ >= mosaic_gpu._JAX:
         monkeypatch.setattr(many_rows, "_finish", finish_in_jax)
         args = layer(3, E=2, D=384, F=192)
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-            got = many_rows.many_rows(*args, limit=7.0, parts=parts)
+            got = many_rows.many_rows(*args, limit=7.0)
         want = wanted(*args)
         assert np.linalg.norm(got.astype(jnp.float32) - want) < 6e-3 * np.linalg.norm(want)
 
 
-def decode_in_jax(p, first, count):
+def decode_in_jax(p):
     def decode(w, scales, step):
-        nibbles = w[...].reshape(64, 6, 16)[:, first : first + count]
+        nibbles = w[...].reshape(64, 6, 16)
         codes = jnp.stack([nibbles & jnp.uint8(15), nibbles >> jnp.uint8(4)], axis=-1)
-        own = jax.lax.dynamic_slice(
-            scales[...].reshape(64, p.blocks), (0, 6 * step + first), (64, count)
-        )
+        own = jax.lax.dynamic_slice(scales[...].reshape(64, p.blocks), (0, 6 * step), (64, 6))
         scale = jnp.exp2(own.astype(jnp.float32) - 127)
-        values = mxfp4.decode_codes(codes.reshape(64, count, 32)) * scale[..., None]
+        values = mxfp4.decode_codes(codes.reshape(64, 6, 32)) * scale[..., None]
         return many_rows.in_order(values.reshape(64, -1)).astype(jnp.bfloat16)
 
     return decode

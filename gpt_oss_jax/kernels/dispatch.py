@@ -13,10 +13,6 @@ _log = logging.getLogger("gpt_oss_jax")
 _PLATFORMS = {"mosaic_gpu": "gpu", "mosaic_tpu": "tpu"}
 
 
-class ByDesign(NotImplementedError):
-    """What an implementation leaves to the next one in the normal course of things."""
-
-
 @functools.cache
 def _say_once(message: str) -> None:
     _log.warning(message)
@@ -34,10 +30,9 @@ def dispatch(
     Args:
       operation: Name for messages.
       implementations: Callables by name, fastest first; one raises NotImplementedError for what it
-        cannot do (device, dtype, shape), or `ByDesign`.
+        cannot do (device, dtype, shape).
       implementation: A key, to have that one or its error; None for the first that can, which is
-        logged once, with the reasons, when it is not the fastest for this kind of device and not
-        so by design.
+        logged once, with the reasons, when it is not the fastest for this kind of device.
       *args: Passed on.
       **kwargs: Passed on.
 
@@ -52,7 +47,7 @@ def dispatch(
                 f"{', '.join(implementations)}, got {implementation!r}."
             )
         return implementations[implementation](*args, **kwargs)
-    reasons, remarkable = [], False
+    reasons = []
     for name, function in implementations.items():
         if _PLATFORMS.get(name, platform()) != platform():
             continue
@@ -60,9 +55,8 @@ def dispatch(
             result = function(*args, **kwargs)
         except NotImplementedError as error:
             reasons.append(f"{name}: {error}")
-            remarkable |= not isinstance(error, ByDesign)
             continue
-        if remarkable:
+        if reasons:
             _say_once(f"{operation} runs on {name} ({'; '.join(reasons)})")
         return result
     raise NotImplementedError(f"no implementation of {operation}: {'; '.join(reasons)}.")

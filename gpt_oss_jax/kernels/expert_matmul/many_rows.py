@@ -43,7 +43,6 @@ def many_rows(
     limit: float,
     some_elsewhere: bool = False,
     tile: int | None = None,
-    parts: int = 1,
 ) -> jax.Array:
     """See `mosaic_gpu.on_hopper`; for any number of rows.
 
@@ -56,8 +55,6 @@ def many_rows(
       some_elsewhere: Ids past the experts add nothing.
       tile: Rows that are multiplied at a time, 8 to 128 in powers of two; None for what suits the
         mean number of rows of an expert.
-      parts: 1 or 3, in how many products a step of the input axis is taken; while one runs, the
-        weights of the next are decoded.
 
     Raises:
       NotImplementedError: For experts whose widths are not multiples of 192.
@@ -70,9 +67,9 @@ def many_rows(
     up, down = projections(w, limit)
     tiles = sort_into_tiles(experts_MX.reshape(-1), E, size)
     pairs_R = tiles.pairs.reshape(-1)
-    h_RF = grouped(up, w.up, w.up_bias, tiles, parts, in_order(x_MD)[pairs_R // X])
+    h_RF = grouped(up, w.up, w.up_bias, tiles, in_order(x_MD)[pairs_R // X])
     weights_R = weights_MX.reshape(-1).astype(jnp.float32)[pairs_R]
-    y_RD = grouped(down, w.down, w.down_bias, tiles, parts, h_RF, weights_R)
+    y_RD = grouped(down, w.down, w.down_bias, tiles, h_RF, weights_R)
     y_MXD = y_RD[tiles.place_of_pair].reshape(M, X, -1).astype(jnp.float32)
     if some_elsewhere:
         # What no tile has was never written.
@@ -109,7 +106,6 @@ def grouped(
     w: MXArray,
     bias: jax.Array,
     tiles: Tiles,
-    parts: int,
     x_RK: jax.Array,
     weights_R: jax.Array | None = None,
 ) -> jax.Array:
@@ -120,7 +116,6 @@ def grouped(
       w: Weights of all experts, in checkpoint order.
       bias: Theirs.
       tiles: What expert each tile of rows has.
-      parts: In how many products it takes a step.
       x_RK: bf16 rows, tile by tile, `in_order`.
       weights_R: float32 routing weights for the down projection.
     """
@@ -144,11 +139,8 @@ def grouped(
 
             def step(indices, w_smem, x_smem, sums):
                 own = w_smem.at[pl.ds(warpgroup * OUTPUTS, OUTPUTS)]
-                for first in range(0, BLOCKS, BLOCKS // parts):
-                    decode = _decode(p, first, BLOCKS // parts)
-                    decoded = decode(own, scales_smem.at[warpgroup], indices[0])
-                    columns = x_smem.at[:, pl.ds(32 * first, STEP // parts)]
-                    plgpu.wgmma(sums, decoded, columns.transpose((1, 0)))
+                decoded = _decode(p)(own, scales_smem.at[warpgroup], indices[0])
+                plgpu.wgmma(sums, decoded, x_smem.transpose((1, 0)))
                 plgpu.wgmma_wait(0)
                 return sums
 
@@ -220,13 +212,13 @@ def stages(p: Projection, tile: int) -> int:
     return min(_MAX_STAGES, p.blocks // BLOCKS, room // step)
 
 
-def _decode(p: Projection, first: int, count: int):
-    """A step's weights and all scales, in shared memory -> left operand of `count` blocks."""
+def _decode(p: Projection):
+    """A step's weights and all scales, in shared memory -> left operand."""
     from jax.experimental.mosaic import gpu as mgpu
     from jax.experimental.pallas import mosaic_gpu as plgpu
     from jaxlib.mlir import ir
 
-    shape = (OUTPUTS, 32 * count)
+    shape = (OUTPUTS, STEP)
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT(())),
@@ -238,20 +230,20 @@ def _decode(p: Projection, first: int, count: int):
         pair = ir.VectorType.get((2,), ir.BF16Type.get())
         pointers = [mgpu.utils.memref_ptr(ref) for ref in (w, scales)]
         loaded = mgpu.utils.inline_ptx(
-            p.load(first, count),
+            p.load(),
             *pointers,
             step.registers.item(),
-            result_types=[word] * (3 * count),
+            result_types=[word] * (3 * BLOCKS),
             has_side_effects=True,
         )
         registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape(shape), dtype=object)
         place = _places(registers.shape)
         for h in range(2):
-            for i in range(count):
-                scales = loaded[2 * count + count // 2 * h + i // 2]
+            for i in range(BLOCKS):
+                scales = loaded[2 * BLOCKS + BLOCKS // 2 * h + i // 2]
                 values = mgpu.utils.inline_ptx(
                     decode_block(bool(i % 2)),
-                    loaded[count * h + i],
+                    loaded[BLOCKS * h + i],
                     scales,
                     result_types=[word] * 4,
                 )

@@ -56,28 +56,24 @@ class Projection:
         """Values of a row of the result."""
         return self.outputs if self.limit is None else self.outputs // 2
 
-    def load(self, first: int, count: int) -> str:
-        """A thread's words and scales of some blocks of a step.
+    def load(self) -> str:
+        """A thread's words and scales of a step.
 
-        Operands: 2 `count` words and `count` pairs of scales that it gives, each for h = 0 and then
-        1; in shared memory the warpgroup's weights of the step [64, 96] and all its scales
+        Operands: 12 words and 6 pairs of scales that it gives, each for h = 0 and then 1; in shared
+        memory the warpgroup's weights of the step [64, 96] and all its scales
         [64, blocks]; the number of the step.
-
-        Args:
-          first: Block to begin with, an even number.
-          count: How many, an even number.
         """
-        weights, scales, step = (f"${3 * count + i}" for i in range(3))
+        weights, scales, step = (f"${3 * BLOCKS + i}" for i in range(3))
         text = self._row()
         text += f"mad.lo.u32 place, t0, {16 * BLOCKS}, {weights}; mad.lo.u32 place, q, 4, place;\n"
-        for i in range(2 * count):
-            place = 8 * 16 * BLOCKS * (i // count) + 16 * (first + i % count)
+        for i in range(2 * BLOCKS):
+            place = 8 * 16 * BLOCKS * (i // BLOCKS) + 16 * (i % BLOCKS)
             text += f"ld.shared.u32 ${i}, [place + {place}];\n"
         text += f"mad.lo.u32 place, t0, {self.blocks}, {scales};"
         text += f"mad.lo.u32 place, {step}, {BLOCKS}, place;\n"
-        for i in range(count):
-            place = 8 * self.blocks * (2 * i // count) + first + 2 * (i % (count // 2))
-            text += f"ld.shared.u16 ${2 * count + i}, [place + {place}];\n"
+        for i in range(BLOCKS):
+            place = 8 * self.blocks * (2 * i // BLOCKS) + 2 * (i % (BLOCKS // 2))
+            text += f"ld.shared.u16 ${2 * BLOCKS + i}, [place + {place}];\n"
         return _scope(text)
 
     def start(self) -> str:

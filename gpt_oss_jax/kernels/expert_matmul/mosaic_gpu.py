@@ -12,14 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt_oss_jax.kernels.dispatch import ByDesign
 from gpt_oss_jax.kernels.expert_matmul import xla
-from gpt_oss_jax.kernels.expert_matmul.few_rows import MAX_ROWS, few_rows
+from gpt_oss_jax.kernels.expert_matmul.few_rows import few_rows
+from gpt_oss_jax.kernels.expert_matmul.many_rows import many_rows
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.kernels.target import device_kind, platform
 from gpt_oss_jax.quant import MXArray
 
 _JAX = (0, 11, 2)
+# Up to here reading weights takes longer than multiplying (benchmarks/results).
+_FEW_ROWS = 16
 
 
 def expert_mlp(
@@ -92,7 +94,5 @@ def on_hopper(
         raise NotImplementedError("experts are in TPU words, not in checkpoint order")
     if x_MD.dtype != jnp.bfloat16:
         raise NotImplementedError(f"rows are {x_MD.dtype}, not bfloat16")
-    if x_MD.shape[0] > MAX_ROWS:
-        raise ByDesign(f"takes up to {MAX_ROWS} rows, these are {x_MD.shape[0]}")
-    more = {"limit": limit, "some_elsewhere": some_elsewhere}
-    return few_rows(x_MD, experts_MX, weights_MX, w, **more)
+    kernel = few_rows if x_MD.shape[0] <= _FEW_ROWS else many_rows
+    return kernel(x_MD, experts_MX, weights_MX, w, limit=limit, some_elsewhere=some_elsewhere)
