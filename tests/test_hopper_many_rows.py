@@ -154,7 +154,8 @@ if jax.__version_info__ >= mosaic_gpu._JAX:
         run = functools.partial(many_rows.many_rows, limit=7.0)
         assert kernels_for_cuda(run, *layer(M, D=384, F=192)) == 2
 
-    def test_blocks_copy_and_multiply_what_is_theirs(monkeypatch):
+    @pytest.mark.parametrize("blocks", [1, 2])
+    def test_blocks_copy_and_multiply_what_is_theirs(monkeypatch, blocks):
         """The kernel in JAX's interpreter, which finds races.
 
         It runs no PTX, so JAX stands in for the pieces of the threads; and it multiplies no
@@ -177,6 +178,7 @@ if jax.__version_info__ >= mosaic_gpu._JAX:
             plgpu.commit_smem()
             wgmma(sums, own, b)
 
+        monkeypatch.setattr(many_rows, "_MULTIPROCESSORS", blocks)
         monkeypatch.setattr(plgpu, "kernel", lending)
         monkeypatch.setattr(plgpu, "wgmma", multiply)
         monkeypatch.setattr(many_rows, "_decode", decode_in_jax)

@@ -32,6 +32,7 @@ _MIN_TILE, _MAX_TILE = 8, 128
 _COPY_REGISTERS = 40
 _SHARED_BYTES = 220 << 10
 _MAX_STAGES = 6
+_MULTIPROCESSORS = 132  # It runs with any number.
 
 
 def many_rows(
@@ -124,39 +125,56 @@ def grouped(
 
     T, P = tiles.pairs.shape
     E = w.scales.shape[0]
+    stripes = p.outputs // _BLOCK_OUTPUTS
     # The scales of a warpgroup are one piece, cut so that the copy engine takes it.
     scale_rows = OUTPUTS * p.blocks // _BLOCK_OUTPUTS
     more = () if weights_R is None else (weights_R,)
+    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
     def block(experts, count, blocks, scales, x, bias, *rest):
         *weights, out, scales_smem, arrived = rest
-        n, t, warpgroup = (lax.axis_index(name) for name in ("n", "t", "warpgroup"))
+        first, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+        products = count[0] * stripes
 
-        @pl.when(t < count[0])
-        def _():
-            expert = experts[t]
-            stripe = expert * (p.outputs // _BLOCK_OUTPUTS) + n
+        def place(product):
+            """Its tile of rows, expert and stripe of outputs."""
+            t = product // stripes
+            return t, experts[t], product % stripes
 
-            def step(indices, w_smem, x_smem, sums):
-                own = w_smem.at[pl.ds(warpgroup * OUTPUTS, OUTPUTS)]
-                decoded = _decode(p)(own, scales_smem.at[warpgroup], indices[0])
-                plgpu.wgmma(sums, decoded, x_smem.transpose((1, 0)))
-                plgpu.wgmma_wait(0)
-                return sums
+        def fetch_scales(product):
+            _, expert, n = place(product)
+            at = ((expert * stripes + n) * _WARPGROUPS + warpgroup) * scale_rows
+            plgpu.copy_gmem_to_smem(
+                scales.at[pl.ds(at, scale_rows)],
+                scales_smem.at[warpgroup],
+                arrived.at[warpgroup],
+            )
+
+        def step(indices, w_smem, x_smem, sums):
+            own = w_smem.at[pl.ds(warpgroup * OUTPUTS, OUTPUTS)]
+            decoded = _decode(p)(own, scales_smem.at[warpgroup], indices[0])
+            plgpu.wgmma(sums, decoded, x_smem.transpose((1, 0)))
+            plgpu.wgmma_wait(0)
+            return sums
+
+        def pipeline(product=None):
+            """Multiplies a tile with a stripe; the copies for the next begin before it ends."""
 
             def compute(run):
-                at = (stripe * _WARPGROUPS + warpgroup) * scale_rows
-                barrier = arrived.at[warpgroup]
-                plgpu.copy_gmem_to_smem(
-                    scales.at[pl.ds(at, scale_rows)], scales_smem.at[warpgroup], barrier
-                )
-                plgpu.barrier_wait(barrier)
+                t, expert, n = place(product)
+                plgpu.barrier_wait(arrived.at[warpgroup])
 
                 def scoped(sums):
                     run(sums)
                     return sums[...]
 
                 sums = pl.run_scoped(scoped, plgpu.ACC((OUTPUTS, P), jnp.float32))
+                plgpu.commit_smem()  # All have read their scales.
+
+                @pl.when(product + num_blocks < products)
+                def _():
+                    fetch_scales(product + num_blocks)
+
                 own = n * _WARPGROUPS + warpgroup
                 width = p.width * OUTPUTS // p.outputs
                 _finish(p, len(weights))(
@@ -166,8 +184,16 @@ def grouped(
                     *(a.at[pl.ds(t * P, P)] for a in weights),
                 )
 
-            tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-            plgpu.emit_pipeline_warp_specialized(
+            if product is None:
+                t = stripe = 0
+                state = None
+            else:
+                t, expert, n = place(product)
+                stripe = expert * stripes + n
+                at = plgpu.PipelinePipeline
+                state = jnp.where(product + num_blocks < products, at.STEADY, at.STOP)
+                state = jnp.where(product == first, at.START, state)
+            return plgpu.emit_pipeline_warp_specialized(
                 step,
                 grid=(p.blocks // BLOCKS,),
                 memory_registers=_COPY_REGISTERS,
@@ -175,12 +201,26 @@ def grouped(
                 num_compute_wgs=_WARPGROUPS,
                 max_concurrent_steps=stages(p, P),
                 compute_context=compute,
+                pipeline_state=state,
                 in_specs=[
                     plgpu.BlockSpec((_BLOCK_OUTPUTS, 16 * BLOCKS), lambda k: (stripe, k)),
                     plgpu.BlockSpec((P, STEP), lambda k: (t, k), transforms=tiled),
                 ],
-            )(blocks, x)
+            )
 
+        def run(allocations):
+            @pl.when((warpgroup < _WARPGROUPS) & (first < products))
+            def _():
+                fetch_scales(first)
+
+            @pl.loop(first, products, step=num_blocks)
+            def _(product):
+                pipeline(product)(blocks, x, allocations=allocations)
+
+        shared = pipeline().get_allocations(blocks, x)
+        pl.run_scoped(run, shared, collective_axes="warpgroup")
+
+    num_blocks = min(_MULTIPROCESSORS, T * stripes)
     return plgpu.kernel(
         block,
         out_type=jax.ShapeDtypeStruct((T * P, p.width), jnp.bfloat16),
@@ -188,8 +228,8 @@ def grouped(
             plgpu.SMEM((_WARPGROUPS, scale_rows, _BLOCK_OUTPUTS), jnp.uint8),
             plgpu.Barrier(num_barriers=_WARPGROUPS),
         ],
-        grid=(p.outputs // _BLOCK_OUTPUTS, T),
-        grid_names=("n", "t"),
+        grid=(num_blocks,),
+        grid_names=("block",),
         num_threads=_WARPGROUPS + 1,
         thread_name="warpgroup",
         kernel_name="mxfp4_many_rows_" + ("down" if p.limit is None else "up"),
@@ -209,7 +249,10 @@ def stages(p: Projection, tile: int) -> int:
     """Steps that are in shared memory or on their way."""
     step = _BLOCK_OUTPUTS * 16 * BLOCKS + tile * STEP * 2
     room = _SHARED_BYTES - _BLOCK_OUTPUTS * p.blocks
-    return min(_MAX_STAGES, p.blocks // BLOCKS, room // step)
+    most = min(_MAX_STAGES, room // step)
+    steps = p.blocks // BLOCKS
+    # A part of the whole, so that every product begins at the same one.
+    return max(n for n in range(1, most + 1) if steps % n == 0)
 
 
 def _decode(p: Projection):
