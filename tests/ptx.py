@@ -251,6 +251,7 @@ class _Warp:
             "div": lambda: u[0] // u[1],
             "rem": lambda: u[0] % u[1],
             "min": lambda: np.minimum(u[0], u[1]),
+            "prmt": lambda: _permuted(*u),
             "selp": lambda: np.where(v[2].astype(bool), u[0], u[1]),
             "popc": lambda: [int(x).bit_count() for x in u[0]],
             "brev": lambda: [int(f"{int(x):032b}"[::-1], 2) for x in u[0]],
@@ -324,6 +325,16 @@ class _Warp:
                 value = product[g + 8 * (i // 2), 2 * q + i % 2]
                 value = value + _float(self.value(start).astype(np.uint32))
                 self.write(out, value.astype(np.float32).view(np.uint32), np.ones(32, bool))
+
+
+def _permuted(a, b, selectors):
+    """Bytes of two words, as four digits say."""
+    both = a | b << np.uint64(32)
+    result = np.zeros(32, np.uint64)
+    for i in range(4):
+        digit = selectors >> np.uint64(4 * i) & np.uint64(7)
+        result |= (both >> (digit * np.uint64(8)) & np.uint64(255)) << np.uint64(8 * i)
+    return result
 
 
 def _nth_bit(mask, n):

@@ -32,12 +32,12 @@ def interpreted(x, chosen, weight, w, limit, some_elsewhere=False):
     up, down = (dataclasses.replace(p, multiprocessors=1) for p in programs)
     memory = ptx.Memory()
     put = lambda array: memory.put(np.asarray(array))
-    h = put(np.full((M * X, down.width), np.nan, ml_dtypes.bfloat16))
+    h = put(np.full((M * X, w.up.shape[1]), np.nan, ml_dtypes.bfloat16))
     y = put(np.full((M * X, x.shape[1]), np.nan, np.float32))
     experts = put(chosen)
     members = put(few_rows.visits(chosen.reshape(-1), w.up.shape[0], up.visits, up.columns))
     run = functools.partial(ptx.launch, memory=memory)
-    rows = put(few_rows.interleave(x, up.width))
+    rows = put(x)
     inputs = [put(w.up.blocks), put(w.up.scales), rows, experts, members, put(w.up_bias)]
     run(up.ptx(), [*inputs, h], grid=up.grid, shared_bytes=up.shared_bytes, warps=up.warps)
     inputs = [put(w.down.blocks), put(w.down.scales), h, experts, members]
@@ -105,7 +105,7 @@ def test_every_code_and_scale_is_exact():
     want = np.asarray(MXArray(blocks, scales).dequantize(jnp.float32))[0]
     for k in range(32):
         memory = ptx.Memory()
-        x = few_rows.interleave(jnp.eye(32, dtype=jnp.bfloat16)[k : k + 1], program.width)
+        x = jnp.eye(32, dtype=jnp.bfloat16)[k : k + 1]
         nothing = np.zeros(32, np.int32)
         arrays = [blocks, scales, x, nothing, nothing, nothing]
         places = [memory.put(np.asarray(a)) for a in [*arrays, np.ones(1, np.float32)]]

@@ -32,19 +32,20 @@ def few_rows(
       NotImplementedError: For experts that are too wide.
     """
     M, X = experts_MX.shape
+    E, F, _, D = w.up.shape
     up, down = projections(w, M, X, limit, some_elsewhere)
     if max(up.blocks, down.blocks) > MAX_BLOCKS:
         raise NotImplementedError(f"takes widths up to {32 * MAX_BLOCKS}, got experts {w.up.shape}")
     experts = experts_MX.reshape(-1).astype(jnp.int32)
-    members = visits(experts, w.up.shape[0], up.visits, up.columns)
+    members = visits(experts, E, up.visits, up.columns)
     h_ZF = _launch(
         up,
-        jax.ShapeDtypeStruct((M * X, down.width), jnp.bfloat16),
-        (w.up.blocks, w.up.scales, interleave(x_MD, up.width), experts, members, w.up_bias),
+        jax.ShapeDtypeStruct((M * X, F), jnp.bfloat16),
+        (w.up.blocks, w.up.scales, x_MD, experts, members, w.up_bias),
     )
     y_ZD = _launch(
         down,
-        jax.ShapeDtypeStruct((M * X, x_MD.shape[1]), jnp.float32),
+        jax.ShapeDtypeStruct((M * X, D), jnp.float32),
         (
             w.down.blocks,
             w.down.scales,
@@ -58,7 +59,7 @@ def few_rows(
     y_MXD = y_ZD.reshape(M, X, -1)
     if some_elsewhere:
         # What no visit has was never written.
-        y_MXD = jnp.where(experts_MX[..., None] < w.up.shape[0], y_MXD, 0)
+        y_MXD = jnp.where(experts_MX[..., None] < E, y_MXD, 0)
     return y_MXD.sum(axis=1).astype(x_MD.dtype)
 
 
@@ -101,17 +102,6 @@ def visits(experts_Z: jax.Array, num_experts: int, count: int, columns: int) -> 
     place = jnp.where(is_here, visit * columns + rank % columns, -1)
     there = place == jnp.arange(count * columns)[:, None]
     return jnp.where(there, pairs, -1).max(axis=1).astype(jnp.int32).reshape(count, columns)
-
-
-def interleave(x_MD: jax.Array, width: int) -> jax.Array:
-    """Puts rows in the order the kernels read: [M, D] -> [M, width], zeros after the D.
-
-    Of eight neighbours, 0 to 3 come beside 4 to 7; of four MXFP4 blocks, their first eight values
-    come first.
-    """
-    M, D = x_MD.shape
-    x = jnp.pad(x_MD, ((0, 0), (0, width - D))).reshape(M, -1, 4, 4, 2, 4)
-    return x.transpose(0, 1, 3, 2, 5, 4).reshape(M, -1)
 
 
 def _launch(program: Projection, out: jax.ShapeDtypeStruct, inputs: tuple) -> jax.Array:

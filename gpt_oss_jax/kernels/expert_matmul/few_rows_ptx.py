@@ -9,7 +9,7 @@ rows, x one or three of 8 columns. The warps take turns at adding up what all of
 tile, while the others go on.
 
 The matrix instruction does not care which element of a block is called which, as long as both sides
-agree: x and the hidden rows are kept in the order in which the decoding leaves the weights.
+agree: x is put into the order in which the decoding leaves the weights.
 """
 
 from __future__ import annotations
@@ -110,11 +110,6 @@ class Projection:
         """Tiles, two places for sums, barriers: one a tile, then full and free of each place."""
         return self._barriers + 8 * (self._stages + 4)
 
-    @property
-    def width(self) -> int:
-        """Values of a row of x, as it is read."""
-        return 128 * -(-self.blocks // 4)
-
     def ptx(self) -> str:
         """The thread program. Under vmap there are several grids, one after the other.
 
@@ -187,7 +182,7 @@ DONE:"""
 .reg .b16 h;
 .reg .b32 t<2>, warp, lane, g, q, n, blk, unit, last, ahead, total, slot, phase, turn, round;
 .reg .b32 finisher, bar, visit, tile, pair, row, aw, as, w0_<4>, w1_<4>, s<2>, k<2>, v0_<4>, v1_<4>;
-.reg .b32 x<{x}>;
+.reg .b32 x<{x}>, y<4>;
 .reg .f32 c<{sums}>, d<4>, b<2>, bias<2>, f<2>;
 .reg .b64 at, more;"""
 
@@ -255,17 +250,20 @@ setp.ne.u32 p, pair, -1; selp.u32 pair, pair, 0, p;"""
         text = ""
         for n in range(self._groups):
             text += f"add.u32 n, g, {8 * n};{self._member('n')}{choice}\n"
-            text += f"mul.wide.u32 at, pair, {2 * self.width}; add.u64 at, at, <x>;"
-            text += "mul.wide.u32 more, warp, 256; add.u64 at, at, more;"
-            text += "mul.wide.u32 more, q, 16; add.u64 at, at, more;\n"
+            text += f"mul.wide.u32 at, pair, {64 * self.blocks}; add.u64 at, at, <x>;"
+            text += "mul.wide.u32 more, blk, 64; add.u64 at, at, more;\n"
             for step in range(self._steps):
                 guard = self._guard(step)
                 text += self._is_in(step) if guard else ""
                 for i in range(4):
-                    words = [f"x{self._x(n, step, i) + r}" for r in range(4)]
+                    words = [f"y{r}" for r in range(4)]
                     text += "".join(f"mov.u32 {word}, 0;" for word in words) if guard else ""
-                    place = 256 * self.warps * step + 64 * i
+                    place = 256 * self.warps * step + 16 * i
                     text += f"{guard} ld.global.v4.u32 {{{', '.join(words)}}}, [at + {place}];\n"
+                    # As `decode` has them: 0 and 4, 1 and 5, 2 and 6, 3 and 7.
+                    for r in range(4):
+                        into, halves = self._x(n, step, i) + r, (0x5410, 0x7632)[r % 2]
+                        text += f"prmt.b32 x{into}, y{r // 2}, y{r // 2 + 2}, {halves};"
         return text
 
     def _x(self, group: int, step: int, i: int) -> int:
@@ -360,15 +358,9 @@ setp.ne.u32 p, pair, -1; selp.u32 pair, pair, 0, p;"""
             text += "mul.wide.u32 more, pair, 4; add.u64 more, more, <weights>;"
             text += "@p ld.global.nc.f32 b0, [more]; mul.f32 f0, f0, b0; mul.f32 f1, f1, b0;"
             return text + "@p st.global.v2.f32 [at], {f0, f1};\n"
-        width = 128 * -(-self.rows // 256)
         text += swiglu("f0", "f1", self.limit)
-        text += "cvt.rn.bf16.f32 h, f0;\n"
-        # Where `interleave` puts number 8 tile + g of the row.
-        text += f"mul.lo.u32 t0, pair, {width};"
-        text += "shr.u32 t1, tile, 4; mad.lo.u32 t0, t1, 128, t0;"
-        text += "and.b32 t1, tile, 3; mad.lo.u32 t0, t1, 32, t0;"
-        text += "shr.u32 t1, tile, 2; and.b32 t1, t1, 3; mad.lo.u32 t0, t1, 8, t0;"
-        text += "and.b32 t1, g, 3; mad.lo.u32 t0, t1, 2, t0; shr.u32 t1, g, 2; add.u32 t0, t0, t1;"
+        text += "cvt.rn.bf16.f32 h, f0; mad.lo.u32 t0, tile, 8, g;"
+        text += f"mad.lo.u32 t0, pair, {self.rows // 2}, t0;"
         text += "mul.wide.u32 at, t0, 2; add.u64 at, at, <out>;"
         return text + "@p st.global.b16 [at], h;\n"
 
