@@ -35,13 +35,18 @@ class Memory:
 
 
 def launch(text, operands, memory, *, grid, shared_bytes, warps=4):
-    """Runs a thread program whose first operand is the block and whose last is shared memory."""
+    """Runs a thread program whose first operand is the block and whose last is shared memory.
+
+    Returns:
+      Address and size of what was copied to shared memory, and of what was only brought nearer.
+    """
     program, labels = _parse(text)
+    bulks = [], []
     for block in range(grid):
         shared = np.full(shared_bytes, 255, np.uint8)
         values, barriers = [block, *operands, 0], {}
         threads = [
-            _Warp(program, labels, values, memory.bytes, shared, barriers, w).run()
+            _Warp(program, labels, values, memory.bytes, shared, barriers, w, bulks).run()
             for w in range(warps)
         ]
         waiting, fruitless = {}, 0
@@ -61,6 +66,7 @@ def launch(text, operands, memory, *, grid, shared_bytes, warps=4):
             if len(waiting[number]) == needed // 32:
                 threads += waiting.pop(number)
         assert not waiting, "a warp waits for ever"
+    return bulks
 
 
 def piece(text, gives, operands, memory, shared):
@@ -147,8 +153,8 @@ class _Barrier:
 class _Warp:
     """32 lanes; a register holds 32 unsigned integers of 64 bits, whatever its type."""
 
-    def __init__(self, program, labels, operands, memory, shared, barriers, warp):
-        self.barriers = barriers
+    def __init__(self, program, labels, operands, memory, shared, barriers, warp, bulks=None):
+        self.barriers, self.bulks = barriers, bulks
         self.program, self.labels, self.operands = program, labels, operands
         self.spaces = {"global": memory, "shared": shared}
         self.registers = {"%tid.x": np.arange(32, dtype=np.uint64) + 32 * warp}
@@ -222,6 +228,7 @@ class _Warp:
         u = [x & np.uint64(_ALL) for x in v]
         if kind[0] == "setp":
             compare = {"lt": np.less, "ge": np.greater_equal, "eq": np.equal, "ne": np.not_equal}
+            compare["le"] = np.less_equal
             result = compare[kind[1]](u[0], u[1])
             if kind[2] == "and":
                 result &= v[2].astype(bool)
@@ -294,9 +301,14 @@ class _Warp:
         elif kind[1] == "arrive":
             size = int(args[2]) if "expect_tx" in kind else 0
             self.barriers[self.address(args[1])[lane]].arrive(size)
+        elif "prefetch" in kind:
+            source, size = self.address(args[0])[lane], int(args[1])
+            assert source % 16 == 0 and size % 16 == 0, f"misaligned {args}"
+            self.bulks[1].append((source, size))
         else:
             to, source = self.address(args[0])[lane], self.address(args[1])[lane]
             size = int(args[2])
+            self.bulks[0].append((source, size))
             assert to % 16 == 0 and source % 16 == 0 and size % 16 == 0, f"misaligned {args}"
             memory, shared = self.spaces["global"], self.spaces["shared"]
             shared[to : to + size] = 255

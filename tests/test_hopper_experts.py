@@ -30,6 +30,7 @@ def interpreted(x, chosen, weight, w, limit, some_elsewhere=False):
     programs = few_rows.projections(w, M, X, limit, some_elsewhere)
     # Few blocks, so that each has several tiles.
     up, down = (dataclasses.replace(p, multiprocessors=1) for p in programs)
+    up = dataclasses.replace(up, then=down)
     memory = ptx.Memory()
     put = lambda array: memory.put(np.asarray(array))
     h = put(np.full((M * X, w.up.shape[1]), np.nan, ml_dtypes.bfloat16))
@@ -38,11 +39,18 @@ def interpreted(x, chosen, weight, w, limit, some_elsewhere=False):
     members = put(few_rows.visits(chosen.reshape(-1), w.up.shape[0], up.visits, up.columns))
     run = functools.partial(ptx.launch, memory=memory)
     rows = put(x)
-    inputs = [put(w.up.blocks), put(w.up.scales), rows, experts, members, put(w.up_bias)]
-    run(up.ptx(), [*inputs, h], grid=up.grid, shared_bytes=up.shared_bytes, warps=up.warps)
-    inputs = [put(w.down.blocks), put(w.down.scales), h, experts, members]
+    then = [put(w.down.blocks), put(w.down.scales)]
+    inputs = [put(w.up.blocks), put(w.up.scales), rows, experts, members, put(w.up_bias), *then]
+    _, ahead = run(
+        up.ptx(), [*inputs, h], grid=up.grid, shared_bytes=up.shared_bytes, warps=up.warps
+    )
+    inputs = [*then, h, experts, members]
     inputs += [put(w.down_bias), put(weight)]
-    run(down.ptx(), [*inputs, y], grid=down.grid, shared_bytes=down.shared_bytes, warps=down.warps)
+    read, _ = run(
+        down.ptx(), [*inputs, y], grid=down.grid, shared_bytes=down.shared_bytes, warps=down.warps
+    )
+    assert set(ahead) <= set(read)
+    assert bool(ahead) == bool(read)
     y_MXD = memory.get(y, (M, X, x.shape[1]), np.float32)
     here = np.asarray(chosen)[..., None] < w.up.shape[0]
     return np.where(here, y_MXD, 0).sum(axis=1) if some_elsewhere else y_MXD.sum(axis=1)

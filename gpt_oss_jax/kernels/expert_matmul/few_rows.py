@@ -41,7 +41,16 @@ def few_rows(
     h_ZF = _launch(
         up,
         jax.ShapeDtypeStruct((M * X, F), jnp.bfloat16),
-        (w.up.blocks, w.up.scales, x_MD, experts, members, w.up_bias),
+        (
+            w.up.blocks,
+            w.up.scales,
+            x_MD,
+            experts,
+            members,
+            w.up_bias,
+            w.down.blocks,
+            w.down.scales,
+        ),
     )
     y_ZD = _launch(
         down,
@@ -77,8 +86,8 @@ def projections(
         "columns": columns,
         "bias_bytes": w.up_bias.dtype.itemsize,
     }
-    up = Projection(rows=2 * F, blocks=D // 32, limit=limit, **common)
-    return up, Projection(rows=D, blocks=F // 32, **common)
+    down = Projection(rows=D, blocks=F // 32, **common)
+    return Projection(rows=2 * F, blocks=D // 32, limit=limit, then=down, **common), down
 
 
 def visits(experts_Z: jax.Array, num_experts: int, count: int, columns: int) -> jax.Array:

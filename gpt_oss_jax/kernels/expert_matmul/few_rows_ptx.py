@@ -47,6 +47,7 @@ class Projection:
       limit: Clamp of the SwiGLU that pairs of outputs go through; None for the down projection,
         whose outputs are multiplied with the routing weight instead.
       multiprocessors: Of the device; it runs with any number.
+      then: The launch after this one, whose first tiles are brought to L2 while this one ends.
     """
 
     rows: int
@@ -57,6 +58,7 @@ class Projection:
     bias_bytes: int
     limit: float | None = None
     multiprocessors: int = 132
+    then: Projection | None = None
 
     @property
     def _groups(self) -> int:
@@ -114,12 +116,14 @@ class Projection:
         """The thread program. Under vmap there are several grids, one after the other.
 
         Its operands: the thread block, pointers to packed blocks, scales, x, experts, members of
-        the visits, bias, for the down projection routing weights, the result and shared memory.
+        the visits, bias, for the down projection routing weights, packed blocks and scales of the
+        launch after this one if there is one, the result and shared memory.
         """
         down = self.limit is None
         order = "griddepcontrol.wait;" if down else "griddepcontrol.launch_dependents;"
         operands = ["block", "blocks", "scales", "x", "experts", "members", "bias"]
-        operands += ["weights"] * down + ["out", "shared"]
+        operands += ["weights"] * down
+        operands += ["then_blocks", "then_scales"] * (self.then is not None) + ["out", "shared"]
         full = [(self._barriers + 8 * i, 1) for i in range(self._stages)]
         sums = [
             (self._barriers + 8 * (self._stages + i), (self.warps, 1)[i // 2]) for i in range(4)
@@ -161,6 +165,7 @@ setp.ne.u32 p, warp, finisher; @p bra NEXT;
 bar.warp.sync -1; @leads mbarrier.arrive.shared.b64 _, [bar + {sums[2][0]}];
 add.u32 ahead, unit, {self._stages};
 {self._fetch()}
+{self._prefetch() if self.then else ""}
 {"".join(self._finish(n, column) for n in range(self._groups) for column in range(2))}
 NEXT:
 add.u32 unit, unit, 1; setp.ge.u32 p, unit, last; @p bra DONE;
@@ -217,12 +222,7 @@ setp.ne.u32 p, pair, -1; selp.u32 pair, pair, 0, p;"""
         bulk = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
         text = f"setp.lt.and.u32 p, ahead, last, leads; div.u32 t0, ahead, {self._tiles};"
         text += f"mul.lo.u32 t1, t0, {self._tiles}; sub.u32 t1, ahead, t1;"
-        if self.columns > 1:
-            text += f"mul.wide.u32 at, t0, {4 * self.columns}; add.u64 at, at, <members>;"
-            text += "mov.u32 t0, 0; @p ld.global.nc.u32 t0, [at];"
-        text += "mul.wide.u32 at, t0, 4; add.u64 at, at, <experts>;"
-        text += "@p ld.global.nc.u32 t0, [at];\n"
-        text += f"mad.lo.u32 n, t0, {self._tiles}, t1;"
+        text += self._expert_of_visit() + f"mad.lo.u32 n, t0, {self._tiles}, t1;"
         text += f"mad.lo.u32 t1, slot, {self._stage_bytes}, <shared>;"
         text += "mad.lo.u32 t0, slot, 8, <shared>;"
         bar = f"[t0 + {self._barriers}]"
@@ -236,6 +236,33 @@ setp.ne.u32 p, pair, -1; selp.u32 pair, pair, 0, p;"""
         size = TILE * self.bias_bytes
         text += f"mul.wide.u32 at, n, {size}; add.u64 at, at, <bias>;"
         return text + f"@p {bulk} [t1 + {place}], [at], {size}, {bar};"
+
+    def _prefetch(self) -> str:
+        """In the place of a copy that is no more, one of the tiles with which `then` begins."""
+        then, bulk = self.then, "cp.async.bulk.prefetch.L2.global"
+        text = f"setp.lt.u32 p, ahead, last; @p bra ENOUGH; rem.u32 t0, <block>, {self.grid};"
+        text += f"div.u32 n, total, {self._tiles}; mul.lo.u32 n, n, {then._tiles};"
+        text += f"mul.lo.u32 t1, t0, n; div.u32 t1, t1, {then.grid};"
+        text += f"add.u32 t0, t0, 1; mul.lo.u32 n, t0, n; div.u32 n, n, {then.grid};"
+        text += "add.u32 t1, t1, ahead; sub.u32 t1, t1, last;"
+        text += "setp.lt.and.u32 p, t1, n, leads;\n"
+        text += f"setp.le.and.u32 p, t0, {then.grid}, p; div.u32 t0, t1, {then._tiles};"
+        text += f"mul.lo.u32 n, t0, {then._tiles}; sub.u32 t1, t1, n;"
+        text += self._expert_of_visit() + f"mad.lo.u32 n, t0, {then._tiles}, t1;\n"
+        for name, size in (("then_blocks", 16), ("then_scales", 1)):
+            size *= TILE * then.blocks
+            text += f"mul.wide.u32 at, n, {size}; add.u64 at, at, <{name}>;"
+            text += f"@p {bulk} [at], {size};\n"
+        return text + "ENOUGH:"
+
+    def _expert_of_visit(self) -> str:
+        """Of visit `t0` to `t0`, if `p`."""
+        text = ""
+        if self.columns > 1:
+            text += f"mul.wide.u32 at, t0, {4 * self.columns}; add.u64 at, at, <members>;"
+            text += "mov.u32 t0, 0; @p ld.global.nc.u32 t0, [at];"
+        text += "mul.wide.u32 at, t0, 4; add.u64 at, at, <experts>;"
+        return text + "@p ld.global.nc.u32 t0, [at];\n"
 
     def _guard(self, step: int) -> str:
         """Empty where every thread has a block of the input axis."""
