@@ -137,7 +137,7 @@ or.b32 t0, warp, lane; setp.eq.u32 p, t0, 0;
 {self._count()}
 rem.u32 t0, <block>, {self.grid}; mul.lo.u32 unit, t0, total; div.u32 unit, unit, {self.grid};
 add.u32 t0, t0, 1; mul.lo.u32 last, t0, total; div.u32 last, last, {self.grid};
-setp.ge.u32 p, unit, last; @p bra DONE;
+setp.ge.u32 p, unit, last; @p bra DONE; mov.u32 first, unit;
 setp.ne.u32 p, warp, 0; @p bra READY;
 mov.u32 ahead, unit; mov.u32 slot, 0;
 FILL:
@@ -185,7 +185,7 @@ DONE:"""
         return f"""
 .reg .pred p, in, leads;
 .reg .b16 h;
-.reg .b32 t<2>, warp, lane, g, q, n, blk, unit, last, ahead, total, slot, phase, turn, round;
+.reg .b32 t<2>, warp, lane, g, q, n, blk, first, unit, last, ahead, total, slot, phase, turn, round;
 .reg .b32 finisher, bar, visit, tile, pair, row, aw, as, w0_<4>, w1_<4>, s<2>, k<2>, v0_<4>, v1_<4>;
 .reg .b32 x<{x}>, y<4>;
 .reg .f32 c<{sums}>, d<4>, b<2>, bias<2>, f<2>;
@@ -244,7 +244,8 @@ setp.ne.u32 p, pair, -1; selp.u32 pair, pair, 0, p;"""
         text += f"div.u32 n, total, {self._tiles}; mul.lo.u32 n, n, {then._tiles};"
         text += f"mul.lo.u32 t1, t0, n; div.u32 t1, t1, {then.grid};"
         text += f"add.u32 t0, t0, 1; mul.lo.u32 n, t0, n; div.u32 n, n, {then.grid};"
-        text += "add.u32 t1, t1, ahead; sub.u32 t1, t1, last;"
+        text += "sub.u32 row, unit, first; sub.u32 ahead, ahead, last;"
+        text += "min.u32 ahead, ahead, row; add.u32 t1, t1, ahead;"
         text += "setp.lt.and.u32 p, t1, n, leads;\n"
         text += f"setp.le.and.u32 p, t0, {then.grid}, p; div.u32 t0, t1, {then._tiles};"
         text += f"mul.lo.u32 n, t0, {then._tiles}; sub.u32 t1, t1, n;"
