@@ -1,4 +1,5 @@
-"""What the tests of the Hopper kernels share: a random expert layer, and lowering for CUDA."""
+"""What the tests of the Hopper kernels share: a random expert layer, lowering for CUDA, and what
+JAX's interpreter of Mosaic GPU lacks."""
 
 import jax
 import jax.numpy as jnp
@@ -33,3 +34,34 @@ def kernels_for_cuda(function, *args):
     """How many Mosaic GPU kernels a function becomes."""
     text = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     return text.count("mosaic_gpu_v2")
+
+
+def multiply_registers_from_shared_memory(monkeypatch, warpgroups, rows, columns):
+    """Left operands that are registers go through shared memory.
+
+    The interpreter multiplies only what is there. Theirs are bf16 [rows, columns].
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    width = min(64, columns)
+    tiled = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width))
+    through = plgpu.SMEM((warpgroups, rows, columns), jnp.bfloat16, transforms=tiled)
+    kernel, wgmma, lent = plgpu.kernel, plgpu.wgmma, []
+
+    def lending(block, *, scratch_types, **options):
+        def lent_to(*refs):
+            lent.append(refs[-1])
+            block(*refs[:-1])
+
+        return kernel(lent_to, scratch_types=[*scratch_types, through], **options)
+
+    def multiply(sums, a, b):
+        if isinstance(a, jax.Array):
+            own = lent[-1].at[jax.lax.axis_index("warpgroup")]
+            own[...] = a
+            plgpu.commit_smem()
+            a = own
+        wgmma(sums, a, b)
+
+    monkeypatch.setattr(plgpu, "kernel", lending)
+    monkeypatch.setattr(plgpu, "wgmma", multiply)

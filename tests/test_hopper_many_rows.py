@@ -15,7 +15,7 @@ import numpy as np
 import oracle
 import ptx
 import pytest
-from hopper_layer import kernels_for_cuda, layer
+from hopper_layer import kernels_for_cuda, layer, multiply_registers_from_shared_memory
 
 from gpt_oss_jax.kernels.expert_matmul import many_rows, many_rows_ptx, mosaic_gpu, xla
 from gpt_oss_jax.quant import MXArray, mxfp4
@@ -160,25 +160,7 @@ if jax.__version_info__ >= mosaic_gpu._JAX:
         It runs no PTX, so JAX stands in for the pieces of the threads; and it multiplies no
         registers, so the left operand goes through shared memory.
         """
-        tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-        through = plgpu.SMEM((3, 64, 192), jnp.bfloat16, transforms=tiled)
-        kernel, wgmma, lent = plgpu.kernel, plgpu.wgmma, []
-
-        def lending(block, *, scratch_types, **options):
-            def lent_to(*refs):
-                lent.append(refs[-1])
-                block(*refs[:-1])
-
-            return kernel(lent_to, scratch_types=[*scratch_types, through], **options)
-
-        def multiply(sums, a, b):
-            own = lent[-1].at[jax.lax.axis_index("warpgroup")]
-            own[...] = a
-            plgpu.commit_smem()
-            wgmma(sums, own, b)
-
-        monkeypatch.setattr(plgpu, "kernel", lending)
-        monkeypatch.setattr(plgpu, "wgmma", multiply)
+        multiply_registers_from_shared_memory(monkeypatch, 3, 64, 192)
         monkeypatch.setattr(many_rows, "_decode", decode_in_jax)
         monkeypatch.setattr(many_rows, "_finish", finish_in_jax)
         args = layer(3, E=2, D=384, F=192)
