@@ -1,6 +1,9 @@
 """What the tests of the Hopper kernels share: a random expert layer, lowering for CUDA, and what
 JAX's interpreter of Mosaic GPU lacks."""
 
+import contextlib
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +37,21 @@ def kernels_for_cuda(function, *args):
     """How many Mosaic GPU kernels a function becomes."""
     text = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     return text.count("mosaic_gpu_v2")
+
+
+def interpreted(function, *args, **options):
+    """A function whose Mosaic GPU kernels run in JAX's interpreter, which must find no race.
+
+    It does not raise when it finds one, but says so.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    said = io.StringIO()
+    params = plgpu.InterpretGPUParams(detect_races=True)
+    with contextlib.redirect_stdout(said), plgpu.force_gpu_interpret_mode(params):
+        result = jax.block_until_ready(function(*args, **options))
+    assert "RACE DETECTED" not in said.getvalue(), said.getvalue()
+    return result
 
 
 def multiply_registers_from_shared_memory(monkeypatch, warpgroups, rows, columns):

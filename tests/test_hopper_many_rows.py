@@ -15,7 +15,12 @@ import numpy as np
 import oracle
 import ptx
 import pytest
-from hopper_layer import kernels_for_cuda, layer, multiply_registers_from_shared_memory
+from hopper_layer import (
+    interpreted,
+    kernels_for_cuda,
+    layer,
+    multiply_registers_from_shared_memory,
+)
 
 from gpt_oss_jax.kernels.expert_matmul import many_rows, many_rows_ptx, mosaic_gpu, xla
 from gpt_oss_jax.quant import MXArray, mxfp4
@@ -147,7 +152,6 @@ def test_other_widths_are_refused():
 
 
 if jax.__version_info__ >= mosaic_gpu._JAX:
-    from jax.experimental.pallas import mosaic_gpu as plgpu
 
     @pytest.mark.parametrize("M", [1, 300])
     def test_many_rows_lower_for_cuda(M):
@@ -164,8 +168,7 @@ if jax.__version_info__ >= mosaic_gpu._JAX:
         monkeypatch.setattr(many_rows, "_decode", decode_in_jax)
         monkeypatch.setattr(many_rows, "_finish", finish_in_jax)
         args = layer(3, E=2, D=384, F=192)
-        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-            got = many_rows.many_rows(*args, limit=7.0)
+        got = interpreted(many_rows.many_rows, *args, limit=7.0)
         want = wanted(*args)
         assert np.linalg.norm(got.astype(jnp.float32) - want) < 6e-3 * np.linalg.norm(want)
 

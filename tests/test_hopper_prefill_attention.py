@@ -3,14 +3,15 @@
 It runs in JAX's interpreter, which finds races, with tiles so small that there are several.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hopper_layer import kernels_for_cuda, multiply_registers_from_shared_memory
+from hopper_layer import interpreted, kernels_for_cuda, multiply_registers_from_shared_memory
 
-from gpt_oss_jax.kernels.attention import many_queries as module
-from gpt_oss_jax.kernels.attention import xla
+from gpt_oss_jax.kernels.attention import many_queries as module, xla
 from gpt_oss_jax.kernels.attention.many_queries import many_queries
 
 KEYS, WARPGROUPS = 16, 2
@@ -47,7 +48,7 @@ def chunk(T=19, S=53):
 
 
 def ring(T=24, R=16, start=37):
-    """A ring that has gone round, as it was before a chunk, and the chunk; then a ring half full."""
+    """A ring that has gone round, read before a chunk, and the chunk; then a ring half full."""
     slots = np.arange(R)
     old = start - 1 - (start - 1 - slots) % R
     rings = [old, np.where(slots < 7, slots, -1)]
@@ -98,9 +99,11 @@ def test_tiles_are_those_with_something_to_see(case):
     if window is not None:
         visible &= distance < window
     padding = [(0, 0), (0, -q_pos.shape[1] % 8), (0, -k_pos.shape[1] % KEYS)]
+
     def of_tiles(fill):
         padded = np.pad(visible, padding, constant_values=fill)
         return padded.reshape(len(q_pos), -1, 8, seen.shape[2], KEYS)
+
     some, all_ = of_tiles(False).any(axis=(2, 4)), of_tiles(False).all(axis=(2, 4))
     assert (seen >= some).all()
     assert (whole <= of_tiles(True).all(axis=(2, 4))).all()
@@ -123,32 +126,26 @@ def test_what_it_does_not_cover_is_refused(options, said):
 
 
 if jax.__version_info__ >= (0, 11, 2):
-    from jax.experimental.pallas import mosaic_gpu as plgpu
 
     @pytest.fixture
-    def interpreted(monkeypatch):
+    def run(monkeypatch):
         multiply_registers_from_shared_memory(monkeypatch, WARPGROUPS, 64, KEYS)
-
-        def run(*args, **where):
-            with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-                return many_queries(*args, **where, warpgroups=WARPGROUPS, keys=KEYS)
-
-        return run
+        return functools.partial(interpreted, many_queries, warpgroups=WARPGROUPS, keys=KEYS)
 
     @cases
-    def test_equals_xla(interpreted, case):
+    def test_equals_xla(run, case):
         args, where = problem(case)
-        got = interpreted(*args, **where)
+        got = run(*args, **where)
         assert got.dtype == jnp.bfloat16
         want = xla.attention(*(x.astype(jnp.float32) for x in args), **where)
         np.testing.assert_allclose(got.astype(jnp.float32), want, atol=1e-2, rtol=1e-2)
         if case == "nothing to see":
             np.testing.assert_array_equal(got.astype(jnp.float32), 0)
 
-    def test_tiles_that_no_query_sees_are_not_read(interpreted):
+    def test_tiles_that_no_query_sees_are_not_read(run):
         (q, k, v, sinks), where = problem("a prompt in a window")
         q, where = q[:, 32:], where | {"q_pos_BT": where["q_pos_BT"][:, 32:]}
-        got = interpreted(q, k.at[:, :16].set(jnp.nan), v.at[:, :16].set(jnp.nan), sinks, **where)
+        got = run(q, k.at[:, :16].set(jnp.nan), v.at[:, :16].set(jnp.nan), sinks, **where)
         want = xla.attention(*(x.astype(jnp.float32) for x in (q, k, v, sinks)), **where)
         np.testing.assert_allclose(got.astype(jnp.float32), want, atol=1e-2, rtol=1e-2)
 
