@@ -54,10 +54,12 @@ def interpreted(function, *args, **options):
     return result
 
 
-def multiply_registers_from_shared_memory(monkeypatch, warpgroups, rows, columns):
-    """Left operands that are registers go through shared memory.
+def multiply_as_the_interpreter_can(monkeypatch, warpgroups, rows, columns):
+    """Left operands that are registers, bf16 [rows, columns], go through shared memory.
 
-    The interpreter multiplies only what is there. Theirs are bf16 [rows, columns].
+    The interpreter multiplies only what is there. It looks for races only where memory is read in
+    the ordinary way, so operands are, and a fence after it stands for the matrix unit, which reads
+    as the copies write.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -79,6 +81,8 @@ def multiply_registers_from_shared_memory(monkeypatch, warpgroups, rows, columns
             own[...] = a
             plgpu.commit_smem()
             a = own
+        _ = a[...], b[...]
+        plgpu.commit_smem()
         wgmma(sums, a, b)
 
     monkeypatch.setattr(plgpu, "kernel", lending)

@@ -19,7 +19,7 @@ from hopper_layer import (
     interpreted,
     kernels_for_cuda,
     layer,
-    multiply_registers_from_shared_memory,
+    multiply_as_the_interpreter_can,
 )
 
 from gpt_oss_jax.kernels.expert_matmul import many_rows, many_rows_ptx, mosaic_gpu, xla
@@ -164,7 +164,7 @@ if jax.__version_info__ >= mosaic_gpu._JAX:
         It runs no PTX, so JAX stands in for the pieces of the threads; and it multiplies no
         registers, so the left operand goes through shared memory.
         """
-        multiply_registers_from_shared_memory(monkeypatch, 3, 64, 192)
+        multiply_as_the_interpreter_can(monkeypatch, 3, 64, 192)
         monkeypatch.setattr(many_rows, "_decode", decode_in_jax)
         monkeypatch.setattr(many_rows, "_finish", finish_in_jax)
         args = layer(3, E=2, D=384, F=192)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hopper_layer import interpreted, kernels_for_cuda, multiply_registers_from_shared_memory
+from hopper_layer import interpreted, kernels_for_cuda, multiply_as_the_interpreter_can
 
 from gpt_oss_jax.kernels.attention import many_queries as module, xla
 from gpt_oss_jax.kernels.attention.many_queries import many_queries
@@ -47,6 +47,11 @@ def chunk(T=19, S=53):
     return positions(q_pos, k_pos)
 
 
+def edges():
+    """Blocks of queries whose first or last one alone sees something of a tile, with window 11."""
+    return positions([np.arange(9, 49)], [np.arange(49)])
+
+
 def ring(T=24, R=16, start=37):
     """A ring that has gone round, read before a chunk, and the chunk; then a ring half full."""
     slots = np.arange(R)
@@ -67,6 +72,7 @@ CASES = {
     "a chunk": (chunk(), None, 1, 8),
     "a chunk in a window": (chunk(), 9, 2, 8),
     "a chunk after a ring": (ring(), 9, 1, 8),
+    "edges of tiles": (edges(), 11, 1, 8),
     "two queries a head": (ring(), 12, 2, 2),
     "nothing to see": (nothing(), None, 1, 8),
 }
@@ -129,7 +135,8 @@ if jax.__version_info__ >= (0, 11, 2):
 
     @pytest.fixture
     def run(monkeypatch):
-        multiply_registers_from_shared_memory(monkeypatch, WARPGROUPS, 64, KEYS)
+        monkeypatch.setattr(module, "_MAX_STAGES", 2)
+        multiply_as_the_interpreter_can(monkeypatch, WARPGROUPS, 64, KEYS)
         return functools.partial(interpreted, many_queries, warpgroups=WARPGROUPS, keys=KEYS)
 
     @cases

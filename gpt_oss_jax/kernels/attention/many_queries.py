@@ -101,7 +101,7 @@ def _kernel(shape, K: int, warpgroups: int, keys: int, window: int | None):
     per_row, per_key = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
     def block(counts, tiles, q, k, v, k_pos, rows, sinks, out, *shared):
-        q_smem, k_smem, v_smem, pos_smem, q_here, k_here, v_here, k_done, v_done = shared
+        q_smem, k_smem, v_smem, pos_smem, q_here, k_here, v_here, done = shared
         b, head, warpgroup = (lax.axis_index(name) for name in ("b", "head", "warpgroup"))
         # The last see most, so they come first.
         i = blocks - 1 - lax.axis_index("block")
@@ -114,18 +114,23 @@ def _kernel(shape, K: int, warpgroups: int, keys: int, window: int | None):
         def _copy():
             plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
 
-            @pl.loop(0, count)
+            @pl.loop(0, count + stages)
             def _(step):
-                slot, own = slot_of(step), pl.ds(tiles[b, i, step] * keys, keys)
+                slot = slot_of(step)
 
-                def copy(source, target, here):
-                    plgpu.copy_gmem_to_smem(source, target.at[slot], here.at[slot])
+                @pl.when(step >= stages)
+                def _():
+                    plgpu.barrier_wait(done.at[slot])
 
-                pl.when(step >= stages)(lambda: plgpu.barrier_wait(k_done.at[slot]))
-                copy(k.at[b, own, head], k_smem, k_here)
-                copy(k_pos.at[b, own], pos_smem, k_here)
-                pl.when(step >= stages)(lambda: plgpu.barrier_wait(v_done.at[slot]))
-                copy(v.at[b, own, head], v_smem, v_here)
+                @pl.when(step < count)
+                def _():
+                    own = pl.ds(tiles[b, i, step] * keys, keys)
+                    for source, target, here in (
+                        (k.at[b, own, head], k_smem, k_here),
+                        (k_pos.at[b, own], pos_smem, k_here),
+                        (v.at[b, own, head], v_smem, v_here),
+                    ):
+                        plgpu.copy_gmem_to_smem(source, target.at[slot], here.at[slot])
 
         @pl.when(warpgroup < warpgroups)
         def _compute():
@@ -171,7 +176,6 @@ def _kernel(shape, K: int, warpgroups: int, keys: int, window: int | None):
                     if window is not None:
                         visible &= key > over(pos - window, scores.shape)
                     scores = jnp.where(visible, scores, _HIDDEN)
-                plgpu.barrier_arrive(k_done.at[slot])
 
                 now = jnp.maximum(largest, scores.max(axis=1) * scale)
                 weights = jnp.exp2(scores * scale - over(now, scores.shape))
@@ -182,7 +186,7 @@ def _kernel(shape, K: int, warpgroups: int, keys: int, window: int | None):
                 plgpu.barrier_wait(v_here.at[slot])
                 more = product(weights, v_smem.at[slot])
                 values = values * over(kept, values.shape) + more
-                plgpu.barrier_arrive(v_done.at[slot])
+                plgpu.barrier_arrive(done.at[slot])
                 return now, total, values
 
             carry = largest, total, values
@@ -194,7 +198,7 @@ def _kernel(shape, K: int, warpgroups: int, keys: int, window: int | None):
             for g in range(G):
                 place, piece = of_head(g)
                 plgpu.copy_smem_to_gmem(piece, out.at[place])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     tiled = (plgpu.TilingTransform((_EIGHT, H)), plgpu.SwizzleTransform(2 * H))
 
@@ -212,7 +216,6 @@ def _kernel(shape, K: int, warpgroups: int, keys: int, window: int | None):
             plgpu.Barrier(num_arrivals=G, num_barriers=warpgroups),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
             plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
         ],
         grid=(B, K, blocks),
