@@ -10,6 +10,7 @@ computed. Knows no device; `mosaic_gpu` chooses.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -29,6 +30,8 @@ _HIDDEN = -1e30  # A score so low that its weight is zero beside any sink.
 _NEVER = np.iinfo(np.int32).max
 
 
+# One program for all layers of a kind, else each is lowered and compiled anew.
+@functools.partial(jax.jit, static_argnames=("window", "warpgroups", "keys"))
 def many_queries(
     q_BTKGH: jax.Array,
     k_BSKH: jax.Array,
@@ -51,7 +54,7 @@ def many_queries(
       q_pos_BT: int32 positions of the queries.
       k_pos_BS: int32 positions of the keys.
       window: Keys visible to a query, itself included; None for all.
-      warpgroups: That multiply, of a thread block.
+      warpgroups: That multiply, of a thread block; 1 to 3, beside one that copies.
       keys: Of a tile, a multiple of 16; None for what suits the window.
 
     Raises:
