@@ -196,7 +196,7 @@ def _kernel(shape, K: int, warpgroups: int, keys: int, window: int | None):
             carry = lax.fori_loop(0, whole, lambda *a: attend(*a, masked=False), carry)
             carry = lax.fori_loop(whole, count, lambda *a: attend(*a, masked=True), carry)
             _, total, values = carry
-            own[...] = (values / over(total, values.shape)).astype(jnp.bfloat16)
+            own[...] = (values * over(1 / total, values.shape)).astype(jnp.bfloat16)
             plgpu.commit_smem()
             for g in range(G):
                 place, piece = of_head(g)
