@@ -166,12 +166,25 @@ def _kernel(shape, K: int, warpgroups: int, keys: int, window: int | None):
 
                 return pl.run_scoped(multiply, plgpu.ACC((_ROWS, b.shape[1]), jnp.float32))
 
-            def attend(step, carry, masked):
-                largest, total, values = carry
+            def scores_of(step, meanwhile):
+                """Scores of a tile, and what is computed while the matrix unit makes them."""
                 slot = slot_of(step)
                 plgpu.barrier_wait(k_here.at[slot])
 
-                scores = product(own, k_smem.at[slot].transpose((1, 0)))
+                def multiply(sums):
+                    plgpu.wgmma(sums, own, k_smem.at[slot].transpose((1, 0)))
+                    done = meanwhile()
+                    return *done, sums[...]
+
+                return pl.run_scoped(multiply, plgpu.ACC((_ROWS, keys), jnp.float32))
+
+            def attend(step, carry, masked):
+                *state, scores = carry
+                return scores_of(step + 1, lambda: update(step, state, scores, masked))
+
+            def update(step, state, scores, masked):
+                largest, total, values = state
+                slot = slot_of(step)
                 if masked:
                     key = plgpu.load(pos_smem.at[slot], layout=per_key)
                     key = lax.broadcast_in_dim(key, scores.shape, [1])
@@ -192,10 +205,18 @@ def _kernel(shape, K: int, warpgroups: int, keys: int, window: int | None):
                 plgpu.barrier_arrive(done.at[slot])
                 return now, total, values
 
-            carry = largest, total, values
-            carry = lax.fori_loop(0, whole, lambda *a: attend(*a, masked=False), carry)
-            carry = lax.fori_loop(whole, count, lambda *a: attend(*a, masked=True), carry)
-            _, total, values = carry
+            def attend_to_all(*state):
+                # The last, of which nothing follows, is taken with a mask that it may not need.
+                before = jnp.minimum(whole, count - 1)
+                carry = scores_of(0, lambda: state)
+                carry = lax.fori_loop(0, before, lambda *a: attend(*a, masked=False), carry)
+                carry = lax.fori_loop(before, count - 1, lambda *a: attend(*a, masked=True), carry)
+                *state, scores = carry
+                return update(count - 1, state, scores, masked=True)
+
+            _, total, values = lax.cond(
+                count > 0, attend_to_all, lambda *state: state, largest, total, values
+            )
             own[...] = (values * over(1 / total, values.shape)).astype(jnp.bfloat16)
             plgpu.commit_smem()
             for g in range(G):
