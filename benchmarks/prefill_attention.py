@@ -1,7 +1,7 @@
 """The attention of many queries alone: right, then how fast, for prompts, chunks and rings.
 
-`python benchmarks/prefill_attention.py [--cases 8k] [--warpgroups 3 2] [--keys 64 128] [--xla]`,
-on a Hopper GPU. Keys and values are random, heads those of 20b. Right means: of some queries of
+`python benchmarks/prefill_attention.py [--cases 8k] [--forms 3,128 2,128,ahead] [--xla]`, on a
+Hopper GPU. Keys and values are random, heads those of 20b. Right means: of some queries of
 each case the result, written over memory full of NaN, against XLA in float32. What is right is
 timed inside a jitted loop of twelve calls, as many as 20b has layers of a kind, which share their
 lists of tiles; launches, lists and about 1 us of glue count. FLOPs are those of visible
@@ -181,21 +181,23 @@ def microseconds(loop, args) -> float:
     return statistics.median(seconds(loops) for _ in range(REPEATS)) / (loops * LAYERS) * 1e6
 
 
+def form_of(text: str):
+    """The kernel with the options that a form like "2,128,ahead" names."""
+    warpgroups, keys, *ahead = text.split(",")
+    options = {"warpgroups": int(warpgroups), "keys": int(keys) or None, "ahead": bool(ahead)}
+    return functools.partial(many_queries, **options)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="+", help="parts of names; without it all")
-    parser.add_argument("--warpgroups", type=int, nargs="+", default=[3])
-    parser.add_argument("--keys", type=int, nargs="+", default=[None])
+    parser.add_argument(
+        "--forms", nargs="+", default=["3,0"], help='"warpgroups,keys[,ahead]", 0 keys: the default'
+    )
     parser.add_argument("--xla", action="store_true", help="XLA is timed too")
     args = parser.parse_args()
     started = time.perf_counter()
-    kernels = {
-        f"{warpgroups} warpgroups, {keys or 'default'} keys": functools.partial(
-            many_queries, warpgroups=warpgroups, keys=keys
-        )
-        for warpgroups in args.warpgroups
-        for keys in args.keys
-    }
+    kernels = {form: form_of(form) for form in args.forms}
     if args.xla:
         kernels["xla"] = xla.attention
     chosen = [c for c in cases() if not args.cases or any(part in c.name for part in args.cases)]

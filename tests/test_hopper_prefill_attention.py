@@ -66,6 +66,11 @@ def nothing():
     return positions([np.full(16, -1), np.arange(16)], [np.arange(20), np.arange(16, 36)])
 
 
+def older():
+    """Keys that are all visible to all queries."""
+    return positions([np.arange(100, 116)], [np.arange(48)])
+
+
 CASES = {
     "a prompt": (whole(), None, 2, 8),
     "a prompt in a window": (whole(), 7, 1, 8),
@@ -74,6 +79,7 @@ CASES = {
     "a chunk after a ring": (ring(), 9, 1, 8),
     "edges of tiles": (edges(), 11, 1, 8),
     "two queries a head": (ring(), 12, 2, 2),
+    "no masks": (older(), None, 1, 8),
     "nothing to see": (nothing(), None, 1, 8),
 }
 cases = pytest.mark.parametrize("case", CASES)
@@ -142,7 +148,14 @@ if jax.__version_info__ >= (0, 11, 2):
     @cases
     def test_equals_xla(run, case):
         args, where = problem(case)
-        got = run(*args, **where)
+        check(case, args, where, run(*args, **where))
+
+    @pytest.mark.parametrize("case", ["a prompt", "no masks", "nothing to see"])
+    def test_scores_ahead_equal_xla(run, case):
+        args, where = problem(case)
+        check(case, args, where, run(*args, **where, ahead=True))
+
+    def check(case, args, where, got):
         assert got.dtype == jnp.bfloat16
         want = xla.attention(*(x.astype(jnp.float32) for x in args), **where)
         np.testing.assert_allclose(got.astype(jnp.float32), want, atol=1e-2, rtol=1e-2)
