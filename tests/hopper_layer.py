@@ -1,4 +1,8 @@
-"""What the tests of the Hopper kernels share: a random expert layer, and lowering for CUDA."""
+"""What the tests of the Hopper kernels share: a random expert layer, lowering for CUDA, and what
+JAX's interpreter of Mosaic GPU lacks."""
+
+import contextlib
+import io
 
 import jax
 import jax.numpy as jnp
@@ -33,3 +37,53 @@ def kernels_for_cuda(function, *args):
     """How many Mosaic GPU kernels a function becomes."""
     text = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     return text.count("mosaic_gpu_v2")
+
+
+def interpreted(function, *args, **options):
+    """A function whose Mosaic GPU kernels run in JAX's interpreter, which must find no race.
+
+    It does not raise when it finds one, but says so.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    said = io.StringIO()
+    params = plgpu.InterpretGPUParams(detect_races=True)
+    with contextlib.redirect_stdout(said), plgpu.force_gpu_interpret_mode(params):
+        result = jax.block_until_ready(function(*args, **options))
+    assert "RACE DETECTED" not in said.getvalue(), said.getvalue()
+    return result
+
+
+def multiply_as_the_interpreter_can(monkeypatch, warpgroups, rows, columns):
+    """Left operands that are registers, bf16 [rows, columns], go through shared memory.
+
+    The interpreter multiplies only what is there. It looks for races only where memory is read in
+    the ordinary way, so operands are, and a fence after it stands for the matrix unit, which reads
+    as the copies write.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    width = min(64, columns)
+    tiled = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width))
+    through = plgpu.SMEM((warpgroups, rows, columns), jnp.bfloat16, transforms=tiled)
+    kernel, wgmma, lent = plgpu.kernel, plgpu.wgmma, []
+
+    def lending(block, *, scratch_types, **options):
+        def lent_to(*refs):
+            lent.append(refs[-1])
+            block(*refs[:-1])
+
+        return kernel(lent_to, scratch_types=[*scratch_types, through], **options)
+
+    def multiply(sums, a, b):
+        if isinstance(a, jax.Array):
+            own = lent[-1].at[jax.lax.axis_index("warpgroup")]
+            own[...] = a
+            plgpu.commit_smem()
+            a = own
+        _ = a[...], b[...]
+        plgpu.commit_smem()
+        wgmma(sums, a, b)
+
+    monkeypatch.setattr(plgpu, "kernel", lending)
+    monkeypatch.setattr(plgpu, "wgmma", multiply)

@@ -15,7 +15,12 @@ import numpy as np
 import oracle
 import ptx
 import pytest
-from hopper_layer import kernels_for_cuda, layer
+from hopper_layer import (
+    interpreted,
+    kernels_for_cuda,
+    layer,
+    multiply_as_the_interpreter_can,
+)
 
 from gpt_oss_jax.kernels.expert_matmul import many_rows, many_rows_ptx, mosaic_gpu, xla
 from gpt_oss_jax.quant import MXArray, mxfp4
@@ -147,7 +152,6 @@ def test_other_widths_are_refused():
 
 
 if jax.__version_info__ >= mosaic_gpu._JAX:
-    from jax.experimental.pallas import mosaic_gpu as plgpu
 
     @pytest.mark.parametrize("M", [1, 300])
     def test_many_rows_lower_for_cuda(M):
@@ -161,31 +165,12 @@ if jax.__version_info__ >= mosaic_gpu._JAX:
         It runs no PTX, so JAX stands in for the pieces of the threads; and it multiplies no
         registers, so the left operand goes through shared memory.
         """
-        tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-        through = plgpu.SMEM((3, 64, 192), jnp.bfloat16, transforms=tiled)
-        kernel, wgmma, lent = plgpu.kernel, plgpu.wgmma, []
-
-        def lending(block, *, scratch_types, **options):
-            def lent_to(*refs):
-                lent.append(refs[-1])
-                block(*refs[:-1])
-
-            return kernel(lent_to, scratch_types=[*scratch_types, through], **options)
-
-        def multiply(sums, a, b):
-            own = lent[-1].at[jax.lax.axis_index("warpgroup")]
-            own[...] = a
-            plgpu.commit_smem()
-            wgmma(sums, own, b)
-
         monkeypatch.setattr(many_rows, "_MULTIPROCESSORS", blocks)
-        monkeypatch.setattr(plgpu, "kernel", lending)
-        monkeypatch.setattr(plgpu, "wgmma", multiply)
+        multiply_as_the_interpreter_can(monkeypatch, 3, 64, 192)
         monkeypatch.setattr(many_rows, "_decode", decode_in_jax)
         monkeypatch.setattr(many_rows, "_finish", finish_in_jax)
         args = layer(3, E=2, D=384, F=192)
-        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-            got = many_rows.many_rows(*args, limit=7.0)
+        got = interpreted(many_rows.many_rows, *args, limit=7.0)
         want = wanted(*args)
         assert np.linalg.norm(got.astype(jnp.float32) - want) < 6e-3 * np.linalg.norm(want)
 
