@@ -1,0 +1,143 @@
+"""What stands around attention and experts in a decode step on Hopper, in three launches a layer.
+
+Each is a matrix product of a few rows with what comes before and after it: normalisation, rotation,
+the residual stream, the choice of experts. What a thread does is in `ptx`; this prepares operands
+and launches, on any machine for Hopper. The model's own layers say what is computed.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from gpt_oss_jax.kernels.dense.ptx import MAX_INPUTS, MAX_ROWS, TILE, Product
+from gpt_oss_jax.kernels.target import device_kind, platform
+
+_JAX = (0, 11, 2)
+_MAX_EXPERTS = 128
+EARLY = False  # Whether weights are read before the launch before has ended.
+
+
+def why_not(rows: int, widths: tuple[int, ...], head: int, experts: int, dtype) -> str:
+    """Why these sizes cannot run here; "" if they can.
+
+    Args:
+      rows: Rows of the residual stream.
+      widths: Of the rows that are multiplied.
+      head: Width of a head.
+      experts: Experts to choose from.
+      dtype: Of weights and activations.
+    """
+    if jax.__version_info__ < _JAX:
+        return f"needs JAX {'.'.join(map(str, _JAX))}, this is {jax.__version__}"
+    if platform() != "gpu" or jax.devices()[0].compute_capability != "9.0":
+        return f"needs a Hopper GPU, this is {device_kind()}"
+    return why_not_on_hopper(rows, widths, head, experts, dtype)
+
+
+def why_not_on_hopper(rows, widths, head, experts, dtype) -> str:
+    """`why_not` on any machine, for Hopper."""
+    if dtype != jnp.bfloat16:
+        return f"takes bfloat16, got {dtype}"
+    if rows > MAX_ROWS:
+        return f"takes up to {MAX_ROWS} rows, got {rows}"
+    if any(width % 32 or width > MAX_INPUTS for width in widths):
+        return f"takes widths that are multiples of 32 up to {MAX_INPUTS}, got {widths}"
+    if head % (2 * TILE) or experts % TILE or experts > _MAX_EXPERTS:
+        return f"got heads {head} wide and {experts} experts"
+    return ""
+
+
+def queries_keys_values(
+    x_MD: jax.Array,
+    scale_D: jax.Array,
+    weight_OD: jax.Array,
+    bias_O: jax.Array,
+    cos_Mh: jax.Array,
+    sin_Mh: jax.Array,
+    *,
+    epsilon: float,
+    group: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalises rows, multiplies, and rotates queries and keys.
+
+    Args:
+      x_MD: Rows of the residual stream.
+      scale_D: Of the normalisation.
+      weight_OD: For each key head: its `group` query heads, itself and its values, H rows each.
+      bias_O: Likewise.
+      cos_Mh: Rotations, [M, H/2].
+      sin_Mh: Likewise.
+      epsilon: Of the normalisation.
+      group: Query heads to a key head.
+
+    Returns:
+      Queries [M, K, G, H], keys and values [M, K, H].
+    """
+    M, D = x_MD.shape
+    H = 2 * cos_Mh.shape[1]
+    K = weight_OD.shape[0] // (H * (group + 2))
+    program = Product(
+        M, D, weight_OD.shape[0], "rotate", epsilon=epsilon, head=H, group=group, early=EARLY
+    )
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
+    outs = (shape(M, K, group, H), shape(M, K, H), shape(M, K, H))
+    return _launch(program, outs, (x_MD, weight_OD, bias_O, scale_D, cos_Mh, sin_Mh))
+
+
+def add_product(
+    x_MI: jax.Array, weight_OI: jax.Array, bias_O: jax.Array, residual_MO: jax.Array
+) -> jax.Array:
+    """Residual stream [M, O] plus the product, both rounded first."""
+    program = Product(*x_MI.shape, weight_OI.shape[0], "add", early=EARLY)
+    out = jax.ShapeDtypeStruct(residual_MO.shape, jnp.bfloat16)
+    return _launch(program, (out,), (x_MI, weight_OI, bias_O, residual_MO))[0]
+
+
+def route(
+    x_MD: jax.Array,
+    scale_D: jax.Array,
+    weight_ED: jax.Array,
+    bias_E: jax.Array,
+    *,
+    epsilon: float,
+    choices: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalised rows [M, D], their experts, int32 [M, X], and float32 weights [M, X]."""
+    (M, D), E = x_MD.shape, weight_ED.shape[0]
+    program = Product(M, D, E, "route", epsilon=epsilon, choices=choices, early=EARLY)
+    outs = (
+        jax.ShapeDtypeStruct((M, D), jnp.bfloat16),
+        jax.ShapeDtypeStruct((M, choices), jnp.int32),
+        jax.ShapeDtypeStruct((M, choices), jnp.float32),
+    )
+    return _launch(program, outs, (x_MD, weight_ED, bias_E, scale_D))
+
+
+def _launch(program: Product, outs: tuple, inputs: tuple) -> tuple[jax.Array, ...]:
+    # Here, because these change from one version of JAX to the next.
+    from jax.experimental.mosaic.gpu import utils as mgpu
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def body(*refs):
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
+        def thread(ctx, *refs):
+            del ctx
+            pointers = [mgpu.memref_ptr(ref) for ref in refs]
+            mgpu.inline_ptx(program.ptx(), mgpu.block_idx(), *pointers, convergent=True)
+
+        thread(*refs)
+        if program.early:
+            plgpu.griddepcontrol_wait()  # The program waits; this marks the launch as dependent.
+
+    return plgpu.kernel(
+        body,
+        out_type=outs,
+        scratch_types=[plgpu.SMEM((program.shared_bytes,), jnp.uint8)],
+        grid=(program.grid,),
+        grid_names=("block",),
+        num_threads=2,
+        thread_name="warpgroup",
+        kernel_name=f"few_rows_{program.ending}",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )(*inputs)

@@ -1,0 +1,131 @@
+"""The Hopper kernels around attention and experts, without the GPU: interpreted, and lowered."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import ptx
+import pytest
+from hopper_layer import kernels_for_cuda
+
+from gpt_oss_jax.kernels.contract import einsum
+from gpt_oss_jax.kernels.dense import mosaic_gpu
+from gpt_oss_jax.kernels.dense.ptx import WARPS
+from gpt_oss_jax.model.moe import route
+from gpt_oss_jax.model.rope import apply_rope
+
+EPSILON = 1e-5
+OLD = jax.__version_info__ < mosaic_gpu._JAX
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    """The PTX interpreter in the place of the GPU, with few blocks, so that each has tiles."""
+
+    def launch(program, outs, inputs):
+        object.__setattr__(program, "multiprocessors", 3)
+        memory = ptx.Memory()
+        places = [memory.put(np.asarray(x)) for x in inputs]
+        results = [memory.put(np.full(o.shape, -1, np.int8).repeat(o.dtype.itemsize)) for o in outs]
+        ptx.launch(
+            program.ptx(),
+            [*places, *results],
+            memory,
+            grid=program.grid,
+            shared_bytes=program.shared_bytes,
+            warps=WARPS,
+        )
+        return tuple(memory.get(at, o.shape, o.dtype) for at, o in zip(results, outs, strict=True))
+
+    monkeypatch.setattr(mosaic_gpu, "_launch", launch)
+
+
+def random(seed, *shapes):
+    numbers = np.random.default_rng(seed)
+    return [jnp.asarray(numbers.normal(size=s), jnp.bfloat16) for s in shapes]
+
+
+def normalised(x, scale):
+    x = x.astype(jnp.float32)
+    x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPSILON)
+    return (x * scale.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def close(got, want):
+    got, want = (np.asarray(x, np.float32) for x in (got, want))
+    assert np.linalg.norm(got - want) < 4e-3 * np.linalg.norm(want)
+
+
+def qkv_inputs(M, D=288, K=2, G=3, H=16):
+    x, scale, weight, bias, cos, sin = random(
+        M, (M, D), (D,), (K, G + 2, H, D), (K, G + 2, H), (M, H // 2), (M, H // 2)
+    )
+    return x, scale, weight.reshape(-1, D), bias.reshape(-1), cos, sin
+
+
+@pytest.mark.parametrize(("M", "sizes"), [(1, {}), (3, {"D": 64, "H": 32}), (13, {"D": 544})])
+def test_queries_keys_and_values(interpreter, M, sizes):
+    x, scale, weight, bias, cos, sin = qkv_inputs(M, **sizes)
+    G, H = 3, 2 * cos.shape[1]
+    got = mosaic_gpu.queries_keys_values(x, scale, weight, bias, cos, sin, epsilon=EPSILON, group=G)
+    y = einsum("MD,OD->MO", normalised(x, scale), weight) + bias.astype(jnp.float32)
+    y = y.astype(jnp.bfloat16).reshape(M, 1, -1, G + 2, H)
+    turned = apply_rope(y, cos[:, None], sin[:, None])[:, 0]
+    for ours, wanted in zip(
+        got, (turned[:, :, :G], turned[:, :, G], y[:, 0, :, G + 1]), strict=True
+    ):
+        close(ours, wanted)
+
+
+@pytest.mark.parametrize(("M", "inputs", "outputs"), [(1, 256, 40), (8, 96, 8), (16, 320, 72)])
+def test_a_product_is_added(interpreter, M, inputs, outputs):
+    x, weight, bias, residual = random(M, (M, inputs), (outputs, inputs), (outputs,), (M, outputs))
+    y = einsum("MI,OI->MO", x, weight) + bias.astype(jnp.float32)
+    want = residual + y.astype(jnp.bfloat16)
+    close(mosaic_gpu.add_product(x, weight, bias, residual), want)
+
+
+@pytest.mark.parametrize(("M", "E", "X", "tie"), [(1, 32, 4, 0), (3, 128, 4, 1), (11, 8, 2, 1)])
+def test_experts_are_chosen(interpreter, M, E, X, tie):
+    """With `tie`, all experts have a twin: of equal logits the lower id goes first."""
+    x, scale, weight, bias = random(M, (M, 96), (96,), (E, 96), (E,))
+    if tie:
+        weight, bias = (a.at[1::2].set(a[::2]) for a in (weight, bias))
+    normed, experts, weights = mosaic_gpu.route(x, scale, weight, bias, epsilon=EPSILON, choices=X)
+    h = normalised(x, scale)
+    close(normed, h)
+    logits = einsum("MD,ED->ME", h, weight) + bias.astype(jnp.float32)
+    want_experts, want_weights = route(logits, X)
+    np.testing.assert_array_equal(experts, want_experts)
+    np.testing.assert_allclose(weights, want_weights, rtol=3e-3)
+
+
+if not OLD:
+
+    def test_they_lower_for_cuda():
+        run = functools.partial(mosaic_gpu.queries_keys_values, epsilon=EPSILON, group=3)
+        assert kernels_for_cuda(run, *qkv_inputs(2)) == 1
+        assert (
+            kernels_for_cuda(mosaic_gpu.add_product, *random(0, (2, 64), (8, 64), (8,), (2, 8)))
+            == 1
+        )
+        run = functools.partial(mosaic_gpu.route, epsilon=EPSILON, choices=2)
+        assert kernels_for_cuda(run, *random(0, (2, 64), (64,), (8, 64), (8,))) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"rows": 17}, "rows"),
+        ({"widths": (2880, 2872)}, "widths"),
+        ({"head": 24}, "heads"),
+        ({"dtype": jnp.float32}, "bfloat16"),
+    ],
+)
+def test_what_they_do_not_cover_is_refused(change, reason):
+    sizes = {"rows": 1, "widths": (2880, 4096), "head": 64, "experts": 32, "dtype": jnp.bfloat16}
+    assert mosaic_gpu.why_not_on_hopper(**sizes) == ""
+    assert reason in mosaic_gpu.why_not_on_hopper(**sizes | change)
+    assert "needs" in mosaic_gpu.why_not(**sizes)
