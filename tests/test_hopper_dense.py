@@ -1,18 +1,21 @@
 """The Hopper kernels around attention and experts, without the GPU: interpreted, and lowered."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import ptx
 import pytest
+from flax import nnx
 from hopper_layer import kernels_for_cuda
+from sizes import TINY as SIZES
 
 from gpt_oss_jax.kernels.contract import einsum
 from gpt_oss_jax.kernels.dense import mosaic_gpu
 from gpt_oss_jax.kernels.dense.ptx import WARPS
+from gpt_oss_jax.model import Transformer, init_cache
 from gpt_oss_jax.model.moe import route
 from gpt_oss_jax.model.rope import apply_rope
 
@@ -129,3 +132,36 @@ def test_what_they_do_not_cover_is_refused(change, reason):
     assert mosaic_gpu.why_not_on_hopper(**sizes) == ""
     assert reason in mosaic_gpu.why_not_on_hopper(**sizes | change)
     assert "needs" in mosaic_gpu.why_not(**sizes)
+
+
+def test_a_decode_step_is_the_same_in_few_launches(interpreter, monkeypatch):
+    """The whole model, two tokens for two rows after three that are in the cache."""
+    config = dataclasses.replace(
+        SIZES,
+        hidden_size=96,
+        head_dim=16,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        num_experts=8,
+        num_hidden_layers=2,
+    )
+    model = Transformer(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(config.vocab_size, size=(2, 5)))
+    positions = jnp.broadcast_to(jnp.arange(5), (2, 5)).at[1, 4].set(-1)
+    _, cache = model.forward(
+        tokens[:, :3], positions[:, :3], init_cache(config, 2, 8, jnp.bfloat16)
+    )
+    step = functools.partial(model.forward, tokens[:, 3:], positions[:, 3:], cache)
+    want, cache_want = step()
+    launches = []
+    launch = mosaic_gpu._launch
+    monkeypatch.setattr(mosaic_gpu, "_launch", lambda p, *a: launches.append(p) or launch(p, *a))
+    monkeypatch.setattr(mosaic_gpu, "why_not", mosaic_gpu.why_not_on_hopper)
+    got, cache_got = step()
+    assert [p.ending for p in launches] == 2 * ["rotate", "add", "route"]
+    real = np.asarray(positions[:, 3:]) >= 0
+    np.testing.assert_allclose(got[real], want[real], atol=0.1)
+    for ours, wanted in zip(jax.tree.leaves(cache_got), jax.tree.leaves(cache_want), strict=True):
+        np.testing.assert_allclose(ours.astype(jnp.float32), wanted.astype(jnp.float32), atol=0.1)
+    step(capture=["logits"])
+    assert len(launches) == 6  # Values that are asked for exist.

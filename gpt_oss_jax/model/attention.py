@@ -30,6 +30,7 @@ class Context:
       tap: Captures and patches.
       implementation: Kernels to use, None for the fastest that can.
       mesh: Devices that the weights are spread over, None for one.
+      few_launches: Whether blocks run as the few kernels of `kernels.dense`; nothing is tapped.
     """
 
     positions_BT: jax.Array
@@ -39,6 +40,7 @@ class Context:
     tap: Tap
     implementation: str | None
     mesh: Mesh | None
+    few_launches: bool = False
 
 
 class Attention(nnx.Module):
@@ -80,7 +82,15 @@ class Attention(nnx.Module):
         v_BTKH = tap(f"{name}.v", qkv_BTKCH[:, :, :, -1])
         q_BTKGH = tap(f"{name}.q_rope", apply_rope(q_BTKGH, context.cos_BTh, context.sin_BTh))
         k_BTKH = tap(f"{name}.k_rope", apply_rope(k_BTKH, context.cos_BTh, context.sin_BTh))
+        heads_BTKGH, k_new, v_new = self.attend(q_BTKGH, k_BTKH, v_BTKH, context)
+        out_BTD = tap(f"{name}.out", self.out(heads_BTKGH).astype(x_BTD.dtype))
+        return out_BTD, k_new, v_new
 
+    def attend(
+        self, q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, context: Context
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """What heads see, [B, T, K, G, H], and this layer's new keys and values for the cache."""
+        tap, name = context.tap, f"layers.{self.layer}.attention"
         k_BSKH, v_BSKH, k_pos_BS, k_new, v_new = self._update(k_BTKH, v_BTKH, context)
         sees = {"q_pos_BT": context.positions_BT, "k_pos_BS": k_pos_BS, "window": self.window}
         tap.only_if_captured(f"{name}.scores", lambda: scores(q_BTKGH, k_BSKH, **sees))
@@ -93,9 +103,7 @@ class Attention(nnx.Module):
             implementation=context.implementation,
             mesh=context.mesh,
         )
-        heads_BTKGH = tap(f"{name}.heads", heads_BTKGH)
-        out_BTD = tap(f"{name}.out", self.out(heads_BTKGH).astype(x_BTD.dtype))
-        return out_BTD, k_new, v_new
+        return tap(f"{name}.heads", heads_BTKGH), k_new, v_new
 
     def _update(self, k_BTKH, v_BTKH, context: Context):
         """Keys, values and positions to attend to, and the layer's cache after this call."""

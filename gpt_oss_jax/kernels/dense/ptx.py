@@ -284,7 +284,8 @@ add.u32 ahead, ahead, {self.grid};
     def _head(self, tile: str) -> str:
         """`head` of a tile, and its `place` in it."""
         tiles = self.head // TILE
-        return f"div.u32 head, {tile}, {tiles}; mul.lo.u32 place, head, {tiles}; sub.u32 place, {tile}, place;"
+        text = f"div.u32 head, {tile}, {tiles}; mul.lo.u32 place, head, {tiles};"
+        return text + f"sub.u32 place, {tile}, place;"
 
     def _rotate(self) -> str:
         """A thread has numbers `place` and half a head further, of one row or two."""
@@ -313,9 +314,10 @@ cvt.rn.bf16.f32 h, f3; @has{n} st.global.b16 [at + {H}], h;"""
         return text
 
     def _with_bias(self) -> str:
-        return f"""mad.lo.u32 place, quad, 2, 0; mad.lo.u32 place, unit, {TILE}, place;
+        return f"""shl.b32 place, quad, 1; mad.lo.u32 place, unit, {TILE}, place;
 mul.wide.u32 at, place, 2; add.u64 at, at, <bias>; ld.global.nc.b32 t0, [at];
-{_apart("t0", "b0", "b1")} add.f32 c0, c0, b0; add.f32 c1, c1, b1; add.f32 c2, c2, b0; add.f32 c3, c3, b1;
+{_apart("t0", "b0", "b1")}
+add.f32 c0, c0, b0; add.f32 c1, c1, b1; add.f32 c2, c2, b0; add.f32 c3, c3, b1;
 """
 
     def _add(self) -> str:
