@@ -1,0 +1,194 @@
+"""Checks, then times what stands around attention and experts in a decode step on Hopper.
+
+Sizes of 20b. `python benchmarks/hopper_dense.py`, under a minute; a line as soon as it is known.
+Three launches a layer (`gpt_oss_jax/kernels/dense`), one after the other as in a layer: queries,
+keys and values; output projection; router. Weights rotate over several sets, too large for L2.
+
+Limits at 4.2 TB/s: 29.5 MB, 7.0 us; 23.6 MB, 5.6 us; 0.2 MB in one block, 1.6 us at 64 bytes a
+clock. Expected with one row: 8.3, 7.0 and 3.8 us, together 19; with eight 21. Plain XLA: 29, 45.
+"""
+
+import functools
+import itertools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt_oss_jax.kernels.contract import einsum
+from gpt_oss_jax.kernels.dense import mosaic_gpu
+
+D, K, G, H, EPSILON = 2880, 8, 8, 64, 1e-5
+SETS, TIMES = 4, 40
+
+
+def weights(seed, E=32):
+    """Scale and weight and bias of the three products, as a layer has them."""
+    keys = iter(jax.random.split(jax.random.key(seed), 8))
+    make = lambda *s, std=1.0: (std * jax.random.normal(next(keys), s)).astype(jnp.bfloat16)
+    return {
+        "qkv": (1 + make(D, std=0.1), make(K * (G + 2) * H, D, std=D**-0.5), make(K * (G + 2) * H)),
+        "out": (make(D, K * G * H, std=(K * G * H) ** -0.5), make(D)),
+        "router": (1 + make(D, std=0.1), make(E, D, std=D**-0.5), make(E)),
+    }
+
+
+def normalised(x, scale):
+    x32 = x.astype(jnp.float32)
+    x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + EPSILON)
+    return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def product(x, weight, bias):
+    """As `model.layers.Linear`."""
+    if x.shape[0] == 1:
+        y = (weight.astype(jnp.float32) * x[0].astype(jnp.float32)).sum(axis=-1)[None]
+    else:
+        y = einsum("MI,OI->MO", x, weight)
+    return y + bias.astype(jnp.float32)
+
+
+def xla_qkv(x, scale, weight, bias, cos, sin):
+    y = product(normalised(x, scale), weight, bias).astype(x.dtype).reshape(-1, K, G + 2, H)
+    a, b = jnp.split(y[:, :, : G + 1].astype(jnp.float32), 2, axis=-1)
+    cos, sin = (z.astype(jnp.float32)[:, None, None] for z in (cos, sin))
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    return turned[:, :, :G], turned[:, :, G], y[:, :, G + 1]
+
+
+def xla_add(x, weight, bias, residual):
+    return residual + product(x, weight, bias).astype(x.dtype)
+
+
+def xla_route(x, scale, weight, bias):
+    h = normalised(x, scale)
+    logits, experts = jax.lax.top_k(product(h, weight, bias), 4)
+    return h, experts.astype(jnp.int32), jax.nn.softmax(logits, axis=-1)
+
+
+XLA = {"qkv": xla_qkv, "out": xla_add, "router": xla_route}
+OURS = {
+    "qkv": functools.partial(mosaic_gpu.queries_keys_values, epsilon=EPSILON, group=G),
+    "out": mosaic_gpu.add_product,
+    "router": functools.partial(mosaic_gpu.route, epsilon=EPSILON, choices=4),
+}
+
+
+def rows(M, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    x = 3 * jax.random.normal(keys[0], (M, D))
+    heads = jax.random.normal(keys[1], (M, K * G * H))
+    angle = 1e3 * jax.random.uniform(keys[2], (M, H // 2))
+    return [z.astype(jnp.bfloat16) for z in (x, heads, jnp.cos(angle), jnp.sin(angle))]
+
+
+def poisoned(function, *args):
+    """Calls it when the memory that its results will lie in is likely full of NaN."""
+    outs = jax.tree.leaves(jax.eval_shape(function, *args))
+    for _ in range(3):
+        waste = [jnp.full(o.shape, -1, jnp.int32) for o in outs for _ in range(2)]
+        jax.block_until_ready(waste)
+        del waste
+    return jax.device_get(function(*args))
+
+
+def check(M, E):
+    x, heads, cos, sin = rows(M, seed=M)
+    w = weights(M, E)
+    inputs = {"qkv": (x, *w["qkv"], cos, sin), "out": (heads, *w["out"], x)}
+    inputs["router"] = (x, *w["router"])
+    for name, args in inputs.items():
+        got = jax.tree.leaves(poisoned(jax.jit(OURS[name]), *args))
+        want = jax.tree.leaves(jax.device_get(jax.jit(XLA[name])(*args)))
+        errors = [
+            np.linalg.norm(np.float32(a) - np.float32(b)) / np.linalg.norm(np.float32(b))
+            for a, b in zip(got, want, strict=True)
+        ]
+        if name == "router" and (got[1] != want[1]).any():
+            print(f"  experts differ in {(got[1] != want[1]).sum()} of {got[1].size}: near ties?")
+        state = "right" if max(errors) < 5e-3 or name == "router" else "WRONG"
+        print(f"{name:6} {M:2} rows, {E:3} experts: {state}, relative errors", end=" ")
+        print(" ".join(f"{e:.1e}" for e in errors), flush=True)
+        assert state == "right", "not timed"
+
+
+def rounds(step, times):
+    """Many steps, each with another set of weights; all that they compute is kept alive."""
+
+    def run(x, sets, *rest):
+        def all_sets(_, carry):
+            x, _ = carry
+            results = []
+            for w in sets:
+                x, more = step(x, w, *rest)
+                results.append(more)
+            return x, results
+
+        return jax.lax.fori_loop(1, times, all_sets, all_sets(0, (x, None)))
+
+    return jax.jit(run)
+
+
+def timed(name, step, x, *rest):
+    """Prints the time of one of many steps."""
+    sets = [weights(i) for i in range(SETS)]
+    start = time.perf_counter()
+    run = rounds(step, TIMES).lower(x, sets, *rest).compile()
+    compiling = time.perf_counter() - start
+    jax.block_until_ready(run(x, sets, *rest))
+    seconds = []
+    for _ in range(7):
+        start = time.perf_counter()
+        jax.block_until_ready(run(x, sets, *rest))
+        seconds.append((time.perf_counter() - start) / (TIMES * SETS))
+    print(
+        f"{name:44} {1e6 * np.median(seconds):6.2f} us  (compiled in {compiling:.1f} s)", flush=True
+    )
+
+
+def layer(of, only=("qkv", "out", "router")):
+    """Some of the three products, one after the other."""
+
+    def step(x, w, heads, cos, sin):
+        more = []
+        if "qkv" in only:
+            q, *more = of["qkv"](x, *w["qkv"], cos, sin)
+            heads = q.reshape(heads.shape)
+        if "out" in only:
+            x = of["out"](heads, *w["out"], x)
+        if "router" in only:
+            x, *chosen = of["router"](x, *w["router"])
+            more += chosen
+        return (heads[:, :D] if only == ("qkv",) else x), more
+
+    return step
+
+
+def main():
+    print(jax.devices()[0].device_kind, "JAX", jax.__version__)
+    for early, M in (
+        (False, 1),
+        (False, 3),
+        (False, 8),
+        (False, 13),
+        (False, 16),
+        (True, 1),
+        (True, 16),
+    ):
+        mosaic_gpu.EARLY = early
+        check(M, 128 if M == 3 else 32)
+    for M, early in itertools.product((1, 8, 16), (False, True)):
+        mosaic_gpu.EARLY = early
+        more = ", weights early" if early else ""
+        timed(f"all three, {M} rows{more}", layer(OURS), *rows(M))
+        if M == 1:
+            timed(f"out + router{more}", layer(OURS, ("out", "router")), *rows(M))
+            timed(f"qkv + copy{more}", layer(OURS, ("qkv",)), *rows(M))
+            timed(f"router{more}", layer(OURS, ("router",)), *rows(M))
+    for M in (1, 8):
+        timed(f"all three in XLA, {M} rows", layer(XLA), *rows(M))
+
+
+if __name__ == "__main__":
+    main()
