@@ -7,6 +7,8 @@ and launches, on any machine for Hopper. The model's own layers say what is comp
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -114,6 +116,9 @@ def route(
     return _launch(program, outs, (x_MD, weight_ED, bias_E, scale_D))
 
 
+# One function of a program: in line, every layer's kernels would be different ones to the compiler,
+# since they know from where they were called, and be compiled again.
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _launch(program: Product, outs: tuple, inputs: tuple) -> tuple[jax.Array, ...]:
     # Here, because these change from one version of JAX to the next.
     from jax.experimental.mosaic.gpu import utils as mgpu
