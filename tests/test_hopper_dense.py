@@ -10,7 +10,7 @@ import ptx
 import pytest
 from flax import nnx
 from hopper_layer import kernels_for_cuda
-from sizes import TINY as SIZES
+from sizes import TINY
 
 from gpt_oss_jax.kernels.contract import einsum
 from gpt_oss_jax.kernels.dense import mosaic_gpu
@@ -25,13 +25,14 @@ OLD = jax.__version_info__ < mosaic_gpu._JAX
 
 @pytest.fixture
 def interpreter(monkeypatch):
-    """The PTX interpreter in the place of the GPU, with few blocks, so that each has tiles."""
+    """The PTX interpreter in the place of the GPU; a list of what was launched."""
+    launched = []
 
-    def launch(program, outs, inputs):
-        object.__setattr__(program, "multiprocessors", 3)
+    def run(program, outs, *inputs):
         memory = ptx.Memory()
         places = [memory.put(np.asarray(x)) for x in inputs]
-        results = [memory.put(np.full(o.shape, -1, np.int8).repeat(o.dtype.itemsize)) for o in outs]
+        poison = [np.full(np.prod(o.shape) * o.dtype.itemsize, 255, np.uint8) for o in outs]
+        results = [memory.put(array) for array in poison]
         ptx.launch(
             program.ptx(),
             [*places, *results],
@@ -42,7 +43,14 @@ def interpreter(monkeypatch):
         )
         return tuple(memory.get(at, o.shape, o.dtype) for at, o in zip(results, outs, strict=True))
 
+    def launch(program, outs, inputs):
+        launched.append(program.ending)
+        # Few blocks, so that each has several tiles.
+        program = dataclasses.replace(program, multiprocessors=3)
+        return jax.pure_callback(functools.partial(run, program, outs), outs, *inputs)
+
     monkeypatch.setattr(mosaic_gpu, "_launch", launch)
+    return launched
 
 
 def random(seed, *shapes):
@@ -135,33 +143,36 @@ def test_what_they_do_not_cover_is_refused(change, reason):
 
 
 def test_a_decode_step_is_the_same_in_few_launches(interpreter, monkeypatch):
-    """The whole model, two tokens for two rows after three that are in the cache."""
+    """The whole model, two tokens for two rows, one of them padding; unless values are asked for."""
     config = dataclasses.replace(
-        SIZES,
-        hidden_size=96,
+        TINY,
+        num_hidden_layers=2,
+        hidden_size=32,
         head_dim=16,
-        num_attention_heads=6,
+        num_attention_heads=4,
         num_key_value_heads=2,
         num_experts=8,
-        num_hidden_layers=2,
     )
-    model = Transformer(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-    tokens = jnp.asarray(np.random.default_rng(0).integers(config.vocab_size, size=(2, 5)))
-    positions = jnp.broadcast_to(jnp.arange(5), (2, 5)).at[1, 4].set(-1)
-    _, cache = model.forward(
-        tokens[:, :3], positions[:, :3], init_cache(config, 2, 8, jnp.bfloat16)
+    make = jax.jit(lambda: nnx.state(Transformer(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))
+    graphdef = nnx.graphdef(
+        nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
     )
-    step = functools.partial(model.forward, tokens[:, 3:], positions[:, 3:], cache)
-    want, cache_want = step()
-    launches = []
-    launch = mosaic_gpu._launch
-    monkeypatch.setattr(mosaic_gpu, "_launch", lambda p, *a: launches.append(p) or launch(p, *a))
+    model = nnx.merge(graphdef, make())
+    tokens = jnp.asarray(np.random.default_rng(0).integers(config.vocab_size, size=(2, 2)))
+    positions = jnp.asarray([[0, 1], [0, -1]])
+
+    def step(model, **options):
+        cache = init_cache(config, 2, 8, jnp.bfloat16)
+        return model.forward(tokens, positions, cache, **options)[:2]
+
+    want, cache_want = jax.jit(step)(model)
     monkeypatch.setattr(mosaic_gpu, "why_not", mosaic_gpu.why_not_on_hopper)
-    got, cache_got = step()
-    assert [p.ending for p in launches] == 2 * ["rotate", "add", "route"]
-    real = np.asarray(positions[:, 3:]) >= 0
+    got, cache_got = jax.jit(lambda model: step(model))(model)
+    assert interpreter == 2 * ["rotate", "add", "route"]
+    real = np.asarray(positions) >= 0
     np.testing.assert_allclose(got[real], want[real], atol=0.1)
     for ours, wanted in zip(jax.tree.leaves(cache_got), jax.tree.leaves(cache_want), strict=True):
         np.testing.assert_allclose(ours.astype(jnp.float32), wanted.astype(jnp.float32), atol=0.1)
-    step(capture=["logits"])
-    assert len(launches) == 6  # Values that are asked for exist.
+    jax.eval_shape(lambda model: step(model, capture=["logits"]), model)
+    jax.eval_shape(lambda model: step(model, patch={"embedding": jnp.zeros((2, 2, 32))}), model)
+    assert len(interpreter) == 6

@@ -116,7 +116,7 @@ def route(
     return _launch(program, outs, (x_MD, weight_ED, bias_E, scale_D))
 
 
-# One function of a program: in line, every layer's kernels would be different ones to the compiler,
+# One function of a program: in line, each layer's kernels would be different ones to the compiler,
 # since they know from where they were called, and be compiled again.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _launch(program: Product, outs: tuple, inputs: tuple) -> tuple[jax.Array, ...]:
