@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt_oss_jax.kernels.contract import einsum
-from gpt_oss_jax.kernels.dense import mosaic_gpu
+from gpt_oss_jax.kernels.dense import mosaic_gpu, xla
 
 D, K, G, H, EPSILON = 2880, 8, 8, 64, 1e-5
 SETS, TIMES = 4, 40
@@ -34,45 +33,15 @@ def weights(seed, E=32):
     }
 
 
-def normalised(x, scale):
-    x32 = x.astype(jnp.float32)
-    x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + EPSILON)
-    return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
+def products(module):
+    return {
+        "qkv": functools.partial(module.queries_keys_values, epsilon=EPSILON, group=G),
+        "out": module.add_product,
+        "router": functools.partial(module.route, epsilon=EPSILON, choices=4),
+    }
 
 
-def product(x, weight, bias):
-    """As `model.layers.Linear`."""
-    if x.shape[0] == 1:
-        y = (weight.astype(jnp.float32) * x[0].astype(jnp.float32)).sum(axis=-1)[None]
-    else:
-        y = einsum("MI,OI->MO", x, weight)
-    return y + bias.astype(jnp.float32)
-
-
-def xla_qkv(x, scale, weight, bias, cos, sin):
-    y = product(normalised(x, scale), weight, bias).astype(x.dtype).reshape(-1, K, G + 2, H)
-    a, b = jnp.split(y[:, :, : G + 1].astype(jnp.float32), 2, axis=-1)
-    cos, sin = (z.astype(jnp.float32)[:, None, None] for z in (cos, sin))
-    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-    return turned[:, :, :G], turned[:, :, G], y[:, :, G + 1]
-
-
-def xla_add(x, weight, bias, residual):
-    return residual + product(x, weight, bias).astype(x.dtype)
-
-
-def xla_route(x, scale, weight, bias):
-    h = normalised(x, scale)
-    logits, experts = jax.lax.top_k(product(h, weight, bias), 4)
-    return h, experts.astype(jnp.int32), jax.nn.softmax(logits, axis=-1)
-
-
-XLA = {"qkv": xla_qkv, "out": xla_add, "router": xla_route}
-OURS = {
-    "qkv": functools.partial(mosaic_gpu.queries_keys_values, epsilon=EPSILON, group=G),
-    "out": mosaic_gpu.add_product,
-    "router": functools.partial(mosaic_gpu.route, epsilon=EPSILON, choices=4),
-}
+XLA, OURS = products(xla), products(mosaic_gpu)
 
 
 def rows(M, seed=0):

@@ -12,12 +12,9 @@ from flax import nnx
 from hopper_layer import kernels_for_cuda
 from sizes import TINY
 
-from gpt_oss_jax.kernels.contract import einsum
-from gpt_oss_jax.kernels.dense import mosaic_gpu
+from gpt_oss_jax.kernels.dense import mosaic_gpu, xla
 from gpt_oss_jax.kernels.dense.ptx import WARPS
 from gpt_oss_jax.model import Transformer, init_cache
-from gpt_oss_jax.model.moe import route
-from gpt_oss_jax.model.rope import apply_rope
 
 EPSILON = 1e-5
 OLD = jax.__version_info__ < mosaic_gpu._JAX
@@ -58,12 +55,6 @@ def random(seed, *shapes):
     return [jnp.asarray(numbers.normal(size=s), jnp.bfloat16) for s in shapes]
 
 
-def normalised(x, scale):
-    x = x.astype(jnp.float32)
-    x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPSILON)
-    return (x * scale.astype(jnp.float32)).astype(jnp.bfloat16)
-
-
 def close(got, want):
     got, want = (np.asarray(x, np.float32) for x in (got, want))
     assert np.linalg.norm(got - want) < 4e-3 * np.linalg.norm(want)
@@ -78,24 +69,16 @@ def qkv_inputs(M, D=288, K=2, G=3, H=16):
 
 @pytest.mark.parametrize(("M", "sizes"), [(1, {}), (3, {"D": 64, "H": 32}), (13, {"D": 544})])
 def test_queries_keys_and_values(interpreter, M, sizes):
-    x, scale, weight, bias, cos, sin = qkv_inputs(M, **sizes)
-    G, H = 3, 2 * cos.shape[1]
-    got = mosaic_gpu.queries_keys_values(x, scale, weight, bias, cos, sin, epsilon=EPSILON, group=G)
-    y = einsum("MD,OD->MO", normalised(x, scale), weight) + bias.astype(jnp.float32)
-    y = y.astype(jnp.bfloat16).reshape(M, 1, -1, G + 2, H)
-    turned = apply_rope(y, cos[:, None], sin[:, None])[:, 0]
-    for ours, wanted in zip(
-        got, (turned[:, :, :G], turned[:, :, G], y[:, 0, :, G + 1]), strict=True
-    ):
+    inputs, options = qkv_inputs(M, **sizes), {"epsilon": EPSILON, "group": 3}
+    got = mosaic_gpu.queries_keys_values(*inputs, **options)
+    for ours, wanted in zip(got, xla.queries_keys_values(*inputs, **options), strict=True):
         close(ours, wanted)
 
 
 @pytest.mark.parametrize(("M", "inputs", "outputs"), [(1, 256, 40), (8, 96, 8), (16, 320, 72)])
 def test_a_product_is_added(interpreter, M, inputs, outputs):
-    x, weight, bias, residual = random(M, (M, inputs), (outputs, inputs), (outputs,), (M, outputs))
-    y = einsum("MI,OI->MO", x, weight) + bias.astype(jnp.float32)
-    want = residual + y.astype(jnp.bfloat16)
-    close(mosaic_gpu.add_product(x, weight, bias, residual), want)
+    arrays = random(M, (M, inputs), (outputs, inputs), (outputs,), (M, outputs))
+    close(mosaic_gpu.add_product(*arrays), xla.add_product(*arrays))
 
 
 @pytest.mark.parametrize(("M", "E", "X", "tie"), [(1, 32, 4, 0), (3, 128, 4, 1), (11, 8, 2, 1)])
@@ -104,13 +87,28 @@ def test_experts_are_chosen(interpreter, M, E, X, tie):
     x, scale, weight, bias = random(M, (M, 96), (96,), (E, 96), (E,))
     if tie:
         weight, bias = (a.at[1::2].set(a[::2]) for a in (weight, bias))
-    normed, experts, weights = mosaic_gpu.route(x, scale, weight, bias, epsilon=EPSILON, choices=X)
-    h = normalised(x, scale)
-    close(normed, h)
-    logits = einsum("MD,ED->ME", h, weight) + bias.astype(jnp.float32)
-    want_experts, want_weights = route(logits, X)
-    np.testing.assert_array_equal(experts, want_experts)
-    np.testing.assert_allclose(weights, want_weights, rtol=3e-3)
+    options = {"epsilon": EPSILON, "choices": X}
+    got = mosaic_gpu.route(x, scale, weight, bias, **options)
+    want = xla.route(x, scale, weight, bias, **options)
+    close(got[0], want[0])
+    np.testing.assert_array_equal(got[1], want[1])
+    np.testing.assert_allclose(got[2], want[2], rtol=3e-3)
+
+
+def test_gradients_are_those_of_xla(interpreter):
+    """Of every argument; experts have none."""
+    inputs = random(0, (1, 64), (64,), (8, 64), (8,))
+    options = {"epsilon": EPSILON, "choices": 2}
+
+    def loss(module, *inputs):
+        h, _, weights = module.route(*inputs, **options)
+        return (weights[:, 0] ** 2).sum() + h.astype(jnp.float32).sum()
+
+    got = jax.grad(functools.partial(loss, mosaic_gpu), argnums=range(4))(*inputs)
+    want = jax.grad(functools.partial(loss, xla), argnums=range(4))(*inputs)
+    for ours, wanted in zip(got, want, strict=True):
+        close(ours, wanted)
+    assert interpreter == ["route"]
 
 
 if not OLD:
@@ -143,7 +141,7 @@ def test_what_they_do_not_cover_is_refused(change, reason):
 
 
 def test_a_decode_step_is_the_same_in_few_launches(interpreter, monkeypatch):
-    """The whole model, two tokens for two rows, one of them padding; unless values are asked for."""
+    """The whole model, two tokens for two rows, one padding; unless values are asked for."""
     config = dataclasses.replace(
         TINY,
         num_hidden_layers=2,

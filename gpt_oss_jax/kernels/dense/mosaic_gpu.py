@@ -2,7 +2,7 @@
 
 Each is a matrix product of a few rows with what comes before and after it: normalisation, rotation,
 the residual stream, the choice of experts. What a thread does is in `ptx`; this prepares operands
-and launches, on any machine for Hopper. The model's own layers say what is computed.
+and launches, on any machine for Hopper. Gradients come from the XLA version.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from gpt_oss_jax.kernels.dense import xla
 from gpt_oss_jax.kernels.dense.ptx import MAX_INPUTS, MAX_ROWS, TILE, Product
 from gpt_oss_jax.kernels.target import device_kind, platform
 
@@ -50,6 +51,23 @@ def why_not_on_hopper(rows, widths, head, experts, dtype) -> str:
     return ""
 
 
+def _differentiable(kernel):
+    """A kernel with the gradient of its namesake in `xla`."""
+
+    @functools.wraps(kernel)
+    def run(*arrays, **options):
+        reference = functools.partial(getattr(xla, kernel.__name__), **options)
+        forward = jax.custom_vjp(functools.partial(kernel, **options))
+        forward.defvjp(
+            lambda *arrays: (kernel(*arrays, **options), arrays),
+            lambda arrays, gradient: jax.vjp(reference, *arrays)[1](gradient),
+        )
+        return forward(*arrays)
+
+    return run
+
+
+@_differentiable
 def queries_keys_values(
     x_MD: jax.Array,
     scale_D: jax.Array,
@@ -87,6 +105,7 @@ def queries_keys_values(
     return _launch(program, outs, (x_MD, weight_OD, bias_O, scale_D, cos_Mh, sin_Mh))
 
 
+@_differentiable
 def add_product(
     x_MI: jax.Array, weight_OI: jax.Array, bias_O: jax.Array, residual_MO: jax.Array
 ) -> jax.Array:
@@ -96,6 +115,7 @@ def add_product(
     return _launch(program, (out,), (x_MI, weight_OI, bias_O, residual_MO))[0]
 
 
+@_differentiable
 def route(
     x_MD: jax.Array,
     scale_D: jax.Array,

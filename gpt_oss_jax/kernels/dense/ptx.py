@@ -198,8 +198,9 @@ add.u32 ahead, ahead, {self.grid};
             text += f"add.u64 at, at, <x>;{self._loads('at', f'x{n}_', f'has{n}')}"
         if self.ending == "add":
             return text
-        text += f"add.u64 at, more, <scale>;{self._loads('at', 'n')}"
-        lines = []
+        # With two halves there are not enough registers to load it ahead.
+        scale, late = f"add.u64 at, more, <scale>;{self._loads('at', 'n')}", len(self._halves) > 1
+        lines = [] if late else [scale]
         for n in self._halves:
             lines.append("".join(f"mov.f32 c{i}, 0f00000000;" for i in range(4)))
             for s in range(self._steps):
@@ -217,6 +218,7 @@ add.u32 ahead, ahead, {self.grid};
             lines.append("setp.eq.u32 p, quad, 0;")
             lines.append(f"@p st.shared.f32 [t0 + {self._squares + 32 * n}], c0;")
         lines.append(f"bar.sync 1, {32 * WARPS}; mad.lo.u32 t0, g, 4, <shared>;")
+        lines += [scale] if late else []
         for n in self._halves:
             lines.append("mov.f32 f0, 0f00000000;")
             for warp in range(WARPS):
