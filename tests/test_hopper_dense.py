@@ -190,3 +190,9 @@ def test_a_decode_step_is_the_same_in_few_launches(interpreter, monkeypatch):
     jax.eval_shape(lambda model: step(model, capture=["logits"]), model)
     jax.eval_shape(lambda model: step(model, patch={"embedding": jnp.zeros((3, 1, 32))}), model)
     assert len(interpreter) == 6
+
+
+def test_other_types_are_refused():
+    x, weight, bias, residual = random(0, (1, 32), (8, 32), (8,), (1, 8))
+    with pytest.raises(ValueError, match="float32"):
+        mosaic_gpu.add_product(x, weight, bias.astype(jnp.float32), residual)

@@ -146,6 +146,8 @@ def route(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _launch(program: Product, outs: tuple, inputs: tuple, changed: tuple = ()) -> tuple:
     """What the program gives, and `changed` after it, in place where XLA finds no other use."""
+    if types := {str(x.dtype) for x in (*inputs, *changed)} - {"bfloat16", "int32"}:
+        raise ValueError(f"weights and rows must be bfloat16, got {', '.join(sorted(types))}.")
     # Here, because these change from one version of JAX to the next.
     from jax.experimental.mosaic.gpu import utils as mgpu
     from jax.experimental.pallas import mosaic_gpu as plgpu
