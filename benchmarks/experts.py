@@ -161,8 +161,7 @@ def measure(kernel: str, model: str, counts: list[int], skews: dict[str, float])
     done = []
     for result, (x, chosen, weight) in results:
         M = len(x)
-        calls = max(1, min(CALLS, 2 * E // (M * X)))
-        rotated = jnp.stack([(chosen + X * i) % E for i in range(calls)])
+        rotated = jnp.stack([(chosen + X * i) % E for i in range(CALLS)])
         experts = len(np.unique(chosen))
         size, flops = experts * size_of_expert * 17 / 32, 2 * M * X * size_of_expert
         try:

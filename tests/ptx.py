@@ -44,7 +44,7 @@ def launch(text, operands, memory, *, grid, shared_bytes, warps=4):
             _Warp(program, labels, values, memory.bytes, shared, barriers, w).run()
             for w in range(warps)
         ]
-        waiting = {}
+        waiting, fruitless = {}, 0
         while threads:
             thread = threads.pop(0)
             barrier = next(thread, None)
@@ -52,7 +52,10 @@ def launch(text, operands, memory, *, grid, shared_bytes, warps=4):
                 continue
             if barrier == "again":
                 threads.append(thread)
+                fruitless += 1
+                assert fruitless < 1000 * warps, "all warps wait for ever"
                 continue
+            fruitless = 0
             number, needed = barrier
             waiting.setdefault(number, []).append(thread)
             if len(waiting[number]) == needed // 32:
@@ -116,22 +119,28 @@ def _to_bf16(x):
 
 
 class _Barrier:
-    """Copies land when somebody waits for them; a phase ends when all bytes expected have."""
+    """A phase ends when all have arrived and, which is when somebody waits, all copies landed."""
 
-    def __init__(self):
-        self.phase, self.expected, self.copies = 0, 0, []
+    def __init__(self, count):
+        self.count, self.phase, self.arrived, self.expected, self.copies = count, 0, 0, 0, []
 
-    def expect(self, size):
-        assert not self.expected, "a tile is copied to a place that is still on its way"
-        self.expected = size
+    def arrive(self, size):
+        assert self.arrived < self.count, "more arrive than are awaited"
+        self.arrived += 1
+        self.expected += size
+        if self.arrived == self.count and not self.expected:
+            self.end()
+
+    def end(self):
+        self.copies, self.arrived, self.phase = [], 0, self.phase ^ 1
 
     def passed(self, parity):
-        if self.expected and self.phase == parity:
+        if self.arrived == self.count and self.phase == parity:
             for size, land in self.copies:
                 land()
                 self.expected -= size
             assert not self.expected, "more or fewer bytes than expected"
-            self.copies, self.phase = [], self.phase ^ 1
+            self.end()
         return self.phase != parity
 
 
@@ -190,7 +199,7 @@ class _Warp:
             return self.move(kind, args, active)
         if kind[0] == "mma":
             return self.multiply(args)
-        if kind[0] in ("griddepcontrol", "fence"):
+        if kind[0] in ("griddepcontrol", "fence") or name == "bar.warp.sync":
             return None
         if kind[0] in ("mbarrier", "cp"):
             return self.bulk(kind, args, active)
@@ -288,9 +297,10 @@ class _Warp:
 
     def bulk_of(self, kind, args, lane):
         if kind[1] == "init":
-            self.barriers[self.address(args[0])[lane]] = _Barrier()
+            self.barriers[self.address(args[0])[lane]] = _Barrier(int(args[1]))
         elif kind[1] == "arrive":
-            self.barriers[self.address(args[1])[lane]].expect(int(args[2]))
+            size = int(args[2]) if "expect_tx" in kind else 0
+            self.barriers[self.address(args[1])[lane]].arrive(size)
         else:
             to, source = self.address(args[0])[lane], self.address(args[1])[lane]
             size = int(args[2])

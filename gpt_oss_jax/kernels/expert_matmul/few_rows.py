@@ -1,8 +1,9 @@
 """The expert layer on Hopper for few rows, when the time goes into reading weights.
 
-Each expert that any row chose is read once for up to 32 of them, in two launches, up projection
-with bias and SwiGLU, and down projection with bias and routing weight. What a thread does is in
-`few_rows_ptx`; this prepares its operands and launches it, on any machine for Hopper.
+Each expert that any row chose is read once for up to 8 of them, or 24 if they are many, in two
+launches: up projection with bias and SwiGLU, and down projection with bias and routing weight. What
+a thread does is in `few_rows_ptx`; this prepares its operands and launches it, on any machine for
+Hopper.
 """
 
 from __future__ import annotations
@@ -67,10 +68,10 @@ def projections(
     """Both launches for M rows of X experts each."""
     E, F, _, D = w.up.shape
     alone = M == 1 and not some_elsewhere  # Then every pair is a visit.
-    columns = 1 if alone else min(8 * -(-M // 8), MAX_COLUMNS)
+    # More columns cost registers, and with them threads: that pays only where most visits are full.
+    columns = 1 if alone else 8 if M * X <= 10 * E else MAX_COLUMNS
     common = {
         "choices": X,
-        "pairs": M * X,
         "visits": M * X if alone else min(M * X, E + M * X // columns),
         "columns": columns,
         "bias_bytes": w.up_bias.dtype.itemsize,
@@ -137,7 +138,7 @@ def _launch(program: Projection, out: jax.ShapeDtypeStruct, inputs: tuple) -> ja
         scratch_types=[plgpu.SMEM((program.shared_bytes,), jnp.uint8)],
         grid=(program.grid,),
         grid_names=("block",),
-        num_threads=1,
+        num_threads=program.warps // 4,
         thread_name="warpgroup",
         kernel_name="mxfp4_few_rows_" + ("down" if program.limit is None else "up"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),

@@ -1,10 +1,12 @@
-"""The thread program of `mosaic_gpu.few_rows`, as PTX for compute capability 9.0. Knows no JAX.
+"""The thread program of `few_rows`, as PTX for compute capability 9.0. Knows no JAX.
 
-A block of four warps computes 16 outputs of one expert for up to 32 rows (a tile), then the next
-tile that falls to it. In checkpoint order the weights of a tile lie together: the copy engine
-brings them to shared memory in one piece, some tiles ahead. The warps share out the input axis. A
-thread takes MXFP4 blocks of 16 bytes, decodes them in registers and multiplies with `mma.sync`:
-weights are the matrix of 16 rows, x one to four of 8 columns.
+A tile is 16 outputs of one expert, for up to 8 rows or 24; a thread block takes a run of tiles, one
+after the other. In checkpoint order the weights of a tile lie together: the copy engine brings them
+to shared memory in one piece, some tiles ahead. The warps share out the input axis, and each keeps
+its part of x in registers for as long as the expert stays the same. A thread takes MXFP4 blocks of
+16 bytes, decodes them in registers and multiplies with `mma.sync`: weights are the matrix of 16
+rows, x one or three of 8 columns. The warps take turns at adding up what all of them have of a
+tile, while the others go on.
 
 The matrix instruction does not care which element of a block is called which, as long as both sides
 agree: x and the hidden rows are kept in the order in which the decoding leaves the weights.
@@ -22,12 +24,13 @@ from gpt_oss_jax.kernels.expert_matmul.mxfp4_ptx import (
     swiglu,
 )
 
-MAX_COLUMNS = 32
+MAX_COLUMNS = 24
 MAX_BLOCKS = 128  # On the input axis.
 TILE = 16
-# By matrices of eight columns: thread blocks that a multiprocessor holds, and tiles that each has
-# in shared memory or on their way, as registers and shared memory allow.
-RESIDENT = {1: (4, 2), 2: (3, 2), 3: (3, 2), 4: (2, 4)}
+_MAX_STAGES = 8
+# By matrices of eight columns, as registers and shared memory allow: warps of a thread block,
+# thread blocks that a multiprocessor holds, bytes of shared memory for each.
+SHAPES = {1: (4, 3, 75_000), 3: (12, 1, 226_000)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +41,8 @@ class Projection:
       rows: Outputs of an expert.
       blocks: MXFP4 blocks of its input axis.
       choices: Experts of a token.
-      pairs: Pairs (row of x, choice).
-      visits: Experts to visit, at most; one for each pair if that many.
-      columns: Pairs of a visit, a multiple of 8, or 1 if every pair is a visit.
+      visits: Experts to visit, at most; one for each pair (row of x, choice) if columns is 1.
+      columns: Pairs of a visit, 8 or 24; 1 if every pair is a visit.
       bias_bytes: 2 for bfloat16, 4 for float32.
       limit: Clamp of the SwiGLU that pairs of outputs go through; None for the down projection,
         whose outputs are multiplied with the routing weight instead.
@@ -50,7 +52,6 @@ class Projection:
     rows: int
     blocks: int
     choices: int
-    pairs: int
     visits: int
     columns: int
     bias_bytes: int
@@ -63,29 +64,51 @@ class Projection:
         return -(-self.columns // 8)
 
     @property
+    def warps(self) -> int:
+        """Warps of a thread block."""
+        return SHAPES[self._groups][0]
+
+    @property
     def grid(self) -> int:
         """Thread blocks; those for which nothing is left end at once."""
-        return min(
-            self.visits * (self.rows // TILE), self.multiprocessors * RESIDENT[self._groups][0]
-        )
+        return min(self.visits * self._tiles, self.multiprocessors * SHAPES[self._groups][1])
 
     @property
-    def stage_bytes(self) -> int:
-        """Packed blocks and scales of a tile."""
-        return TILE * 17 * self.blocks
+    def _tiles(self) -> int:
+        return self.rows // TILE
 
     @property
-    def shared_bytes(self) -> int:
-        """Tiles, the sums of three warps twice, and a barrier for each tile."""
-        return self._stages * self.stage_bytes + 2 * self._sum_bytes + 8 * self._stages
+    def _steps(self) -> int:
+        """Of the input axis, in which every thread takes a block of two outputs."""
+        return -(-self.blocks // (4 * self.warps))
+
+    @property
+    def _stage_bytes(self) -> int:
+        """Packed blocks, scales and biases of a tile."""
+        return TILE * (17 * self.blocks + self.bias_bytes)
 
     @property
     def _stages(self) -> int:
-        return RESIDENT[self._groups][1]
+        """Tiles in shared memory or on their way."""
+        room = SHAPES[self._groups][2] - 2 * self._sum_bytes
+        return min(_MAX_STAGES, room // (self._stage_bytes + 8))
 
     @property
     def _sum_bytes(self) -> int:
-        return 3 * 32 * 16 * self._groups
+        return 512 * self.warps * self._groups
+
+    @property
+    def _sums(self) -> int:
+        return self._stages * self._stage_bytes
+
+    @property
+    def _barriers(self) -> int:
+        return self._sums + 2 * self._sum_bytes
+
+    @property
+    def shared_bytes(self) -> int:
+        """Tiles, two places for sums, barriers: one a tile, then full and free of each place."""
+        return self._barriers + 8 * (self._stages + 4)
 
     @property
     def width(self) -> int:
@@ -102,198 +125,236 @@ class Projection:
         order = "griddepcontrol.wait;" if down else "griddepcontrol.launch_dependents;"
         operands = ["block", "blocks", "scales", "x", "experts", "members", "bias"]
         operands += ["weights"] * down + ["out", "shared"]
-        sums = self._stages * self.stage_bytes
-        text = f"""{_REGISTERS}
-mov.u32 warp, %tid.x; and.b32 lane, warp, 31; shr.u32 warp, warp, 5;
+        full = [(self._barriers + 8 * i, 1) for i in range(self._stages)]
+        sums = [
+            (self._barriers + 8 * (self._stages + i), (self.warps, 1)[i // 2]) for i in range(4)
+        ]
+        text = f"""{self._registers()}
+mov.u32 warp, %tid.x; and.b32 lane, warp, 31; shr.u32 warp, warp, 5; setp.eq.u32 leads, lane, 0;
 shr.u32 g, lane, 2; and.b32 q, lane, 3; mad.lo.u32 blk, warp, 4, q;
-add.u32 bars, <shared>, {sums + 2 * self._sum_bytes};
 or.b32 t0, warp, lane; setp.eq.u32 p, t0, 0;
-{"".join(f"@p mbarrier.init.shared.b64 [bars + {8 * i}], 1;" for i in range(self._stages))}
-@p fence.mbarrier_init.release.cluster; bar.sync 1, 128;
+{"".join(f"@p mbarrier.init.shared.b64 [<shared> + {at}], {n};" for at, n in full + sums)}
+@p fence.mbarrier_init.release.cluster; bar.sync 1, {32 * self.warps};
 {self._count()}
-rem.u32 unit, <block>, {self.grid}; mov.u32 ahead, unit; mov.u32 slot, 0;
-setp.ge.u32 p, unit, total; @p bra DONE;
+rem.u32 t0, <block>, {self.grid}; mul.lo.u32 unit, t0, total; div.u32 unit, unit, {self.grid};
+add.u32 t0, t0, 1; mul.lo.u32 last, t0, total; div.u32 last, last, {self.grid};
+setp.ge.u32 p, unit, last; @p bra DONE;
 setp.ne.u32 p, warp, 0; @p bra READY;
+mov.u32 ahead, unit; mov.u32 slot, 0;
 FILL:
-{self._fetch("FILLED")}
-add.u32 slot, slot, 1; setp.lt.u32 p, slot, {self._stages}; @p bra FILL;
-mov.u32 slot, 0;
+{self._fetch()}
+add.u32 ahead, ahead, 1; add.u32 slot, slot, 1;
+setp.lt.u32 p, slot, {self._stages}; @p bra FILL;
 READY:
 {order}
-mov.u32 phase, 0; mov.u32 turn, 0;
+mov.u32 slot, 0; mov.u32 phase, 0; mov.u32 turn, 0; mov.u32 round, 0; mov.u32 finisher, 0;
+div.u32 visit, unit, {self._tiles}; mul.lo.u32 t0, visit, {self._tiles}; sub.u32 tile, unit, t0;
+VISIT:
+{self._load_x()}
 UNIT:
-{self._locate("unit")}
-{self._addresses()}
-mad.lo.u32 t1, slot, 8, bars;
-WAIT:
-mbarrier.try_wait.parity.shared.b64 p, [t1], phase; @!p bra WAIT;
+mad.lo.u32 bar, slot, 8, <shared>;
+{_wait("TILE_IS_HERE", self._barriers, "phase")}
 {self._products()}
-{self._hand_over(sums)}
-{self._fetch("FETCHED")}
-{self._take_over(sums)}
+mad.lo.u32 bar, turn, 8, <shared>; xor.b32 t1, round, 1;
+{_wait("PLACE_IS_FREE", sums[2][0], "t1")}
+{self._hand_over()}
+bar.warp.sync -1; @leads mbarrier.arrive.shared.b64 _, [bar + {sums[0][0]}];
+setp.ne.u32 p, warp, finisher; @p bra NEXT;
+{_wait("SUMS_ARE_HERE", sums[0][0], "round")}
+{self._load_bias()}
+{self._take_over()}
+bar.warp.sync -1; @leads mbarrier.arrive.shared.b64 _, [bar + {sums[2][0]}];
+add.u32 ahead, unit, {self._stages};
+{self._fetch()}
 {"".join(self._finish(n, column) for n in range(self._groups) for column in range(2))}
-REST:
-sub.u32 turn, {self._sum_bytes}, turn;
+NEXT:
+add.u32 unit, unit, 1; setp.ge.u32 p, unit, last; @p bra DONE;
 add.u32 slot, slot, 1; setp.eq.u32 p, slot, {self._stages}; @p xor.b32 phase, phase, 1;
 @p mov.u32 slot, 0;
-add.u32 unit, unit, {self.grid}; setp.lt.u32 p, unit, total; @p bra UNIT;
+xor.b32 turn, turn, 1; setp.eq.u32 p, turn, 0; @p xor.b32 round, round, 1;
+add.u32 finisher, finisher, 1; setp.eq.u32 p, finisher, {self.warps}; @p mov.u32 finisher, 0;
+add.u32 tile, tile, 1; setp.lt.u32 p, tile, {self._tiles}; @p bra UNIT;
+mov.u32 tile, 0; add.u32 visit, visit, 1; bra VISIT;
 DONE:"""
         for i, name in enumerate(operands):
             text = text.replace(f"<{name}>", f"${i}")
         return "{\n" + text + "\n}"
 
+    def _registers(self) -> str:
+        x, sums = 16 * self._groups * self._steps, 4 * self._chains * self._groups
+        return f"""
+.reg .pred p, in, leads;
+.reg .b16 h;
+.reg .b32 t<2>, warp, lane, g, q, n, blk, unit, last, ahead, total, slot, phase, turn, round;
+.reg .b32 finisher, bar, visit, tile, pair, row, aw, as, w0_<4>, w1_<4>, s<2>, k<2>, v0_<4>, v1_<4>;
+.reg .b32 x<{x}>;
+.reg .f32 c<{sums}>, d<4>, b<2>, bias<2>, f<2>;
+.reg .b64 at, more;"""
+
     @property
-    def _steps(self) -> int:
-        return -(-self.blocks // 16)
+    def _chains(self) -> int:
+        """Sums that do not wait for each other; registers are short with several matrices."""
+        return 2 if self._groups == 1 else 1
 
     def _count(self) -> str:
         """How many tiles there are. Visits that are empty come last."""
-        tiles = self.rows // TILE
         if self.columns == 1:
-            return f"mov.u32 total, {self.visits * tiles};"
+            return f"mov.u32 total, {self.visits * self._tiles};"
         text = "mov.u32 total, 0;\n"
         for first in range(0, self.visits, 32):
             text += f"mov.u32 t0, -1; setp.lt.u32 p, lane, {self.visits - first};"
             text += f"mul.wide.u32 at, lane, {4 * self.columns}; add.u64 at, at, <members>;"
-            text += f"@p ld.global.u32 t0, [at + {4 * self.columns * first}];"
+            text += f"@p ld.global.nc.u32 t0, [at + {4 * self.columns * first}];"
             text += "setp.ne.u32 p, t0, -1; vote.sync.ballot.b32 t0, p, -1;"
             text += "popc.b32 t0, t0; add.u32 total, total, t0;\n"
-        return text + f"mul.lo.u32 total, total, {tiles};"
-
-    def _locate(self, unit: str) -> str:
-        """Visit, expert and number of a tile."""
-        tiles = self.rows // TILE
-        text = f"div.u32 visit, {unit}, {tiles}; mul.lo.u32 t0, visit, {tiles};"
-        text += f"sub.u32 tile, {unit}, t0; mov.u32 t0, visit;\n"
-        if self.columns > 1:
-            text += f"mul.wide.u32 at, visit, {4 * self.columns}; add.u64 at, at, <members>;"
-            text += "ld.global.u32 t0, [at];"
-        text += "mul.wide.u32 at, t0, 4; add.u64 at, at, <experts>;"
-        return text + "ld.global.u32 expert, [at];"
+        return text + f"mul.lo.u32 total, total, {self._tiles};"
 
     def _member(self, column: str) -> str:
         """`pair` of a column, and in `p` whether there is one; elsewhere some pair."""
         if self.columns == 1:
             return f"setp.eq.u32 p, {column}, 0; mov.u32 pair, visit;"
         return f"""mad.lo.u32 t0, visit, {self.columns}, {column};
-mul.wide.u32 at, t0, 4; add.u64 at, at, <members>; ld.global.u32 pair, [at];
+mul.wide.u32 at, t0, 4; add.u64 at, at, <members>; ld.global.nc.u32 pair, [at];
 setp.ne.u32 p, pair, -1; selp.u32 pair, pair, 0, p;"""
 
-    def _fetch(self, label: str) -> str:
-        """Starts to copy tile `ahead` to `slot`, if there is one; leaves what `_locate` said."""
-        size, codes = self.stage_bytes, 16 * TILE * self.blocks
+    def _fetch(self) -> str:
+        """A lane starts to copy tile `ahead` to `slot`, if there is one."""
         bulk = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-        return f"""setp.ge.u32 p, ahead, total; @p bra {label};
-mov.u32 kept_visit, visit; mov.u32 kept_tile, tile; mov.u32 kept_expert, expert;
-{self._locate("ahead")}
-mad.lo.u32 t0, expert, {self.rows // TILE}, tile; setp.eq.u32 p, lane, 0;
-mad.lo.u32 t1, slot, {size}, <shared>; mad.lo.u32 bar, slot, 8, bars;
-@p mbarrier.arrive.expect_tx.shared.b64 _, [bar], {size};
-mul.wide.u32 at, t0, {codes}; add.u64 at, at, <blocks>; @p {bulk} [t1], [at], {codes}, [bar];
-mul.wide.u32 at, t0, {size - codes}; add.u64 at, at, <scales>; add.u32 t1, t1, {codes};
-@p {bulk} [t1], [at], {size - codes}, [bar];
-mov.u32 visit, kept_visit; mov.u32 tile, kept_tile; mov.u32 expert, kept_expert;
-add.u32 ahead, ahead, {self.grid};
-{label}:"""
+        text = f"setp.lt.and.u32 p, ahead, last, leads; div.u32 t0, ahead, {self._tiles};"
+        text += f"mul.lo.u32 t1, t0, {self._tiles}; sub.u32 t1, ahead, t1;"
+        if self.columns > 1:
+            text += f"mul.wide.u32 at, t0, {4 * self.columns}; add.u64 at, at, <members>;"
+            text += "mov.u32 t0, 0; @p ld.global.nc.u32 t0, [at];"
+        text += "mul.wide.u32 at, t0, 4; add.u64 at, at, <experts>;"
+        text += "@p ld.global.nc.u32 t0, [at];\n"
+        text += f"mad.lo.u32 n, t0, {self._tiles}, t1;"
+        text += f"mad.lo.u32 t1, slot, {self._stage_bytes}, <shared>;"
+        text += "mad.lo.u32 t0, slot, 8, <shared>;"
+        bar = f"[t0 + {self._barriers}]"
+        text += f"@p mbarrier.arrive.expect_tx.shared.b64 _, {bar}, {self._stage_bytes};\n"
+        place = 0
+        for name, size in (("blocks", 16), ("scales", 1)):
+            size *= TILE * self.blocks
+            text += f"mul.wide.u32 at, n, {size}; add.u64 at, at, <{name}>;"
+            text += f"@p {bulk} [t1 + {place}], [at], {size}, {bar};\n"
+            place += size
+        size = TILE * self.bias_bytes
+        text += f"mul.wide.u32 at, n, {size}; add.u64 at, at, <bias>;"
+        return text + f"@p {bulk} [t1 + {place}], [at], {size}, {bar};"
 
-    def _addresses(self) -> str:
-        """Of a thread's rows of x, of the weights and of the scales."""
+    def _guard(self, step: int) -> str:
+        """Empty where every thread has a block of the input axis."""
+        return "" if 4 * self.warps * (step + 1) <= self.blocks else "@in"
+
+    def _is_in(self, step: int) -> str:
+        return f"setp.lt.u32 in, blk, {self.blocks - 4 * self.warps * step};"
+
+    def _load_x(self) -> str:
+        """A thread's part of the rows of a visit; zeros past the input axis."""
         choice = "" if self.limit is None else f"div.u32 pair, pair, {self.choices};"
         text = ""
         for n in range(self._groups):
             text += f"add.u32 n, g, {8 * n};{self._member('n')}{choice}\n"
-            text += f"mul.wide.u32 atx{n}, pair, {2 * self.width}; add.u64 atx{n}, atx{n}, <x>;"
-            text += f"mul.wide.u32 more, warp, 256; add.u64 atx{n}, atx{n}, more;"
-            text += f"mul.wide.u32 more, q, 16; add.u64 atx{n}, atx{n}, more;\n"
-        return f"""{text}
-mad.lo.u32 aw, slot, {self.stage_bytes}, <shared>;
-mad.lo.u32 as, g, {2 * self.blocks}, blk; add.u32 as, as, aw;
-add.u32 as, as, {16 * TILE * self.blocks};
-mad.lo.u32 aw, g, {32 * self.blocks}, aw; mad.lo.u32 aw, blk, 16, aw;
-shl.b32 row, tile, 3; add.u32 row, row, g; shl.b32 row, row, 1;"""
+            text += f"mul.wide.u32 at, pair, {2 * self.width}; add.u64 at, at, <x>;"
+            text += "mul.wide.u32 more, warp, 256; add.u64 at, at, more;"
+            text += "mul.wide.u32 more, q, 16; add.u64 at, at, more;\n"
+            for step in range(self._steps):
+                guard = self._guard(step)
+                text += self._is_in(step) if guard else ""
+                for i in range(4):
+                    words = [f"x{self._x(n, step, i) + r}" for r in range(4)]
+                    text += "".join(f"mov.u32 {word}, 0;" for word in words) if guard else ""
+                    place = 256 * self.warps * step + 64 * i
+                    text += f"{guard} ld.global.v4.u32 {{{', '.join(words)}}}, [at + {place}];\n"
+        return text
 
-    def _guard(self, step: int) -> str:
-        """Empty where every thread has a block of the input axis."""
-        return "" if 16 * step + 16 <= self.blocks else "@in"
+    def _x(self, group: int, step: int, i: int) -> int:
+        return 16 * (self._steps * group + step) + 4 * i
+
+    def _sum(self, group: int, half: int) -> int:
+        return 4 * (self._chains * group + half % self._chains)
 
     def _products(self) -> str:
-        text = "".join(f"mov.f32 c{i}, 0f00000000;" for i in range(8 * self._groups))
+        text = f"mad.lo.u32 aw, slot, {self._stage_bytes}, <shared>;"
+        text += f"mad.lo.u32 as, g, {2 * self.blocks}, blk; add.u32 as, as, aw;"
+        text += f"mad.lo.u32 aw, g, {32 * self.blocks}, aw; mad.lo.u32 aw, blk, 16, aw;\n"
+        sums = 4 * self._chains * self._groups
+        text += "".join(f"mov.f32 c{i}, 0f00000000;" for i in range(sums)) + "\n"
         for step in range(self._steps):
             if guard := self._guard(step):
-                text += f"setp.lt.u32 in, blk, {self.blocks - 16 * step};"
+                text += f"setp.ge.u32 p, warp, {-(-self.blocks // 4) - self.warps * step};"
+                text += f"@p bra REST_{step};{self._is_in(step)}\n"
             for row in range(2):
                 words = [f"w{row}_{i}" for i in range(4)]
                 if guard:
                     text += "".join(f"mov.u32 {word}, 0;" for word in (*words, f"s{row}"))
-                text += (
-                    f"{guard} ld.shared.v4.u32 {{{', '.join(words)}}}, "
-                    f"[aw + {256 * step + 16 * self.blocks * row}];"
-                    f"{guard} ld.shared.u8 s{row}, [as + {16 * step + self.blocks * row}];\n"
-                )
+                place = 64 * self.warps * step
+                codes, scales = place + 16 * self.blocks * row, 16 * TILE * self.blocks
+                scales += place // 16 + self.blocks * row
+                text += f"{guard} ld.shared.v4.u32 {{{', '.join(words)}}}, [aw + {codes}];"
+                text += f"{guard} ld.shared.u8 s{row}, [as + {scales}];\n"
             for row in range(2):
                 text += scale(f"s{row}", f"k{row}") + "\n"
             for i in range(4):
-                text += "".join(self._load_x(step, i, n) for n in range(self._groups))
                 for row in range(2):
                     text += decode(f"w{row}_{i}", f"k{row}", f"v{row}_") + "\n"
                 for n in range(self._groups):
                     for half in range(2):
                         a = ", ".join(f"v{r}_{2 * half + k}" for k in range(2) for r in range(2))
-                        acc = ", ".join(f"c{8 * n + 4 * half + r}" for r in range(4))
+                        acc = ", ".join(f"c{self._sum(n, half) + r}" for r in range(4))
+                        x = self._x(n, step, i) + 2 * half
                         text += (
                             "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {"
-                            f"{acc}}}, {{{a}}}, {{x{4 * n + 2 * half}, x{4 * n + 2 * half + 1}}}, "
-                            f"{{{acc}}};\n"
+                            f"{acc}}}, {{{a}}}, {{x{x}, x{x + 1}}}, {{{acc}}};\n"
                         )
-        for n in range(self._groups):
-            for r in range(8 * n, 8 * n + 4):
-                text += f"add.f32 c{r}, c{r}, c{r + 4};"
+            if guard:
+                text += f"REST_{step}:\n"
+        if self._chains == 2:
+            text += "".join(f"add.f32 c{r}, c{r}, c{r + 4};" for r in range(4))
         return text
 
-    def _load_x(self, step: int, i: int, n: int) -> str:
-        words = [f"x{4 * n + r}" for r in range(4)]
-        guard = self._guard(step)
-        text = "".join(f"mov.u32 {word}, 0;" for word in words) if guard else ""
-        at = f"atx{n} + {1024 * step + 64 * i}"
-        return f"{text}{guard} ld.global.v4.u32 {{{', '.join(words)}}}, [{at}];\n"
-
-    def _hand_over(self, sums: int) -> str:
-        """Three warps hand their sums to the first, through two places in turn, and go on.
-
-        Once all are here the tile has been read, and the next may come to its place.
-        """
-        text = "add.u32 t0, turn, <shared>; mad.lo.u32 t0, lane, 16, t0;"
-        text += f"setp.ne.u32 p, warp, 0; mad.lo.u32 t1, warp, {512 * self._groups}, t0;"
+    def _hand_over(self) -> str:
+        """A warp's sums to their place."""
+        text = f"mad.lo.u32 t0, turn, {self._sum_bytes}, <shared>; mad.lo.u32 t0, lane, 16, t0;"
+        text += f"mad.lo.u32 t0, warp, {512 * self._groups}, t0;\n"
         for n in range(self._groups):
-            place = sums + 512 * (n - self._groups)
-            acc = ", ".join(f"c{8 * n + r}" for r in range(4))
-            text += f"@p st.shared.v4.f32 [t1 + {place}], {{{acc}}};\n"
-        return text + "bar.sync 1, 128; @p bra REST;"
+            acc = ", ".join(f"c{self._sum(n, 0) + r}" for r in range(4))
+            text += f"st.shared.v4.f32 [t0 + {self._sums + 512 * n}], {{{acc}}};\n"
+        return text
 
-    def _take_over(self, sums: int) -> str:
-        text = "add.u32 t0, turn, <shared>; mad.lo.u32 t0, lane, 16, t0;\n"
-        for warp in range(3):
-            for n in range(self._groups):
-                place = sums + 512 * (warp * self._groups + n)
-                text += f"ld.shared.v4.f32 {{d0, d1, d2, d3}}, [t0 + {place}];"
-                text += "".join(f"add.f32 c{8 * n + r}, c{8 * n + r}, d{r};" for r in range(4))
+    def _load_bias(self) -> str:
+        """Of a thread's two outputs; float32."""
+        text = f"mad.lo.u32 t0, slot, {self._stage_bytes}, <shared>;"
+        text += f"mad.lo.u32 t0, g, {2 * self.bias_bytes}, t0;"
+        place = f"[t0 + {17 * TILE * self.blocks}]"
+        if self.bias_bytes == 4:
+            return text + f"ld.shared.v2.f32 {{bias0, bias1}}, {place};"
+        text += f"ld.shared.u32 t0, {place}; shl.b32 t1, t0, 16; mov.b32 bias0, t1;"
+        return text + "and.b32 t1, t0, 0xFFFF0000; mov.b32 bias1, t1;"
+
+    def _take_over(self) -> str:
+        """The sums of all warps."""
+        text = f"mad.lo.u32 t0, turn, {self._sum_bytes}, <shared>; mad.lo.u32 t0, lane, 16, t0;\n"
+        for n in range(self._groups):
+            acc = [f"c{self._sum(n, 0) + r}" for r in range(4)]
+            for warp in range(self.warps):
+                into = [f"d{r}" for r in range(4)] if warp else acc
+                place = self._sums + 512 * (warp * self._groups + n)
+                text += f"ld.shared.v4.f32 {{{', '.join(into)}}}, [t0 + {place}];"
+                if warp:
+                    text += "".join(f"add.f32 {acc[r]}, {acc[r]}, d{r};" for r in range(4))
+                text += "\n"
         return text
 
     def _finish(self, group: int, column: int) -> str:
         """Bias, then SwiGLU or routing weight, for one of a thread's two columns of a group."""
         text = f"shl.b32 n, q, 1; add.u32 n, n, {8 * group + column}; {self._member('n')}"
-        text += f"mad.lo.u32 t0, expert, {self.rows}, row;"
-        text += f"mul.wide.u32 at, t0, {self.bias_bytes};"
-        text += "add.u64 at, at, <bias>;"
-        if self.bias_bytes == 2:
-            text += "@p ld.global.nc.u32 t0, [at]; shl.b32 t1, t0, 16; mov.b32 b0, t1;"
-            text += "and.b32 t1, t0, 0xFFFF0000; mov.b32 b1, t1;"
-        else:
-            text += "@p ld.global.nc.v2.f32 {b0, b1}, [at];"
         for r in range(2):
-            text += f"fma.rn.f32 f{r}, c{8 * group + 2 * r + column}, {literal(LAST_FACTOR)}, b{r};"
+            acc = f"c{self._sum(group, 0) + 2 * r + column}"
+            text += f"fma.rn.f32 f{r}, {acc}, {literal(LAST_FACTOR)}, bias{r};"
         text += "\n"
         if self.limit is None:
+            text += "shl.b32 row, tile, 3; add.u32 row, row, g; shl.b32 row, row, 1;"
             text += f"mad.lo.u32 t0, pair, {self.rows}, row;"
             text += "mul.wide.u32 at, t0, 4; add.u64 at, at, <out>;"
             text += "mul.wide.u32 more, pair, 4; add.u64 more, more, <weights>;"
@@ -312,11 +373,9 @@ shl.b32 row, tile, 3; add.u32 row, row, g; shl.b32 row, row, 1;"""
         return text + "@p st.global.b16 [at], h;\n"
 
 
-_REGISTERS = """
-.reg .pred p, in;
-.reg .b16 h;
-.reg .b32 t<2>, warp, lane, g, q, n, blk, unit, ahead, total, slot, phase, turn, bars, bar;
-.reg .b32 visit, tile, expert, kept_visit, kept_tile, kept_expert, pair, row, aw, as;
-.reg .b32 w0_<4>, w1_<4>, s<2>, k<2>, v0_<4>, v1_<4>, x<16>;
-.reg .f32 c<32>, d<4>, b<2>, f<2>;
-.reg .b64 at, atx<4>, more;"""
+def _wait(label: str, barrier: int, parity: str) -> str:
+    """Until a phase of the barrier that is so far from `bar` has ended."""
+    return (
+        f"{label}:\nmbarrier.try_wait.parity.shared.b64 p, [bar + {barrier}], {parity};"
+        f"@!p bra {label};"
+    )

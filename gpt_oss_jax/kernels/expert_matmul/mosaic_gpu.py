@@ -13,15 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt_oss_jax.kernels.expert_matmul import xla
-from gpt_oss_jax.kernels.expert_matmul.few_rows import few_rows
+from gpt_oss_jax.kernels.expert_matmul.few_rows import MAX_ROWS, few_rows
 from gpt_oss_jax.kernels.expert_matmul.many_rows import many_rows
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.kernels.target import device_kind, platform
 from gpt_oss_jax.quant import MXArray
 
 _JAX = (0, 11, 2)
-# Up to here reading weights takes longer than multiplying (benchmarks/results).
-_FEW_ROWS = 16
 
 
 def expert_mlp(
@@ -97,5 +95,5 @@ def on_hopper(
         raise NotImplementedError("experts are in TPU words, not in checkpoint order")
     if x_MD.dtype != jnp.bfloat16:
         raise NotImplementedError(f"rows are {x_MD.dtype}, not bfloat16")
-    kernel = few_rows if x_MD.shape[0] <= _FEW_ROWS else many_rows
+    kernel = few_rows if x_MD.shape[0] <= MAX_ROWS else many_rows
     return kernel(x_MD, experts_MX, weights_MX, w, limit=limit, some_elsewhere=some_elsewhere)
