@@ -217,6 +217,10 @@ class _Warp:
                 result = {
                     "mov": lambda: f[0],
                     "add": lambda: f[0] + f[1],
+                    "sub": lambda: f[0] - f[1],
+                    "neg": lambda: -f[0],
+                    "div": lambda: f[0] / f[1],
+                    "rsqrt": lambda: 1 / np.sqrt(f[0]),
                     "mul": lambda: f[0] * f[1],
                     "fma": lambda: f[0] * f[1] + f[2],
                     "min": lambda: np.minimum(f[0], f[1]),
@@ -241,8 +245,10 @@ class _Warp:
             return self.write(
                 destination, parts[0] | parts[1].astype(np.uint64) << np.uint64(16), active
             )
-        if name == "cvt.rn.bf16.f32":
-            return self.write(destination, _to_bf16(_float(u[0].astype(np.uint32))), active)
+        if name in ("cvt.rn.bf16.f32", "cvt.rn.bf16x2.f32"):
+            parts = [_to_bf16(_float(x.astype(np.uint32))).astype(np.uint32) for x in u]
+            pair = parts[0] if len(parts) == 1 else parts[0] << 16 | parts[1]
+            return self.write(destination, pair, active)
         result = {
             "mov": lambda: v[0],
             "cvt": lambda: v[0],
@@ -293,9 +299,11 @@ class _Warp:
                 space[where[active]] = raw[active, :size]
 
     def bulk(self, kind, args, active):
-        """Copies of whole pieces, started by one lane, that a barrier waits for."""
-        assert active.sum() == 1, f"{kind} by {active.sum()} lanes"
-        lane = active.argmax()
+        """Copies of whole pieces, started by some lanes, that a barrier waits for."""
+        for lane in np.flatnonzero(active):
+            self.bulk_of(kind, args, lane)
+
+    def bulk_of(self, kind, args, lane):
         if kind[1] == "init":
             self.barriers[self.address(args[0])[lane]] = _Barrier(int(args[1]))
         elif kind[1] == "arrive":

@@ -87,11 +87,16 @@ class Linear(nnx.Module):
         offset = normal(rngs, out_shape, 0.1, dtype) if bias else None
         self.bias = None if offset is None else nnx.Param(offset, axes=axes[: len(out_shape)])
 
+    @property
+    def matrix(self) -> jax.Array:
+        """The weight as one matrix, [out, in]."""
+        return self.weight[...].reshape(math.prod(self.out_shape), -1)
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., *in_shape] -> float32 [..., *out_shape]."""
         # As one matrix: a contraction over several axes makes XLA transpose the weight each time.
         rows = x.reshape(*x.shape[: x.ndim - len(self.in_shape)], -1)
-        weight_OI = self.weight[...].reshape(math.prod(self.out_shape), -1)
+        weight_OI = self.matrix
         if rows.size == rows.shape[-1]:
             # One row is a stream of weights; as a dot, XLA's GPU compiler makes it a padded matrix
             # product at a quarter of the bandwidth.

@@ -113,6 +113,12 @@ class MoE(nnx.Module):
         experts_BTX, weights_BTX = route(logits_BTE, self.experts_per_token)
         experts_BTX = tap(f"{name}.experts", experts_BTX)
         weights_BTX = tap(f"{name}.expert_weights", weights_BTX)
+        return tap(f"{name}.out", self.through(x_BTD, experts_BTX, weights_BTX, context))
+
+    def through(
+        self, x_BTD: jax.Array, experts_BTX: jax.Array, weights_BTX: jax.Array, context: Context
+    ) -> jax.Array:
+        """The weighted sum of these experts' outputs, [B, T, D]."""
         y_MD = expert_mlp(
             x_BTD.reshape(-1, x_BTD.shape[-1]),
             experts_BTX.reshape(-1, self.experts_per_token),
@@ -122,4 +128,4 @@ class MoE(nnx.Module):
             implementation=context.implementation,
             mesh=context.mesh,
         )
-        return tap(f"{name}.out", y_MD.reshape(x_BTD.shape))
+        return y_MD.reshape(x_BTD.shape)

@@ -31,6 +31,11 @@ class Tap:
         """Whether anything is asked for."""
         return bool(self._patterns)
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is captured or patched, so that values need not exist."""
+        return not self._patterns and not self._patch
+
     def wants(self, name: str) -> bool:
         """Whether `name` matches a pattern of `capture`."""
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self._patterns)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from gpt_oss_jax.config import Config
 from gpt_oss_jax.kernels import IMPLEMENTATIONS
+from gpt_oss_jax.kernels.dense import mosaic_gpu as dense
 from gpt_oss_jax.model.attention import Attention, Context
 from gpt_oss_jax.model.cache import Cache, full_slots, ring_slots, write
 from gpt_oss_jax.model.layers import Embedding, Linear, RMSNorm
@@ -39,6 +40,8 @@ class Block(nnx.Module):
         self, x_BTD: jax.Array, context: Context
     ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         """Returns the residual stream after the block, and its new keys and values."""
+        if context.few_launches:
+            return self._in_few_launches(x_BTD, context)
         tap, name = context.tap, f"layers.{self.layer}"
         x_BTD = tap(f"{name}.input", x_BTD)
         h_BTD = tap(f"{name}.attention_norm", self.attention_norm(x_BTD))
@@ -46,6 +49,42 @@ class Block(nnx.Module):
         x_BTD = tap(f"{name}.middle", x_BTD + attended_BTD)
         h_BTD = tap(f"{name}.mlp_norm", self.mlp_norm(x_BTD))
         return tap(f"{name}.output", x_BTD + self.mlp(h_BTD, context)), k_new, v_new
+
+    def _in_few_launches(self, x_BTD, context: Context):
+        """For one new token a row, since keys are written before any is read."""
+        attention, mlp, B = self.attention, self.mlp, x_BTD.shape[0]
+        slots_BT, positions_BS = attention.slots(context)
+        q_BKGH, k_new, v_new = dense.queries_keys_values(
+            x_BTD[:, 0],
+            self.attention_norm.scale[...],
+            attention.qkv.matrix,
+            attention.qkv.bias[...].reshape(-1),
+            context.cos_BTh[:, 0],
+            context.sin_BTh[:, 0],
+            slots_BT[:, 0],
+            context.cache.k[self.layer],
+            context.cache.v[self.layer],
+            epsilon=self.attention_norm.epsilon,
+            group=attention.qkv.out_shape[1] - 2,
+        )
+        apart = lambda x: x.reshape(B, -1, *attention.qkv.out_shape[::2])
+        positions_BS = write(positions_BS, slots_BT, context.positions_BT)
+        heads_BTKGH = attention.attend(
+            q_BKGH[:, None], apart(k_new), apart(v_new), positions_BS, context
+        )
+        x_BD = dense.add_product(
+            heads_BTKGH.reshape(B, -1), attention.out.matrix, attention.out.bias[...], x_BTD[:, 0]
+        )
+        chosen = dense.route(
+            x_BD,
+            self.mlp_norm.scale[...],
+            mlp.router.matrix,
+            mlp.router.bias[...],
+            epsilon=self.mlp_norm.epsilon,
+            choices=mlp.experts_per_token,
+        )
+        y_BTD = mlp.through(*(x[:, None] for x in chosen), context)
+        return x_BD[:, None] + y_BTD, k_new, v_new
 
 
 class Transformer(nnx.Module):
@@ -154,7 +193,14 @@ class Transformer(nnx.Module):
         tap = Tap(capture, patch)
         cos_BTh, sin_BTh = cos_sin(positions_BT, self.config, self.dtype)
         context = Context(
-            positions_BT, cos_BTh, sin_BTh, cache, tap, self.implementation, self.mesh
+            positions_BT,
+            cos_BTh,
+            sin_BTh,
+            cache,
+            tap,
+            self.implementation,
+            self.mesh,
+            few_launches=tap.idle and cache is not None and self._few_launches(*tokens_BT.shape),
         )
 
         x_BTD = tap("embedding", self.embedding(tokens_BT))
@@ -171,6 +217,15 @@ class Transformer(nnx.Module):
         if cache is not None:
             cache = _updated(cache, keys, values, positions_BT)
         return (logits, cache, tap.captured) if tap.captures else (logits, cache)
+
+    def _few_launches(self, rows: int, tokens: int) -> bool:
+        """Whether blocks can run as `Block._in_few_launches`."""
+        config = self.config
+        widths = config.hidden_size, config.num_attention_heads * config.head_dim
+        sizes = rows, widths, config.head_dim, config.num_experts, self.dtype
+        named = self.implementation in (None, "mosaic_gpu")
+        alone = tokens == 1 and self.mesh is None
+        return named and alone and not dense.why_not(*sizes)
 
     def _checked_positions(self, tokens_BT, positions_BT, cache, logits_at) -> jax.Array:
         """The positions, after a look at everything whose mistakes JAX would not show."""

@@ -91,7 +91,7 @@ def projections(
 
 
 def visits(experts_Z: jax.Array, num_experts: int, count: int, columns: int) -> jax.Array:
-    """Pairs by expert, up to `columns` to a visit: [count, columns], -1 where there is none.
+    """Pairs sorted by expert, up to `columns` to a visit: [count, columns], -1 for none.
 
     Ids past the experts are visited by nobody.
 
@@ -104,10 +104,9 @@ def visits(experts_Z: jax.Array, num_experts: int, count: int, columns: int) -> 
     is_here = experts_Z < num_experts
     same = experts_Z[:, None] == experts_Z
     rank = (same & earlier).sum(axis=1)
-    opens = is_here & (rank % columns == 0)
-    number = (opens & earlier).sum(axis=1)
-    opener = same & opens & (rank[:, None] // columns == rank // columns)
-    visit = jnp.where(opener, number, 0).sum(axis=1)
+    opens, turn = is_here & (rank % columns == 0), rank // columns
+    before = (experts_Z[:, None] > experts_Z) | (same & (turn[:, None] > turn))
+    visit = (opens & before).sum(axis=1)
     place = jnp.where(is_here, visit * columns + rank % columns, -1)
     there = place == jnp.arange(count * columns)[:, None]
     return jnp.where(there, pairs, -1).max(axis=1).astype(jnp.int32).reshape(count, columns)

@@ -72,6 +72,9 @@ def _backward(limit, some_elsewhere, kept, dy_MD):
 _differentiable.defvjp(_forward, _backward)
 
 
+# One function of a program: in line, each layer's kernels would be different ones to the compiler,
+# since they know from where they were called, and be compiled again.
+@functools.partial(jax.jit, static_argnames=("limit", "some_elsewhere"))
 def on_hopper(
     x_MD: jax.Array,
     experts_MX: jax.Array,

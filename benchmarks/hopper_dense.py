@@ -1,0 +1,169 @@
+"""Checks, then times what stands around attention and experts in a decode step on Hopper.
+
+Sizes of 20b. `python benchmarks/hopper_dense.py`, under a minute; a line as soon as it is known.
+Three launches a layer (`gpt_oss_jax/kernels/dense`), one after the other as in a layer: queries,
+keys and values; output projection; router. Weights rotate over several sets, too large for L2.
+
+Limits at 4.2 TB/s: 29.5 MB, 7.0 us; 23.6 MB, 5.6 us; 0.2 MB in one block, 1.6 us at 64 bytes a
+clock. Expected with one row: 8.3, 7.0 and 3.8 us, together 19; with eight 21. Plain XLA: 29, 45.
+"""
+
+import functools
+import itertools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt_oss_jax.kernels.dense import mosaic_gpu, xla
+
+D, K, G, H, S, EPSILON = 2880, 8, 8, 64, 1024, 1e-5
+SETS, TIMES = 4, 40
+
+
+def weights(seed, E=32):
+    """Scale and weight and bias of the three products, as a layer has them."""
+    keys = iter(jax.random.split(jax.random.key(seed), 8))
+    make = lambda *s, std=1.0: (std * jax.random.normal(next(keys), s)).astype(jnp.bfloat16)
+    return {
+        "qkv": (1 + make(D, std=0.1), make(K * (G + 2) * H, D, std=D**-0.5), make(K * (G + 2) * H)),
+        "out": (make(D, K * G * H, std=(K * G * H) ** -0.5), make(D)),
+        "router": (1 + make(D, std=0.1), make(E, D, std=D**-0.5), make(E)),
+    }
+
+
+def products(module):
+    return {
+        "qkv": functools.partial(module.queries_keys_values, epsilon=EPSILON, group=G),
+        "out": module.add_product,
+        "router": functools.partial(module.route, epsilon=EPSILON, choices=4),
+    }
+
+
+XLA, OURS = products(xla), products(mosaic_gpu)
+
+
+def rows(M, seed=0):
+    """Residual stream and a layer's cache, which change; heads, rotations and slots."""
+    keys = jax.random.split(jax.random.key(seed), 6)
+    normal = lambda key, *s: jax.random.normal(key, s).astype(jnp.bfloat16)
+    angle = 1e3 * jax.random.uniform(keys[2], (M, H // 2))
+    cos, sin = (z.astype(jnp.bfloat16) for z in (jnp.cos(angle), jnp.sin(angle)))
+    state = 3 * normal(keys[0], M, D), normal(keys[3], M, S, K * H), normal(keys[4], M, S, K * H)
+    # The last of several rows is written nowhere.
+    slots = jnp.arange(M, dtype=jnp.int32).at[-1].set(S if M > 1 else 5)
+    return state, normal(keys[1], M, K * G * H), cos, sin, slots
+
+
+def poisoned(function, *args):
+    """Calls it when the memory that its results will lie in is likely full of NaN."""
+    outs = jax.tree.leaves(jax.eval_shape(function, *args))
+    for _ in range(3):
+        waste = [jnp.full(o.shape, -1, jnp.int32) for o in outs for _ in range(2)]
+        jax.block_until_ready(waste)
+        del waste
+    return jax.device_get(function(*args))
+
+
+def check(M, E):
+    (x, k, v), heads, *where = rows(M, seed=M)
+    w, k, v = weights(M, E), k[:, :16], v[:, :16]
+    inputs = {"qkv": (x, *w["qkv"], *where, k, v), "out": (heads, *w["out"], x)}
+    inputs["router"] = (x, *w["router"])
+    for name, args in inputs.items():
+        got = jax.tree.leaves(poisoned(jax.jit(OURS[name]), *args))
+        want = jax.tree.leaves(jax.device_get(jax.jit(XLA[name])(*args)))
+        errors = [
+            np.linalg.norm(np.float32(a) - np.float32(b)) / np.linalg.norm(np.float32(b))
+            for a, b in zip(got, want, strict=True)
+        ]
+        near = 0
+        if name == "router":
+            # Of nearly equal logits another one may win.
+            near = (got[1] != want[1]).sum()
+            errors = errors[:1] if near else errors
+        right = max(errors) < 5e-3 and near <= max(1, M // 4)
+        state = f"right ({near} ids differ)" if right and near else "right" if right else "WRONG"
+        print(f"{name:6} {M:2} rows, {E:3} experts: {state}, relative errors", end=" ")
+        print(" ".join(f"{e:.1e}" for e in errors), flush=True)
+        assert right, "not timed"
+
+
+def rounds(step, times):
+    """Many steps, each with another set of weights; all that they compute is kept alive."""
+
+    def run(state, sets, *rest):
+        def all_sets(_, carry):
+            state, _ = carry
+            results = []
+            for w in sets:
+                state, more = step(state, w, *rest)
+                results.append(more)
+            return state, results
+
+        return jax.lax.fori_loop(1, times, all_sets, all_sets(0, (state, None)))
+
+    return jax.jit(run)
+
+
+def timed(name, step, state, *rest):
+    """Prints the time of one of many steps."""
+    sets = [weights(i) for i in range(SETS)]
+    start = time.perf_counter()
+    run = rounds(step, TIMES).lower(state, sets, *rest).compile()
+    compiling = time.perf_counter() - start
+    jax.block_until_ready(run(state, sets, *rest))
+    seconds = []
+    for _ in range(7):
+        start = time.perf_counter()
+        jax.block_until_ready(run(state, sets, *rest))
+        seconds.append((time.perf_counter() - start) / (TIMES * SETS))
+    took = f"{1e6 * np.median(seconds):6.2f} us  (compiled in {compiling:.1f} s)"
+    print(f"{name:44} {took}", flush=True)
+
+
+def layer(of, only=("qkv", "out", "router")):
+    """Some of the three products, one after the other."""
+
+    def step(state, w, heads, *where):
+        (x, k, v), chosen = state, []
+        if "qkv" in only:
+            q, k, v = of["qkv"](x, *w["qkv"], *where, k, v)
+            heads = q.reshape(heads.shape)
+        if "out" in only:
+            x = of["out"](heads, *w["out"], x)
+        if "router" in only:
+            x, *chosen = of["router"](x, *w["router"])
+        return (heads[:, :D] if only == ("qkv",) else x, k, v), chosen
+
+    return step
+
+
+def main():
+    print(jax.devices()[0].device_kind, "JAX", jax.__version__)
+    for early, M in (
+        (False, 1),
+        (False, 3),
+        (False, 8),
+        (False, 13),
+        (False, 16),
+        (True, 1),
+        (True, 16),
+    ):
+        mosaic_gpu.EARLY = early
+        check(M, 128 if M == 3 else 32)
+    for M, early in itertools.product((1, 8, 16), (False, True)):
+        mosaic_gpu.EARLY = early
+        more = ", weights early" if early else ""
+        timed(f"all three, {M} rows{more}", layer(OURS), *rows(M))
+        if M == 1:
+            timed(f"out + router{more}", layer(OURS, ("out", "router")), *rows(M))
+            timed(f"qkv + copy{more}", layer(OURS, ("qkv",)), *rows(M))
+            timed(f"router{more}", layer(OURS, ("router",)), *rows(M))
+    for M in (1, 8):
+        timed(f"all three in XLA, {M} rows", layer(XLA), *rows(M))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""What stands around attention and experts in a decode step on Hopper, in three launches a layer.
+
+Each is a matrix product of a few rows with what comes before and after it: normalisation, rotation,
+the residual stream, the choice of experts. What a thread does is in `ptx`; this prepares operands
+and launches, on any machine for Hopper. Gradients come from the XLA version.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from gpt_oss_jax.kernels.dense import xla
+from gpt_oss_jax.kernels.dense.ptx import MAX_INPUTS, MAX_ROWS, TILE, Product
+from gpt_oss_jax.kernels.target import device_kind, platform
+
+_JAX = (0, 11, 2)
+_MAX_EXPERTS = 128
+EARLY = False  # Whether weights are read before the launch before has ended.
+
+
+def why_not(rows: int, widths: tuple[int, ...], head: int, experts: int, dtype) -> str:
+    """Why these sizes cannot run here; "" if they can.
+
+    Args:
+      rows: Rows of the residual stream.
+      widths: Of the rows that are multiplied.
+      head: Width of a head.
+      experts: Experts to choose from.
+      dtype: Of weights and activations.
+    """
+    if jax.__version_info__ < _JAX:
+        return f"needs JAX {'.'.join(map(str, _JAX))}, this is {jax.__version__}"
+    if platform() != "gpu" or jax.devices()[0].compute_capability != "9.0":
+        return f"needs a Hopper GPU, this is {device_kind()}"
+    return why_not_on_hopper(rows, widths, head, experts, dtype)
+
+
+def why_not_on_hopper(rows, widths, head, experts, dtype) -> str:
+    """`why_not` on any machine, for Hopper."""
+    if dtype != jnp.bfloat16:
+        return f"takes bfloat16, got {dtype}"
+    if rows > MAX_ROWS:
+        return f"takes up to {MAX_ROWS} rows, got {rows}"
+    if any(width % 32 or width > MAX_INPUTS for width in widths):
+        return f"takes widths that are multiples of 32 up to {MAX_INPUTS}, got {widths}"
+    if head % (2 * TILE) or experts % TILE or experts > _MAX_EXPERTS:
+        return f"got heads {head} wide and {experts} experts"
+    return ""
+
+
+def _differentiable(kernel):
+    """A kernel with the gradient of its namesake in `xla`."""
+
+    @functools.wraps(kernel)
+    def run(*arrays, **options):
+        reference = functools.partial(getattr(xla, kernel.__name__), **options)
+        forward = jax.custom_vjp(functools.partial(kernel, **options))
+        forward.defvjp(
+            lambda *arrays: (kernel(*arrays, **options), arrays),
+            lambda arrays, gradient: jax.vjp(reference, *arrays)[1](gradient),
+        )
+        return forward(*arrays)
+
+    return run
+
+
+@_differentiable
+def queries_keys_values(
+    x_MD: jax.Array,
+    scale_D: jax.Array,
+    weight_OD: jax.Array,
+    bias_O: jax.Array,
+    cos_Mh: jax.Array,
+    sin_Mh: jax.Array,
+    slots_M: jax.Array,
+    k_MSL: jax.Array,
+    v_MSL: jax.Array,
+    *,
+    epsilon: float,
+    group: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalises rows, multiplies, rotates queries and keys, and writes keys and values.
+
+    Args:
+      x_MD: Rows of the residual stream, one for each row of the cache.
+      scale_D: Of the normalisation.
+      weight_OD: For each key head: its `group` query heads, itself and its values, H rows each.
+      bias_O: Likewise.
+      cos_Mh: Rotations, [M, H/2].
+      sin_Mh: Likewise.
+      slots_M: int32, where to write; a slot past those of the cache writes nothing.
+      k_MSL: Keys of a layer's cache, heads side by side. Written in place if donated.
+      v_MSL: Values, likewise.
+      epsilon: Of the normalisation.
+      group: Query heads to a key head.
+
+    Returns:
+      Queries [M, K, G, H], and the cache's keys and values.
+    """
+    M, D = x_MD.shape
+    S, H = k_MSL.shape[1], 2 * cos_Mh.shape[1]
+    options = {"epsilon": epsilon, "head": H, "group": group, "slots": S, "early": EARLY}
+    program = Product(M, D, weight_OD.shape[0], "rotate", **options)
+    q = jax.ShapeDtypeStruct((M, k_MSL.shape[2] // H, group, H), jnp.bfloat16)
+    inputs = x_MD, weight_OD, bias_O, scale_D, cos_Mh, sin_Mh, slots_M.astype(jnp.int32)
+    (q_MKGH,), (k_MSL, v_MSL) = _launch(program, (q,), inputs, (k_MSL, v_MSL))
+    return q_MKGH, k_MSL, v_MSL
+
+
+@_differentiable
+def add_product(
+    x_MI: jax.Array, weight_OI: jax.Array, bias_O: jax.Array, residual_MO: jax.Array
+) -> jax.Array:
+    """Residual stream [M, O] plus the product, both rounded first."""
+    program = Product(*x_MI.shape, weight_OI.shape[0], "add", early=EARLY)
+    out = jax.ShapeDtypeStruct(residual_MO.shape, jnp.bfloat16)
+    return _launch(program, (out,), (x_MI, weight_OI, bias_O, residual_MO))[0][0]
+
+
+@_differentiable
+def route(
+    x_MD: jax.Array,
+    scale_D: jax.Array,
+    weight_ED: jax.Array,
+    bias_E: jax.Array,
+    *,
+    epsilon: float,
+    choices: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalised rows [M, D], their experts, int32 [M, X], and float32 weights [M, X]."""
+    (M, D), E = x_MD.shape, weight_ED.shape[0]
+    program = Product(M, D, E, "route", epsilon=epsilon, choices=choices, early=EARLY)
+    outs = (
+        jax.ShapeDtypeStruct((M, D), jnp.bfloat16),
+        jax.ShapeDtypeStruct((M, choices), jnp.int32),
+        jax.ShapeDtypeStruct((M, choices), jnp.float32),
+    )
+    return _launch(program, outs, (x_MD, weight_ED, bias_E, scale_D))[0]
+
+
+# One function of a program: in line, each layer's kernels would be different ones to the compiler,
+# since they know from where they were called, and be compiled again.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _launch(program: Product, outs: tuple, inputs: tuple, changed: tuple = ()) -> tuple:
+    """What the program gives, and `changed` after it, in place where XLA finds no other use."""
+    if types := {str(x.dtype) for x in (*inputs, *changed)} - {"bfloat16", "int32"}:
+        raise ValueError(f"weights and rows must be bfloat16, got {', '.join(sorted(types))}.")
+    # Here, because these change from one version of JAX to the next.
+    from jax.experimental.mosaic.gpu import utils as mgpu
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def body(*refs):
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
+        def thread(ctx, *refs):
+            del ctx
+            pointers = [mgpu.memref_ptr(ref) for ref in refs]
+            mgpu.inline_ptx(program.ptx(), mgpu.block_idx(), *pointers, convergent=True)
+
+        thread(*refs)
+        if program.early:
+            plgpu.griddepcontrol_wait()  # The program waits; this marks the launch as dependent.
+
+    places = [jax.new_ref(x) for x in changed]
+    run = plgpu.kernel(
+        body,
+        out_type=outs,
+        scratch_types=[plgpu.SMEM((program.shared_bytes,), jnp.uint8)],
+        grid=(program.grid,),
+        grid_names=("block",),
+        num_threads=2,
+        thread_name="warpgroup",
+        kernel_name=f"few_rows_{program.ending}",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )
+    return run(*inputs, *places), tuple(jax.freeze(x) for x in places)

@@ -1,0 +1,56 @@
+"""What `mosaic_gpu` computes, in plain XLA: what it is held against, and where gradients come from.
+
+The model's layers compute the same with names for what lies between.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from gpt_oss_jax.kernels.contract import einsum
+
+
+def queries_keys_values(
+    x_MD, scale_D, weight_OD, bias_O, cos_Mh, sin_Mh, slots_M, k_MSL, v_MSL, *, epsilon, group
+):
+    """See `mosaic_gpu.queries_keys_values`."""
+    H = 2 * cos_Mh.shape[1]
+    y_MO = _product(_normalised(x_MD, scale_D, epsilon), weight_OD, bias_O).astype(x_MD.dtype)
+    y_MKCH = y_MO.reshape(len(x_MD), -1, group + 2, H)
+    a, b = jnp.split(y_MKCH[:, :, : group + 1].astype(jnp.float32), 2, axis=-1)
+    cos, sin = (z.astype(jnp.float32)[:, None, None] for z in (cos_Mh, sin_Mh))
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_MD.dtype)
+
+    def write(x_MSL, new_MKH):
+        new_ML = new_MKH.reshape(len(x_MD), -1)
+        return x_MSL.at[jnp.arange(len(x_MD)), slots_M].set(new_ML, mode="drop")
+
+    keys, values = turned[:, :, group], y_MKCH[:, :, group + 1]
+    return turned[:, :, :group], write(k_MSL, keys), write(v_MSL, values)
+
+
+def add_product(x_MI, weight_OI, bias_O, residual_MO):
+    """See `mosaic_gpu.add_product`."""
+    return residual_MO + _product(x_MI, weight_OI, bias_O).astype(residual_MO.dtype)
+
+
+def route(x_MD, scale_D, weight_ED, bias_E, *, epsilon, choices):
+    """See `mosaic_gpu.route`."""
+    h_MD = _normalised(x_MD, scale_D, epsilon)
+    logits_MX, experts_MX = jax.lax.top_k(_product(h_MD, weight_ED, bias_E), choices)
+    return h_MD, experts_MX.astype(jnp.int32), jax.nn.softmax(logits_MX, axis=-1)
+
+
+def _normalised(x_MD, scale_D, epsilon):
+    x32 = x_MD.astype(jnp.float32)
+    x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
+    return (x32 * scale_D.astype(jnp.float32)).astype(x_MD.dtype)
+
+
+def _product(x_MI, weight_OI, bias_O):
+    if len(x_MI) == 1:  # As in `model.layers.Linear`.
+        y_MO = (weight_OI.astype(jnp.float32) * x_MI[0].astype(jnp.float32)).sum(axis=-1)[None]
+    else:
+        y_MO = einsum("MI,OI->MO", x_MI, weight_OI)
+    return y_MO + bias_O.astype(jnp.float32)

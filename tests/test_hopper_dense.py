@@ -1,0 +1,198 @@
+"""The Hopper kernels around attention and experts, without the GPU: interpreted, and lowered."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ptx
+import pytest
+from flax import nnx
+from hopper_layer import kernels_for_cuda
+from sizes import TINY
+
+from gpt_oss_jax.kernels.dense import mosaic_gpu, xla
+from gpt_oss_jax.kernels.dense.ptx import WARPS
+from gpt_oss_jax.model import Transformer, init_cache
+
+EPSILON = 1e-5
+OLD = jax.__version_info__ < mosaic_gpu._JAX
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    """The PTX interpreter in the place of the GPU; a list of what was launched."""
+    launched = []
+
+    def run(program, outs, inputs, changed):
+        memory = ptx.Memory()
+        places = [memory.put(np.asarray(x)) for x in (*inputs, *changed)]
+        poison = [np.full(np.prod(o.shape) * o.dtype.itemsize, 255, np.uint8) for o in outs]
+        results = [memory.put(array) for array in poison]
+        ptx.launch(
+            program.ptx(),
+            [*places, *results],
+            memory,
+            grid=program.grid,
+            shared_bytes=program.shared_bytes,
+            warps=WARPS,
+        )
+        get = lambda places, like: tuple(
+            memory.get(at, x.shape, x.dtype) for at, x in zip(places, like, strict=True)
+        )
+        return get(results, outs), get(places[len(inputs) :], changed)
+
+    def launch(program, outs, inputs, changed=()):
+        launched.append(program.ending)
+        # Few blocks, so that each has several tiles.
+        program = dataclasses.replace(program, multiprocessors=3)
+        like = outs, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed)
+        return jax.pure_callback(functools.partial(run, program, outs), like, inputs, changed)
+
+    monkeypatch.setattr(mosaic_gpu, "_launch", launch)
+    return launched
+
+
+def random(seed, *shapes):
+    numbers = np.random.default_rng(seed)
+    return [jnp.asarray(numbers.normal(size=s), jnp.bfloat16) for s in shapes]
+
+
+def close(got, want):
+    got, want = (np.asarray(x, np.float32) for x in (got, want))
+    assert np.linalg.norm(got - want) < 4e-3 * np.linalg.norm(want)
+
+
+def qkv_inputs(M, D=288, K=2, G=3, H=16, S=4):
+    x, scale, weight, bias, cos, sin, k, v = random(
+        M,
+        (M, D),
+        (D,),
+        (K * (G + 2) * H, D),
+        (K * (G + 2) * H,),
+        *2 * [(M, H // 2)],
+        *2 * [(M, S, K * H)],
+    )
+    slots = jnp.asarray([S, *range(S), *range(M)][1 if M == 1 else 0 :][:M], jnp.int32)
+    return x, scale, weight, bias, cos, sin, slots, k, v
+
+
+@pytest.mark.parametrize(("M", "sizes"), [(1, {}), (3, {"D": 64, "H": 32}), (13, {"D": 544})])
+def test_queries_keys_and_values(interpreter, M, sizes):
+    """Of several rows, one has no slot."""
+    inputs, options = qkv_inputs(M, **sizes), {"epsilon": EPSILON, "group": 3}
+    got = mosaic_gpu.queries_keys_values(*inputs, **options)
+    want = xla.queries_keys_values(*inputs, **options)
+    for ours, wanted in zip(got, want, strict=True):
+        close(ours, wanted)
+    for ours, wanted, old in zip(got[1:], want[1:], inputs[-2:], strict=True):
+        same = np.asarray(wanted == old)
+        np.testing.assert_array_equal(np.asarray(ours)[same], np.asarray(old)[same])
+        assert not np.asarray(ours == old)[~same].any()
+
+
+@pytest.mark.parametrize(("M", "inputs", "outputs"), [(1, 256, 40), (8, 96, 8), (16, 320, 72)])
+def test_a_product_is_added(interpreter, M, inputs, outputs):
+    arrays = random(M, (M, inputs), (outputs, inputs), (outputs,), (M, outputs))
+    close(mosaic_gpu.add_product(*arrays), xla.add_product(*arrays))
+
+
+@pytest.mark.parametrize(("M", "E", "X", "tie"), [(1, 32, 4, 0), (3, 128, 4, 1), (11, 8, 2, 1)])
+def test_experts_are_chosen(interpreter, M, E, X, tie):
+    """With `tie`, all experts have a twin: of equal logits the lower id goes first."""
+    x, scale, weight, bias = random(M, (M, 96), (96,), (E, 96), (E,))
+    if tie:
+        weight, bias = (a.at[1::2].set(a[::2]) for a in (weight, bias))
+    options = {"epsilon": EPSILON, "choices": X}
+    got = mosaic_gpu.route(x, scale, weight, bias, **options)
+    want = xla.route(x, scale, weight, bias, **options)
+    close(got[0], want[0])
+    np.testing.assert_array_equal(got[1], want[1])
+    np.testing.assert_allclose(got[2], want[2], rtol=3e-3)
+
+
+def test_gradients_are_those_of_xla(interpreter):
+    """Of every argument; experts have none."""
+    inputs = random(0, (1, 64), (64,), (8, 64), (8,))
+    options = {"epsilon": EPSILON, "choices": 2}
+
+    def loss(module, *inputs):
+        h, _, weights = module.route(*inputs, **options)
+        return (weights[:, 0] ** 2).sum() + h.astype(jnp.float32).sum()
+
+    got = jax.grad(functools.partial(loss, mosaic_gpu), argnums=range(4))(*inputs)
+    want = jax.grad(functools.partial(loss, xla), argnums=range(4))(*inputs)
+    for ours, wanted in zip(got, want, strict=True):
+        close(ours, wanted)
+    assert interpreter == ["route"]
+
+
+if not OLD:
+
+    def test_they_lower_for_cuda():
+        run = functools.partial(mosaic_gpu.queries_keys_values, epsilon=EPSILON, group=3)
+        assert kernels_for_cuda(run, *qkv_inputs(2)) == 1
+        assert (
+            kernels_for_cuda(mosaic_gpu.add_product, *random(0, (2, 64), (8, 64), (8,), (2, 8)))
+            == 1
+        )
+        run = functools.partial(mosaic_gpu.route, epsilon=EPSILON, choices=2)
+        assert kernels_for_cuda(run, *random(0, (2, 64), (64,), (8, 64), (8,))) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"rows": 17}, "rows"),
+        ({"widths": (2880, 2872)}, "widths"),
+        ({"head": 24}, "heads"),
+        ({"dtype": jnp.float32}, "bfloat16"),
+    ],
+)
+def test_what_they_do_not_cover_is_refused(change, reason):
+    sizes = {"rows": 1, "widths": (2880, 4096), "head": 64, "experts": 32, "dtype": jnp.bfloat16}
+    assert mosaic_gpu.why_not_on_hopper(**sizes) == ""
+    assert reason in mosaic_gpu.why_not_on_hopper(**sizes | change)
+    assert "needs" in mosaic_gpu.why_not(**sizes)
+
+
+def test_a_decode_step_is_the_same_in_few_launches(interpreter, monkeypatch):
+    """The whole model, three rows, one of them padding; unless values are asked for."""
+    config = dataclasses.replace(
+        TINY,
+        num_hidden_layers=2,
+        hidden_size=32,
+        head_dim=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=8,
+    )
+    make = jax.jit(lambda: nnx.state(Transformer(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))
+    graphdef = nnx.graphdef(
+        nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    )
+    model = nnx.merge(graphdef, make())
+    tokens, positions = jnp.asarray([[5], [6], [7]]), jnp.asarray([[0], [3], [-1]])
+
+    def step(model, **options):
+        cache = init_cache(config, 3, 8, jnp.bfloat16)
+        return model.forward(tokens, positions, cache, **options)[:2]
+
+    want, cache_want = jax.jit(step)(model)
+    monkeypatch.setattr(mosaic_gpu, "why_not", mosaic_gpu.why_not_on_hopper)
+    got, cache_got = jax.jit(lambda model: step(model))(model)
+    assert interpreter == 2 * ["rotate", "add", "route"]
+    real = np.asarray(positions) >= 0
+    np.testing.assert_allclose(got[real], want[real], atol=0.1)
+    for ours, wanted in zip(jax.tree.leaves(cache_got), jax.tree.leaves(cache_want), strict=True):
+        np.testing.assert_allclose(ours.astype(jnp.float32), wanted.astype(jnp.float32), atol=0.1)
+    jax.eval_shape(lambda model: step(model, capture=["logits"]), model)
+    jax.eval_shape(lambda model: step(model, patch={"embedding": jnp.zeros((3, 1, 32))}), model)
+    assert len(interpreter) == 6
+
+
+def test_other_types_are_refused():
+    x, weight, bias, residual = random(0, (1, 32), (8, 32), (8,), (1, 8))
+    with pytest.raises(ValueError, match="float32"):
+        mosaic_gpu.add_product(x, weight, bias.astype(jnp.float32), residual)
