@@ -25,9 +25,9 @@ def interpreter(monkeypatch):
     """The PTX interpreter in the place of the GPU; a list of what was launched."""
     launched = []
 
-    def run(program, outs, inputs, changed):
+    def run(program, outs, *inputs):
         memory = ptx.Memory()
-        places = [memory.put(np.asarray(x)) for x in (*inputs, *changed)]
+        places = [memory.put(np.asarray(x)) for x in inputs]
         poison = [np.full(np.prod(o.shape) * o.dtype.itemsize, 255, np.uint8) for o in outs]
         results = [memory.put(array) for array in poison]
         ptx.launch(
@@ -38,17 +38,13 @@ def interpreter(monkeypatch):
             shared_bytes=program.shared_bytes,
             warps=WARPS,
         )
-        get = lambda places, like: tuple(
-            memory.get(at, x.shape, x.dtype) for at, x in zip(places, like, strict=True)
-        )
-        return get(results, outs), get(places[len(inputs) :], changed)
+        return tuple(memory.get(at, o.shape, o.dtype) for at, o in zip(results, outs, strict=True))
 
-    def launch(program, outs, inputs, changed=()):
+    def launch(program, outs, inputs):
         launched.append(program.ending)
         # Few blocks, so that each has several tiles.
         program = dataclasses.replace(program, multiprocessors=3)
-        like = outs, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed)
-        return jax.pure_callback(functools.partial(run, program, outs), like, inputs, changed)
+        return jax.pure_callback(functools.partial(run, program, outs), outs, *inputs)
 
     monkeypatch.setattr(mosaic_gpu, "_launch", launch)
     return launched
@@ -64,32 +60,19 @@ def close(got, want):
     assert np.linalg.norm(got - want) < 4e-3 * np.linalg.norm(want)
 
 
-def qkv_inputs(M, D=288, K=2, G=3, H=16, S=4):
-    x, scale, weight, bias, cos, sin, k, v = random(
-        M,
-        (M, D),
-        (D,),
-        (K * (G + 2) * H, D),
-        (K * (G + 2) * H,),
-        *2 * [(M, H // 2)],
-        *2 * [(M, S, K * H)],
+def qkv_inputs(M, D=288, K=2, G=3, H=16):
+    x, scale, weight, bias, cos, sin = random(
+        M, (M, D), (D,), (K, G + 2, H, D), (K, G + 2, H), (M, H // 2), (M, H // 2)
     )
-    slots = jnp.asarray([S, *range(S), *range(M)][1 if M == 1 else 0 :][:M], jnp.int32)
-    return x, scale, weight, bias, cos, sin, slots, k, v
+    return x, scale, weight.reshape(-1, D), bias.reshape(-1), cos, sin
 
 
 @pytest.mark.parametrize(("M", "sizes"), [(1, {}), (3, {"D": 64, "H": 32}), (13, {"D": 544})])
 def test_queries_keys_and_values(interpreter, M, sizes):
-    """Of several rows, one has no slot."""
     inputs, options = qkv_inputs(M, **sizes), {"epsilon": EPSILON, "group": 3}
     got = mosaic_gpu.queries_keys_values(*inputs, **options)
-    want = xla.queries_keys_values(*inputs, **options)
-    for ours, wanted in zip(got, want, strict=True):
+    for ours, wanted in zip(got, xla.queries_keys_values(*inputs, **options), strict=True):
         close(ours, wanted)
-    for ours, wanted, old in zip(got[1:], want[1:], inputs[-2:], strict=True):
-        same = np.asarray(wanted == old)
-        np.testing.assert_array_equal(np.asarray(ours)[same], np.asarray(old)[same])
-        assert not np.asarray(ours == old)[~same].any()
 
 
 @pytest.mark.parametrize(("M", "inputs", "outputs"), [(1, 256, 40), (8, 96, 8), (16, 320, 72)])
@@ -158,7 +141,7 @@ def test_what_they_do_not_cover_is_refused(change, reason):
 
 
 def test_a_decode_step_is_the_same_in_few_launches(interpreter, monkeypatch):
-    """The whole model, three rows, one of them padding; unless values are asked for."""
+    """The whole model, two tokens for two rows, one padding; unless values are asked for."""
     config = dataclasses.replace(
         TINY,
         num_hidden_layers=2,
@@ -173,10 +156,11 @@ def test_a_decode_step_is_the_same_in_few_launches(interpreter, monkeypatch):
         nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
     )
     model = nnx.merge(graphdef, make())
-    tokens, positions = jnp.asarray([[5], [6], [7]]), jnp.asarray([[0], [3], [-1]])
+    tokens = jnp.asarray(np.random.default_rng(0).integers(config.vocab_size, size=(2, 2)))
+    positions = jnp.asarray([[0, 1], [0, -1]])
 
     def step(model, **options):
-        cache = init_cache(config, 3, 8, jnp.bfloat16)
+        cache = init_cache(config, 2, 8, jnp.bfloat16)
         return model.forward(tokens, positions, cache, **options)[:2]
 
     want, cache_want = jax.jit(step)(model)
@@ -188,7 +172,7 @@ def test_a_decode_step_is_the_same_in_few_launches(interpreter, monkeypatch):
     for ours, wanted in zip(jax.tree.leaves(cache_got), jax.tree.leaves(cache_want), strict=True):
         np.testing.assert_allclose(ours.astype(jnp.float32), wanted.astype(jnp.float32), atol=0.1)
     jax.eval_shape(lambda model: step(model, capture=["logits"]), model)
-    jax.eval_shape(lambda model: step(model, patch={"embedding": jnp.zeros((3, 1, 32))}), model)
+    jax.eval_shape(lambda model: step(model, patch={"embedding": jnp.zeros((2, 2, 32))}), model)
     assert len(interpreter) == 6
 
 

@@ -82,21 +82,16 @@ class Attention(nnx.Module):
         v_BTKH = tap(f"{name}.v", qkv_BTKCH[:, :, :, -1])
         q_BTKGH = tap(f"{name}.q_rope", apply_rope(q_BTKGH, context.cos_BTh, context.sin_BTh))
         k_BTKH = tap(f"{name}.k_rope", apply_rope(k_BTKH, context.cos_BTh, context.sin_BTh))
-        k_BSKH, v_BSKH, k_pos_BS, k_new, v_new = self._update(k_BTKH, v_BTKH, context)
-        heads_BTKGH = self.attend(q_BTKGH, k_BSKH, v_BSKH, k_pos_BS, context)
+        heads_BTKGH, k_new, v_new = self.attend(q_BTKGH, k_BTKH, v_BTKH, context)
         out_BTD = tap(f"{name}.out", self.out(heads_BTKGH).astype(x_BTD.dtype))
         return out_BTD, k_new, v_new
 
     def attend(
-        self,
-        q_BTKGH: jax.Array,
-        k_BSKH: jax.Array,
-        v_BSKH: jax.Array,
-        k_pos_BS: jax.Array,
-        context: Context,
-    ) -> jax.Array:
-        """What the heads see of these keys and values, [B, T, K, G, H]."""
+        self, q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, context: Context
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """What heads see, [B, T, K, G, H], and this layer's new keys and values for the cache."""
         tap, name = context.tap, f"layers.{self.layer}.attention"
+        k_BSKH, v_BSKH, k_pos_BS, k_new, v_new = self._update(k_BTKH, v_BTKH, context)
         sees = {"q_pos_BT": context.positions_BT, "k_pos_BS": k_pos_BS, "window": self.window}
         tap.only_if_captured(f"{name}.scores", lambda: scores(q_BTKGH, k_BSKH, **sees))
         heads_BTKGH = attention(
@@ -108,15 +103,7 @@ class Attention(nnx.Module):
             implementation=context.implementation,
             mesh=context.mesh,
         )
-        return tap(f"{name}.heads", heads_BTKGH)
-
-    def slots(self, context: Context) -> tuple[jax.Array, jax.Array]:
-        """Where in the cache the new positions [B, T] go, and the positions [B, S] there before."""
-        if self.window is None:
-            positions_BS, slots = context.cache.full_positions, full_slots
-        else:
-            positions_BS, slots = context.cache.ring_positions, ring_slots
-        return slots(context.positions_BT, positions_BS.shape[1]), positions_BS
+        return tap(f"{name}.heads", heads_BTKGH), k_new, v_new
 
     def _update(self, k_BTKH, v_BTKH, context: Context):
         """Keys, values and positions to attend to, and the layer's cache after this call."""
@@ -124,7 +111,12 @@ class Attention(nnx.Module):
         if cache is None:
             return k_BTKH, v_BTKH, positions_BT, None, None
         k_old, v_old = cache.k[self.layer], cache.v[self.layer]
-        slots_BT, positions_BS = self.slots(context)
+        if self.window is None:
+            slots_BT = full_slots(positions_BT, k_old.shape[1])
+            positions_BS = cache.full_positions
+        else:
+            slots_BT = ring_slots(positions_BT, k_old.shape[1])
+            positions_BS = cache.ring_positions
         # The cache holds the heads of a slot side by side.
         B, T, K, H = k_BTKH.shape
         k_BTL, v_BTL = k_BTKH.reshape(B, T, -1), v_BTKH.reshape(B, T, -1)

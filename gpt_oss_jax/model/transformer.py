@@ -51,40 +51,35 @@ class Block(nnx.Module):
         return tap(f"{name}.output", x_BTD + self.mlp(h_BTD, context)), k_new, v_new
 
     def _in_few_launches(self, x_BTD, context: Context):
-        """For one new token a row, since keys are written before any is read."""
-        attention, mlp, B = self.attention, self.mlp, x_BTD.shape[0]
-        slots_BT, positions_BS = attention.slots(context)
-        q_BKGH, k_new, v_new = dense.queries_keys_values(
-            x_BTD[:, 0],
+        attention, mlp, M = self.attention, self.mlp, x_BTD.shape[0] * x_BTD.shape[1]
+        rows = lambda x: x.reshape(M, *x.shape[2:])
+        apart = lambda x: x.reshape(*x_BTD.shape[:2], *x.shape[1:])
+        q_MKGH, k_MKH, v_MKH = dense.queries_keys_values(
+            rows(x_BTD),
             self.attention_norm.scale[...],
             attention.qkv.matrix,
             attention.qkv.bias[...].reshape(-1),
-            context.cos_BTh[:, 0],
-            context.sin_BTh[:, 0],
-            slots_BT[:, 0],
-            context.cache.k[self.layer],
-            context.cache.v[self.layer],
+            rows(context.cos_BTh),
+            rows(context.sin_BTh),
             epsilon=self.attention_norm.epsilon,
             group=attention.qkv.out_shape[1] - 2,
         )
-        apart = lambda x: x.reshape(B, -1, *attention.qkv.out_shape[::2])
-        positions_BS = write(positions_BS, slots_BT, context.positions_BT)
-        heads_BTKGH = attention.attend(
-            q_BKGH[:, None], apart(k_new), apart(v_new), positions_BS, context
+        heads_BTKGH, k_new, v_new = attention.attend(
+            apart(q_MKGH), apart(k_MKH), apart(v_MKH), context
         )
-        x_BD = dense.add_product(
-            heads_BTKGH.reshape(B, -1), attention.out.matrix, attention.out.bias[...], x_BTD[:, 0]
+        x_MD = dense.add_product(
+            heads_BTKGH.reshape(M, -1), attention.out.matrix, attention.out.bias[...], rows(x_BTD)
         )
-        chosen = dense.route(
-            x_BD,
+        h_MD, experts_MX, weights_MX = dense.route(
+            x_MD,
             self.mlp_norm.scale[...],
             mlp.router.matrix,
             mlp.router.bias[...],
             epsilon=self.mlp_norm.epsilon,
             choices=mlp.experts_per_token,
         )
-        y_BTD = mlp.through(*(x[:, None] for x in chosen), context)
-        return x_BD[:, None] + y_BTD, k_new, v_new
+        y_BTD = mlp.through(apart(h_MD), apart(experts_MX), apart(weights_MX), context)
+        return apart(x_MD) + y_BTD, k_new, v_new
 
 
 class Transformer(nnx.Module):
@@ -200,7 +195,7 @@ class Transformer(nnx.Module):
             tap,
             self.implementation,
             self.mesh,
-            few_launches=tap.idle and cache is not None and self._few_launches(*tokens_BT.shape),
+            few_launches=tap.idle and cache is not None and self._few_launches(tokens_BT.size),
         )
 
         x_BTD = tap("embedding", self.embedding(tokens_BT))
@@ -218,14 +213,13 @@ class Transformer(nnx.Module):
             cache = _updated(cache, keys, values, positions_BT)
         return (logits, cache, tap.captured) if tap.captures else (logits, cache)
 
-    def _few_launches(self, rows: int, tokens: int) -> bool:
-        """Whether blocks can run as `Block._in_few_launches`."""
+    def _few_launches(self, rows: int) -> bool:
+        """Whether blocks can run as `Block._in_few_launches`, for so many rows."""
         config = self.config
         widths = config.hidden_size, config.num_attention_heads * config.head_dim
         sizes = rows, widths, config.head_dim, config.num_experts, self.dtype
         named = self.implementation in (None, "mosaic_gpu")
-        alone = tokens == 1 and self.mesh is None
-        return named and alone and not dense.why_not(*sizes)
+        return named and self.mesh is None and not dense.why_not(*sizes)
 
     def _checked_positions(self, tokens_BT, positions_BT, cache, logits_at) -> jax.Array:
         """The positions, after a look at everything whose mistakes JAX would not show."""

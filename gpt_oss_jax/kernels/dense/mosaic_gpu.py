@@ -75,39 +75,34 @@ def queries_keys_values(
     bias_O: jax.Array,
     cos_Mh: jax.Array,
     sin_Mh: jax.Array,
-    slots_M: jax.Array,
-    k_MSL: jax.Array,
-    v_MSL: jax.Array,
     *,
     epsilon: float,
     group: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normalises rows, multiplies, rotates queries and keys, and writes keys and values.
+    """Normalises rows, multiplies, and rotates queries and keys.
 
     Args:
-      x_MD: Rows of the residual stream, one for each row of the cache.
+      x_MD: Rows of the residual stream.
       scale_D: Of the normalisation.
       weight_OD: For each key head: its `group` query heads, itself and its values, H rows each.
       bias_O: Likewise.
       cos_Mh: Rotations, [M, H/2].
       sin_Mh: Likewise.
-      slots_M: int32, where to write; a slot past those of the cache writes nothing.
-      k_MSL: Keys of a layer's cache, heads side by side. Written in place if donated.
-      v_MSL: Values, likewise.
       epsilon: Of the normalisation.
       group: Query heads to a key head.
 
     Returns:
-      Queries [M, K, G, H], and the cache's keys and values.
+      Queries [M, K, G, H], keys and values [M, K, H].
     """
     M, D = x_MD.shape
-    S, H = k_MSL.shape[1], 2 * cos_Mh.shape[1]
-    options = {"epsilon": epsilon, "head": H, "group": group, "slots": S, "early": EARLY}
-    program = Product(M, D, weight_OD.shape[0], "rotate", **options)
-    q = jax.ShapeDtypeStruct((M, k_MSL.shape[2] // H, group, H), jnp.bfloat16)
-    inputs = x_MD, weight_OD, bias_O, scale_D, cos_Mh, sin_Mh, slots_M.astype(jnp.int32)
-    (q_MKGH,), (k_MSL, v_MSL) = _launch(program, (q,), inputs, (k_MSL, v_MSL))
-    return q_MKGH, k_MSL, v_MSL
+    H = 2 * cos_Mh.shape[1]
+    K = weight_OD.shape[0] // (H * (group + 2))
+    program = Product(
+        M, D, weight_OD.shape[0], "rotate", epsilon=epsilon, head=H, group=group, early=EARLY
+    )
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
+    outs = (shape(M, K, group, H), shape(M, K, H), shape(M, K, H))
+    return _launch(program, outs, (x_MD, weight_OD, bias_O, scale_D, cos_Mh, sin_Mh))
 
 
 @_differentiable
@@ -117,7 +112,7 @@ def add_product(
     """Residual stream [M, O] plus the product, both rounded first."""
     program = Product(*x_MI.shape, weight_OI.shape[0], "add", early=EARLY)
     out = jax.ShapeDtypeStruct(residual_MO.shape, jnp.bfloat16)
-    return _launch(program, (out,), (x_MI, weight_OI, bias_O, residual_MO))[0][0]
+    return _launch(program, (out,), (x_MI, weight_OI, bias_O, residual_MO))[0]
 
 
 @_differentiable
@@ -138,15 +133,14 @@ def route(
         jax.ShapeDtypeStruct((M, choices), jnp.int32),
         jax.ShapeDtypeStruct((M, choices), jnp.float32),
     )
-    return _launch(program, outs, (x_MD, weight_ED, bias_E, scale_D))[0]
+    return _launch(program, outs, (x_MD, weight_ED, bias_E, scale_D))
 
 
 # One function of a program: in line, each layer's kernels would be different ones to the compiler,
 # since they know from where they were called, and be compiled again.
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _launch(program: Product, outs: tuple, inputs: tuple, changed: tuple = ()) -> tuple:
-    """What the program gives, and `changed` after it, in place where XLA finds no other use."""
-    if types := {str(x.dtype) for x in (*inputs, *changed)} - {"bfloat16", "int32"}:
+def _launch(program: Product, outs: tuple, inputs: tuple) -> tuple[jax.Array, ...]:
+    if types := {str(x.dtype) for x in inputs} - {"bfloat16", "int32"}:
         raise ValueError(f"weights and rows must be bfloat16, got {', '.join(sorted(types))}.")
     # Here, because these change from one version of JAX to the next.
     from jax.experimental.mosaic.gpu import utils as mgpu
@@ -163,8 +157,7 @@ def _launch(program: Product, outs: tuple, inputs: tuple, changed: tuple = ()) -
         if program.early:
             plgpu.griddepcontrol_wait()  # The program waits; this marks the launch as dependent.
 
-    places = [jax.new_ref(x) for x in changed]
-    run = plgpu.kernel(
+    return plgpu.kernel(
         body,
         out_type=outs,
         scratch_types=[plgpu.SMEM((program.shared_bytes,), jnp.uint8)],
@@ -174,5 +167,4 @@ def _launch(program: Product, outs: tuple, inputs: tuple, changed: tuple = ()) -
         thread_name="warpgroup",
         kernel_name=f"few_rows_{program.ending}",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )
-    return run(*inputs, *places), tuple(jax.freeze(x) for x in places)
+    )(*inputs)

@@ -19,7 +19,7 @@ TILE = 8
 WARPS = 8
 _SHARED_BYTES, _MAX_STAGES = 220 * 1024, 4
 _OPERANDS = {
-    "rotate": ("scale", "cos", "sin", "slots", "k", "v", "q"),
+    "rotate": ("scale", "cos", "sin", "q", "k", "v"),
     "add": ("residual", "out"),
     "route": ("scale", "normed", "experts", "weights"),
 }
@@ -33,12 +33,11 @@ class Product:
       rows: Rows.
       inputs: Width of a row, a multiple of 32.
       outputs: Rows of the matrix, a multiple of 8.
-      ending: "rotate": rotates queries and keys, and writes keys and values to the cache; "add":
+      ending: "rotate": rotates queries and keys and puts queries, keys and values apart; "add":
         adds the residual stream; "route": picks experts, in one block.
       epsilon: Of the normalisation.
       head: Width of a head, a multiple of 8.
       group: Query heads to a key head.
-      slots: Of the cache; a row for a slot past them is not written.
       choices: Experts of a row.
       early: Starts to read weights before what comes before has ended.
       multiprocessors: Of the device; it runs with any number.
@@ -51,7 +50,6 @@ class Product:
     epsilon: float = 0.0
     head: int = 8
     group: int = 0
-    slots: int = 0
     choices: int = 0
     early: bool = False
     multiprocessors: int = 132
@@ -292,10 +290,7 @@ add.u32 ahead, ahead, {self.grid};
         return text + f"sub.u32 place, {tile}, place;"
 
     def _rotate(self) -> str:
-        """A thread has numbers `place` and half a head further, of one row or two.
-
-        Row i of the batch is row i of the cache, where the heads of a slot lie side by side.
-        """
+        """A thread has numbers `place` and half a head further, of one row or two."""
         H, G = self.head, self.group
         K = self.outputs // (H * (G + 2))
         text = f"""{self._head("unit")} mad.lo.u32 place, place, 4, quad;
@@ -314,13 +309,10 @@ add.f32 f0, c{2 * n}, b0; add.f32 f1, c{2 * n + 1}, b1; cvt.rn.bf16x2.f32 t1, f1
 {_apart("t1", "f0", "f1")}
 mul.f32 f2, f1, sine; mul.f32 f3, f0, sine; neg.f32 f2, f2;
 fma.rn.f32 f2, f0, cosine, f2; fma.rn.f32 f3, f1, cosine, f3;
-mul.wide.u32 at, t0, 4; add.u64 at, at, <slots>; mov.b32 t1, 0; @has{n} ld.global.u32 t1, [at];
-setp.lt.u32 p, t1, {self.slots}; or.pred p, p, is_q; and.pred p, p, has{n};
-mad.lo.u32 t1, t0, {self.slots}, t1; selp.b32 t0, t0, t1, is_q; mad.lo.u32 t0, t0, {K}, kv;
-mad.lo.u32 t1, t0, {G}, head; selp.b32 t0, t1, t0, is_q;
+mad.lo.u32 t0, t0, {K}, kv; mad.lo.u32 t1, t0, {G}, head; selp.b32 t0, t1, t0, is_q;
 mad.lo.u32 t0, t0, {H}, place; mul.wide.u32 at, t0, 2; add.u64 at, at, base;
-cvt.rn.bf16.f32 h, f2; @p st.global.b16 [at], h;
-cvt.rn.bf16.f32 h, f3; @p st.global.b16 [at + {H}], h;"""
+cvt.rn.bf16.f32 h, f2; @has{n} st.global.b16 [at], h;
+cvt.rn.bf16.f32 h, f3; @has{n} st.global.b16 [at + {H}], h;"""
         return text
 
     def _with_bias(self) -> str:

@@ -11,9 +11,7 @@ import jax.numpy as jnp
 from gpt_oss_jax.kernels.contract import einsum
 
 
-def queries_keys_values(
-    x_MD, scale_D, weight_OD, bias_O, cos_Mh, sin_Mh, slots_M, k_MSL, v_MSL, *, epsilon, group
-):
+def queries_keys_values(x_MD, scale_D, weight_OD, bias_O, cos_Mh, sin_Mh, *, epsilon, group):
     """See `mosaic_gpu.queries_keys_values`."""
     H = 2 * cos_Mh.shape[1]
     y_MO = _product(_normalised(x_MD, scale_D, epsilon), weight_OD, bias_O).astype(x_MD.dtype)
@@ -21,13 +19,7 @@ def queries_keys_values(
     a, b = jnp.split(y_MKCH[:, :, : group + 1].astype(jnp.float32), 2, axis=-1)
     cos, sin = (z.astype(jnp.float32)[:, None, None] for z in (cos_Mh, sin_Mh))
     turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_MD.dtype)
-
-    def write(x_MSL, new_MKH):
-        new_ML = new_MKH.reshape(len(x_MD), -1)
-        return x_MSL.at[jnp.arange(len(x_MD)), slots_M].set(new_ML, mode="drop")
-
-    keys, values = turned[:, :, group], y_MKCH[:, :, group + 1]
-    return turned[:, :, :group], write(k_MSL, keys), write(v_MSL, values)
+    return turned[:, :, :group], turned[:, :, group], y_MKCH[:, :, group + 1]
 
 
 def add_product(x_MI, weight_OI, bias_O, residual_MO):
