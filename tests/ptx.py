@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 _ALL = 0xFFFFFFFF
+_NO_STEP = ("bar.warp.sync", "barrier.cluster.arrive")  # Warps go in step; waiting is for both.
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
 
 
@@ -34,29 +35,35 @@ class Memory:
         return np.frombuffer(self.bytes[at : at + size].tobytes(), dtype).reshape(shape)
 
 
-def launch(text, operands, memory, *, grid, shared_bytes, warps=4):
+def launch(text, operands, memory, *, grid, shared_bytes, warps=4, cluster=1):
     """Runs a thread program whose first operand is the block and whose last is shared memory."""
     program, labels = _parse(text)
-    for block in range(grid):
-        shared = np.full(shared_bytes, 255, np.uint8)
-        values, barriers = [block, *operands, 0], {}
-        threads = [
-            _Warp(program, labels, values, memory.bytes, shared, barriers, w).run()
-            for w in range(warps)
-        ]
+    for first in range(0, grid, cluster):
+        shared = np.full((cluster, shared_bytes), 255, np.uint8)
+        threads = []
+        for n in range(cluster):
+            values, barriers = [first + n, *operands, 0], {}
+            for w in range(warps):
+                warp = _Warp(program, labels, values, memory.bytes, shared[n], barriers, w)
+                warp.spaces["shared::cluster"] = shared.reshape(-1)
+                threads.append((n, warp.run()))
         waiting = {}
         while threads:
-            thread = threads.pop(0)
+            n, thread = threads.pop(0)
             barrier = next(thread, None)
             if barrier is None:
                 continue
             if barrier == "again":
-                threads.append(thread)
+                threads.append((n, thread))
                 continue
             number, needed = barrier
-            waiting.setdefault(number, []).append(thread)
-            if len(waiting[number]) == needed // 32:
-                threads += waiting.pop(number)
+            if number == "cluster":
+                place, needed = number, 32 * warps * cluster
+            else:
+                place = n, number
+            waiting.setdefault(place, []).append((n, thread))
+            if len(waiting[place]) == needed // 32:
+                threads += waiting.pop(place)
         assert not waiting, "a warp waits for ever"
 
 
@@ -171,6 +178,8 @@ class _Warp:
                     at = self.labels[args[0].strip()]
             elif name == "bar.sync":
                 yield int(self.value(args[0])[0]), int(args[1])
+            elif name == "barrier.cluster.wait":
+                yield "cluster", None
             elif kind[:2] == ["mbarrier", "try_wait"]:
                 done = self.barriers[self.address(args[1])[0]].passed(int(self.value(args[2])[0]))
                 self.write(args[0], np.full(32, done), active)
@@ -190,7 +199,7 @@ class _Warp:
             return self.move(kind, args, active)
         if kind[0] == "mma":
             return self.multiply(args)
-        if kind[0] in ("griddepcontrol", "fence"):
+        if kind[0] in ("griddepcontrol", "fence") or name in _NO_STEP:
             return None
         if kind[0] in ("mbarrier", "cp"):
             return self.bulk(kind, args, active)
@@ -202,6 +211,8 @@ class _Warp:
                 result = {
                     "mov": lambda: f[0],
                     "add": lambda: f[0] + f[1],
+                    "sub": lambda: f[0] - f[1],
+                    "selp": lambda: np.where(v[2].astype(bool), f[0], f[1]),
                     "mul": lambda: f[0] * f[1],
                     "fma": lambda: f[0] * f[1] + f[2],
                     "min": lambda: np.minimum(f[0], f[1]),
@@ -225,6 +236,9 @@ class _Warp:
             return self.write(
                 destination, parts[0] | parts[1].astype(np.uint64) << np.uint64(16), active
             )
+        if name == "cvt.rn.bf16x2.f32":
+            high, low = (_to_bf16(_float(x.astype(np.uint32))).astype(np.uint64) for x in u)
+            return self.write(destination, low | high << np.uint64(16), active)
         if name == "cvt.rn.bf16.f32":
             return self.write(destination, _to_bf16(_float(u[0].astype(np.uint32))), active)
         result = {
@@ -249,7 +263,9 @@ class _Warp:
             "fns": lambda: [_nth_bit(int(x), int(n)) for x, n in zip(u[0], u[2], strict=True)],
             "match": lambda: [sum(1 << i for i in range(32) if u[0][i] == x) for x in u[0]],
             "vote": lambda: [sum(1 << i for i in range(32) if v[0][i])] * 32,
-            "shfl": lambda: u[0][np.arange(32) ^ u[1].astype(int)],  # Of kind bfly.
+            "shfl": lambda: u[0][u[1].astype(int) ^ (np.arange(32) * (kind[2] == "bfly"))],
+            "prmt": lambda: _permuted(*u),
+            "mapa": lambda: u[0] + u[1] * np.uint64(self.spaces["shared"].size),
         }[kind[0]]()
         wide = kind[-1] == "u64" or (kind[0] == "mul" and kind[1] == "wide")
         return self.write(destination, result, active, 64 if wide else 32)
@@ -314,6 +330,14 @@ class _Warp:
                 value = product[g + 8 * (i // 2), 2 * q + i % 2]
                 value = value + _float(self.value(start).astype(np.uint32))
                 self.write(out, value.astype(np.float32).view(np.uint32), np.ones(32, bool))
+
+
+def _permuted(a, b, selected):
+    both, out = a | b << np.uint64(32), np.zeros(32, np.uint64)
+    for i in range(4):
+        byte = selected >> np.uint64(4 * i) & np.uint64(7)
+        out |= (both >> byte * np.uint64(8) & np.uint64(255)) << np.uint64(8 * i)
+    return out
 
 
 def _nth_bit(mask, n):

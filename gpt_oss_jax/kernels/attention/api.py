@@ -6,10 +6,14 @@ import jax
 from jax.sharding import Mesh
 
 from gpt_oss_jax.kernels import sharded
-from gpt_oss_jax.kernels.attention import mosaic_tpu, xla
+from gpt_oss_jax.kernels.attention import mosaic_gpu, mosaic_tpu, xla
 from gpt_oss_jax.kernels.dispatch import dispatch
 
-IMPLEMENTATIONS = {"mosaic_tpu": mosaic_tpu.attention, "xla": xla.attention}
+IMPLEMENTATIONS = {
+    "mosaic_gpu": mosaic_gpu.attention,
+    "mosaic_tpu": mosaic_tpu.attention,
+    "xla": xla.attention,
+}
 
 
 def attention(
@@ -38,7 +42,7 @@ def attention(
       q_pos_BT: int32 positions of the queries, negative for padding.
       k_pos_BS: int32 positions of the keys, negative for empty slots.
       window: Keys visible to a query, itself included; None for all.
-      implementation: "mosaic_tpu", "xla", or None for the fastest that can.
+      implementation: "mosaic_gpu", "mosaic_tpu", "xla", or None for the fastest that can.
       mesh: Devices to split rows and heads over; None: one device.
 
     Returns:

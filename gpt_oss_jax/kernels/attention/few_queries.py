@@ -1,0 +1,109 @@
+"""Attention on Hopper for few queries, when the time goes into reading keys and values.
+
+One launch, whatever the cache. What a thread does is in `few_queries_ptx`; this says how the work
+is spread, prepares operands and launches it, on any machine for Hopper.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from gpt_oss_jax.kernels.attention.few_queries_ptx import HEAD, MAX_QUERIES, TILE, Program
+
+_MULTIPROCESSORS = 132
+_MAX_CLUSTER = 16
+_WARPS = 8
+
+
+def few_queries(
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    sinks_KG: jax.Array,
+    *,
+    q_pos_BT: jax.Array,
+    k_pos_BS: jax.Array,
+    window: int | None,
+) -> jax.Array:
+    """See `mosaic_gpu.on_hopper`; for up to `MAX_QUERIES` queries to a key head.
+
+    Raises:
+      NotImplementedError: For other sizes and types.
+    """
+    _, T, _, G, H = q_BTKGH.shape
+    S = k_BSKH.shape[1]
+    if T * G > MAX_QUERIES:
+        raise NotImplementedError(f"takes {MAX_QUERIES} queries to a key head, got {T} x {G}")
+    if S < TILE:
+        raise NotImplementedError(f"takes {TILE} slots or more, got {S}")
+    if H != HEAD:
+        raise NotImplementedError(f"takes heads of {HEAD}, got {H}")
+    if sinks_KG.dtype != jnp.bfloat16:
+        sinks_KG = sinks_KG.astype(jnp.float32)
+    run = program(q_BTKGH.shape, S, window, sinks_KG.dtype.itemsize)
+    k_pos = whole_tiles(k_pos_BS.astype(jnp.int32))
+    return launch(run, q_BTKGH, k_BSKH, v_BSKH, sinks_KG, q_pos_BT.astype(jnp.int32), k_pos)
+
+
+def program(shape: tuple[int, ...], slots: int, window: int | None, sink_bytes: int = 2) -> Program:
+    """How queries of a shape [B, T, K, G, H] attend to a cache.
+
+    Clusters fill the device, two blocks to a multiprocessor, if there are tiles for all warps.
+    """
+    B, T, K, G, _ = shape
+    tiles = -(-slots // TILE)
+    blocks = 1
+    while (
+        2 * blocks <= _MAX_CLUSTER
+        and 2 * blocks * _WARPS <= tiles
+        and 2 * blocks * B * K <= 2 * _MULTIPROCESSORS
+    ):
+        blocks *= 2
+    # A block that is alone on its multiprocessor has as many loads on their way as two would.
+    alone = B * K * blocks <= _MULTIPROCESSORS and 2 * blocks * _WARPS <= tiles
+    warps = 2 * _WARPS if alone else _WARPS
+    return Program(B, T, K, G, slots, window, blocks, warps, sink_bytes)
+
+
+def whole_tiles(k_pos_BS: jax.Array) -> jax.Array:
+    """Positions as the kernel reads them, tile by tile.
+
+    Where slots do not fill the last tile it begins earlier, and what it repeats is empty.
+    """
+    S = k_pos_BS.shape[1]
+    rest = S % TILE
+    if not rest:
+        return k_pos_BS
+    empty = jnp.full((k_pos_BS.shape[0], TILE - rest), -1, k_pos_BS.dtype)
+    return jnp.concatenate([k_pos_BS[:, : S - rest], empty, k_pos_BS[:, S - rest :]], axis=1)
+
+
+def launch(run: Program, q_BTKGH: jax.Array, *inputs: jax.Array) -> jax.Array:
+    """Keys, values, sinks, positions of queries and of keys follow the queries."""
+    # Here, because these change from one version of JAX to the next.
+    from jax.experimental.mosaic.gpu import utils as mgpu
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def body(*refs):
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
+        def thread(ctx, *refs):
+            del ctx
+            pointers = [mgpu.memref_ptr(ref) for ref in refs]
+            mgpu.inline_ptx(run.ptx(), mgpu.block_idx(), *pointers, convergent=True)
+
+        thread(*refs)
+
+    clusters = {"cluster": (run.blocks,), "cluster_names": ("part",)} if run.blocks > 1 else {}
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(q_BTKGH.shape, q_BTKGH.dtype),
+        scratch_types=[plgpu.SMEM((run.shared_bytes,), jnp.uint8)],
+        grid=(run.grid // run.blocks,),
+        grid_names=("head",),
+        num_threads=run.warps // 4,
+        thread_name="warpgroup",
+        kernel_name=f"attention_{run.queries}_{'full' if run.window is None else 'window'}",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        **clusters,
+    )(q_BTKGH, *inputs)

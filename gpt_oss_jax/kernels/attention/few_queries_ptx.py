@@ -1,0 +1,408 @@
+"""The thread program of `few_queries`, as PTX for compute capability 9.0. Knows no JAX.
+
+A cluster of thread blocks attends from the queries of one row and key head, at most eight, to the
+keys of that head. Sixteen slots are a tile. Tiles are dealt out in turn to the blocks, and to the
+warps of each; a warp reads the positions of all of its tiles, lists those in which a query sees
+anything, and reads keys and values of these alone, straight to registers: queries are the left
+matrix of `mma.sync` for the scores (half of its rows are empty) and weights the right one for the
+values, in which form the lane that has a score has the weight. The order in which a matrix
+instruction counts the head's elements, and the keys, is free: it is the one in which a lane's loads
+are of 16 bytes. Sums of a warp go to shared memory, those of a block to the block of the cluster
+that finishes a part of the outputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from gpt_oss_jax.kernels.ptx import literal
+
+HEAD = 64
+TILE = 16  # Slots.
+MAX_QUERIES = 8
+_OUTPUT_THREADS = MAX_QUERIES * HEAD // 2
+_ROW = 4 * (HEAD + 4)  # Bytes of a query's sums; the rest spreads them over the banks.
+_SCANNED = 8  # Tiles whose positions a warp reads at once: four lanes each, four positions a lane.
+_NOWHERE = 1 << 31  # As an unsigned number, the least that is no position.
+_LOWEST = -1e30  # Below every score, and finite.
+_LOAD = "ld.global.nc.L1::no_allocate.v4.u32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One launch, and the program of its threads.
+
+    Attributes:
+      rows: Of the batch.
+      queries: Of a row.
+      heads: Of the keys.
+      group: Heads of the queries to one of the keys.
+      slots: Of the cache.
+      window: Keys visible to a query, None for all.
+      blocks: Of a cluster, a power of two up to 16.
+      warps: Of a block, at least eight.
+      sink_bytes: 2 for bfloat16, 4 for float32.
+    """
+
+    rows: int
+    queries: int
+    heads: int
+    group: int
+    slots: int
+    window: int | None
+    blocks: int
+    warps: int = 8
+    sink_bytes: int = 2
+
+    @property
+    def tiles(self) -> int:
+        """Of a row. Where slots do not fill the last, it begins earlier."""
+        return -(-self.slots // TILE)
+
+    @property
+    def grid(self) -> int:
+        """Thread blocks."""
+        return self.rows * self.heads * self.blocks
+
+    @property
+    def shared_bytes(self) -> int:
+        """Lists of tiles, sums of the warps, their largest and total, sums from other blocks."""
+        return self._inbox + 16 * _OUTPUT_THREADS
+
+    @property
+    def _scans(self) -> int:
+        """How often a warp reads positions."""
+        return -(-self.tiles // (self.blocks * self.warps * _SCANNED))
+
+    @property
+    def _at_once(self) -> int:
+        return min(4, self._scans)
+
+    @property
+    def _list(self) -> int:
+        """Bytes of a warp's list."""
+        return 4 * _SCANNED * self._scans
+
+    @property
+    def _sums(self) -> int:
+        return self.warps * self._list
+
+    @property
+    def _totals(self) -> int:
+        return self._sums + self.warps * MAX_QUERIES * _ROW
+
+    @property
+    def _inbox(self) -> int:
+        return self._totals + self.warps * MAX_QUERIES * 8
+
+    @property
+    def _visible(self) -> int:
+        """An unsigned distance below this is that of a visible key."""
+        return _NOWHERE if self.window is None else self.window
+
+    def ptx(self) -> str:
+        """The thread program. Under vmap there are several grids, one after the other.
+
+        Its operands: the thread block, pointers to queries, keys, values, sinks, positions of
+        queries, positions of keys (a whole number of tiles), the result and shared memory.
+        """
+        text = f"""{_REGISTERS}
+mov.u32 tid, %tid.x; and.b32 lane, tid, 31; shr.u32 warp, tid, 5;
+shr.u32 g, lane, 2; and.b32 q, lane, 3;
+rem.u32 t0, <block>, {self.grid}; rem.u32 rank, t0, {self.blocks}; div.u32 t0, t0, {self.blocks};
+rem.u32 head, t0, {self.heads}; div.u32 row, t0, {self.heads};
+{self._query()}
+{self._sink()}
+{self._find()}
+{self._addresses()}
+mov.f32 largest, {literal(_LOWEST)}; mov.f32 total, 0f00000000; mov.u32 zero, 0;
+{"".join(f"mov.f32 o{i}, 0f00000000;" for i in range(16))}
+setp.eq.u32 p, count, 0; @p bra ALONE;
+mov.u32 i, 0; ld.shared.u32 tile, [list];
+{self._fetch_keys("")}
+{self._fetch_values("")}
+STEP:
+{_SCORES}
+{self._mask()}
+add.u32 i, i, 1; setp.lt.u32 more, i, count; add.u32 list, list, 4;
+@more ld.shared.u32 tile, [list];
+{self._fetch_keys("@more")}
+{_weights()}
+{_VALUES}
+{self._fetch_values("@more")}
+@more bra STEP;
+ALONE:
+{self._hand_over()}
+{self._block_sum()}
+{self._cluster_sum() if self.blocks > 1 else ""}
+{self._finish()}
+DONE:"""
+        operands = ("block", "q", "k", "v", "sinks", "q_pos", "k_pos", "out", "shared")
+        for i, name in enumerate(operands):
+            text = text.replace(f"<{name}>", f"${i}")
+        return "{\n" + text + "\n}"
+
+    def _query(self) -> str:
+        """Lane (g, q) has elements 8 q and 32 + 8 q of query g, and its position."""
+        text = "".join(f"mov.u32 q{i}, 0;" for i in range(8)) + "mov.u32 q_pos, -1;\n"
+        text += self._place("g")
+        text += "add.u64 at, at, <q>; mul.wide.u32 more_at, q, 16; add.u64 at, at, more_at;"
+        text += f"@p {_LOAD} {{q0, q1, q2, q3}}, [at];@p {_LOAD} {{q4, q5, q6, q7}}, [at + 64];\n"
+        return text + (
+            f"mad.lo.u32 t0, row, {self.queries}, t1; mul.wide.u32 at, t0, 4;"
+            "add.u64 at, at, <q_pos>; @p ld.global.nc.u32 q_pos, [at];"
+        )
+
+    def _place(self, query: str) -> str:
+        """`at`, bytes before a query, g or t0; t1, which position; p, if it is one."""
+        return f"""setp.lt.u32 p, {query}, {self.queries * self.group};
+div.u32 t1, {query}, {self.group}; mul.lo.u32 t2, t1, {self.group}; sub.u32 t2, {query}, t2;
+mad.lo.u32 t0, row, {self.queries}, t1; mad.lo.u32 t0, t0, {self.heads}, head;
+mad.lo.u32 t0, t0, {self.group}, t2; mul.wide.u32 at, t0, {2 * HEAD};
+"""
+
+    def _sink(self) -> str:
+        """Of the query whose outputs this thread finishes. `out` is which."""
+        each = _OUTPUT_THREADS // self.blocks
+        text = f"and.b32 out, tid, {each - 1}; mad.lo.u32 out, rank, {each}, out;"
+        text += "shr.u32 t0, out, 5;" + self._place("t0")
+        text += f"mad.lo.u32 t0, head, {self.group}, t2; mul.wide.u32 at, t0, {self.sink_bytes};"
+        text += "add.u64 at, at, <sinks>; mov.u32 t0, 0;"
+        if self.sink_bytes == 2:
+            text += "@p ld.global.nc.u16 t0, [at]; shl.b32 t0, t0, 16;"
+        else:
+            text += "@p ld.global.nc.u32 t0, [at];"
+        return text + f"mov.b32 sink, t0; mul.f32 sink, sink, {literal(math.log2(math.e))};"
+
+    def _find(self) -> str:
+        """Lists the warp's tiles in which a query sees a key; `count` of them."""
+        apart = self.blocks * self.warps
+        text = f"mad.lo.u32 list, warp, {self._list}, <shared>; mov.u32 count, 0;"
+        text += f"mad.lo.u32 tile, warp, {self.blocks}, rank; mad.lo.u32 tile, g, {apart}, tile;"
+        for n in range(self.queries):
+            text += f"mul.lo.u32 t0, row, {self.queries}; add.u32 t0, t0, {n};"
+            text += "mul.wide.u32 at, t0, 4; add.u64 at, at, <q_pos>;"
+            text += f"ld.global.nc.u32 from{n}, [at];"
+        text += f"""
+mul.lo.u32 t0, row, {4 * TILE * self.tiles}; mad.lo.u32 t0, q, 16, t0;
+cvt.u64.u32 at_pos, t0; add.u64 at_pos, at_pos, <k_pos>;
+mov.u32 i, 0;
+SCAN:
+"""
+        for n in range(self._at_once):
+            text += f"add.u32 t0, tile, {n * _SCANNED * apart}; setp.lt.u32 p, t0, {self.tiles};"
+            text += f"mul.wide.u32 at, t0, {4 * TILE}; add.u64 at, at, at_pos;"
+            text += "".join(f"mov.u32 found{n}_{j}, -1;" for j in range(4))
+            names = ", ".join(f"found{n}_{j}" for j in range(4))
+            text += f"@p ld.global.nc.v4.u32 {{{names}}}, [at];\n"
+        for n in range(self._at_once):
+            text += "setp.ne.u32 seen, 0, 0;"
+            for j in range(4):
+                for query in range(self.queries):
+                    text += self._sees(f"from{query}", f"found{n}_{j}", "p")
+                    text += "or.pred seen, seen, p;\n"
+            text += f"""vote.sync.ballot.b32 t0, seen, -1;
+shr.u32 t1, t0, 1; or.b32 t0, t0, t1; shr.u32 t1, t0, 2; or.b32 t0, t0, t1;
+and.b32 t0, t0, {0x11111111}; mov.u32 t1, 1; shl.b32 t1, t1, lane; and.b32 t2, t0, t1;
+setp.ne.u32 p, t2, 0; sub.u32 t1, t1, 1; and.b32 t1, t1, t0; popc.b32 t1, t1;
+add.u32 t1, t1, count; mad.lo.u32 t1, t1, 4, list; add.u32 t2, tile, {n * _SCANNED * apart};
+@p st.shared.u32 [t1], t2; popc.b32 t0, t0; add.u32 count, count, t0;
+"""
+        text += f"add.u32 tile, tile, {self._at_once * _SCANNED * apart};"
+        text += f"add.u32 i, i, {self._at_once}; setp.lt.u32 p, i, {self._scans}; @p bra SCAN;"
+        return text + "bar.warp.sync -1;"
+
+    def _sees(self, query: str, key: str, out: str) -> str:
+        """Distances that are no numbers from 0 on are large without a sign."""
+        return (
+            f"sub.u32 t0, {query}, {key}; setp.lt.u32 {out}, {key}, {_NOWHERE};"
+            f"setp.lt.and.u32 {out}, t0, {self._visible}, {out};"
+        )
+
+    @property
+    def _stride(self) -> int:
+        """Bytes from slot to slot."""
+        return 2 * HEAD * self.heads
+
+    def _addresses(self) -> str:
+        """Of a lane's keys and values in a tile that begins at slot 0.
+
+        A lane has of key 4 (g / 2) + g % 2, and the next but one, what it has of the query, and of
+        values 4 q to 4 q + 3 elements 8 g to 8 g + 7.
+        """
+        return f"""mul.lo.u32 t2, row, {self.slots};
+shr.u32 t0, g, 1; shl.b32 t0, t0, 2; and.b32 t1, g, 1; add.u32 t0, t0, t1; add.u32 t0, t0, t2;
+mul.wide.u32 at_k, t0, {self._stride}; add.u64 at_k, at_k, <k>;
+mul.lo.u32 t0, head, {2 * HEAD}; mad.lo.u32 t1, q, 16, t0; cvt.u64.u32 at, t1;
+add.u64 at_k, at_k, at;
+mad.lo.u32 t2, q, 4, t2; mul.wide.u32 at_v, t2, {self._stride}; add.u64 at_v, at_v, <v>;
+mad.lo.u32 t1, g, 16, t0; cvt.u64.u32 at, t1; add.u64 at_v, at_v, at;"""
+
+    def _fetch_keys(self, guard: str) -> str:
+        text = f"mul.wide.u32 at, tile, {4 * TILE}; add.u64 at, at, at_pos;"
+        text += f"{guard} ld.global.nc.v4.u32 {{k_pos0, k_pos1, k_pos2, k_pos3}}, [at];"
+        text += f"mul.lo.u32 slot, tile, {TILE};"
+        if self.slots % TILE:
+            text += f"min.u32 slot, slot, {self.slots - TILE};"
+        text += f"\nmul.wide.u32 at, slot, {self._stride}; add.u64 at, at, at_k;"
+        for n in range(2):
+            for half in range(2):
+                names = ", ".join(f"k{n}_{4 * half + j}" for j in range(4))
+                place = 2 * n * self._stride + HEAD * half
+                text += f"{guard} {_LOAD} {{{names}}}, [at + {place}];\n"
+        return text
+
+    def _fetch_values(self, guard: str) -> str:
+        text = f"mul.wide.u32 at, slot, {self._stride}; add.u64 at, at, at_v;\n"
+        for n in range(4):
+            names = ", ".join(f"v{n}_{j}" for j in range(4))
+            text += f"{guard} {_LOAD} {{{names}}}, [at + {n * self._stride}];\n"
+        return text
+
+    def _mask(self) -> str:
+        text = ""
+        for j in range(4):
+            score = f"s{j // 2}_{j % 2}"
+            text += self._sees("q_pos", f"k_pos{j}", "p")
+            text += f"selp.f32 {score}, {score}, 0fff800000, p;\n"
+        return text
+
+    def _hand_over(self) -> str:
+        """A warp's sums, and of each query the largest score and the total, to shared memory."""
+        text = _across("add", "total")
+        text += f"mad.lo.u32 t0, warp, {MAX_QUERIES * _ROW}, <shared>;"
+        text += f"mad.lo.u32 t0, q, {2 * _ROW}, t0; mad.lo.u32 t0, g, 32, t0;\n"
+        for column in range(2):
+            for half in range(2):
+                first = 8 * half + column
+                names = ", ".join(f"o{first + i}" for i in (0, 2, 4, 6))
+                place = self._sums + column * _ROW + 16 * half
+                text += f"st.shared.v4.f32 [t0 + {place}], {{{names}}};\n"
+        text += f"mul.f32 largest, largest, {_SCALE};"
+        text += f"mad.lo.u32 t0, warp, {8 * MAX_QUERIES}, <shared>; mad.lo.u32 t0, g, 8, t0;"
+        text += "setp.eq.u32 p, q, 0;"
+        text += f"@p st.shared.v2.f32 [t0 + {self._totals}], {{largest, total}};\n"
+        return text + f"bar.sync 1, {32 * self.warps};"
+
+    def _block_sum(self) -> str:
+        """Warp w adds up two elements a lane of query w; warps past the queries have none."""
+        text = "min.u32 t2, warp, 7;"
+        text += f"mad.lo.u32 t0, t2, {_ROW}, <shared>; mad.lo.u32 t0, lane, 8, t0;"
+        text += "mad.lo.u32 t1, t2, 8, <shared>;\n"
+        for w in range(self.warps):
+            place = self._totals + 8 * MAX_QUERIES * w
+            text += f"ld.shared.v2.f32 {{m{w}, l{w}}}, [t1 + {place}];"
+            place = self._sums + MAX_QUERIES * _ROW * w
+            text += f"ld.shared.v2.f32 {{x{w}, y{w}}}, [t0 + {place}];\n"
+        return text + _combine(self.warps)
+
+    def _cluster_sum(self) -> str:
+        """Each block sends what it has of a part of the outputs to the block that finishes it."""
+        each = _OUTPUT_THREADS // self.blocks
+        text = f"""setp.lt.u32 p, warp, {MAX_QUERIES};
+div.u32 t1, tid, {each}; and.b32 t2, tid, {each - 1};
+mad.lo.u32 t0, rank, {each}, t2; mad.lo.u32 t0, t0, 16, <shared>; add.u32 t0, t0, {self._inbox};
+@p mapa.shared::cluster.u32 t0, t0, t1;
+@p st.shared::cluster.v4.f32 [t0], {{largest, total, o0, o1}};
+barrier.cluster.arrive; barrier.cluster.wait;
+setp.ge.u32 p, warp, {max(1, each // 32)}; @p bra DONE;
+mad.lo.u32 t0, t2, 16, <shared>;
+"""
+        for n in range(self.blocks):
+            place = self._inbox + 16 * each * n
+            text += f"ld.shared.v4.f32 {{m{n}, l{n}, x{n}, y{n}}}, [t0 + {place}];\n"
+        return text + _combine(self.blocks)
+
+    def _finish(self) -> str:
+        """The sink joins, and the outputs are written."""
+        each = _OUTPUT_THREADS // self.blocks
+        return f"""shr.u32 t0, out, 5; {self._place("t0")}
+setp.lt.and.u32 p, tid, {each}, p;
+max.f32 m0, largest, sink; sub.f32 l0, largest, m0; ex2.approx.f32 l0, l0;
+sub.f32 l1, sink, m0; ex2.approx.f32 l1, l1; fma.rn.f32 total, total, l0, l1;
+rcp.approx.f32 total, total; mul.f32 total, total, l0; mul.f32 o0, o0, total;
+mul.f32 o1, o1, total; cvt.rn.bf16x2.f32 t0, o1, o0;
+and.b32 t1, out, 31; mul.wide.u32 more_at, t1, 4; add.u64 at, at, more_at; add.u64 at, at, <out>;
+@p st.global.u32 [at], t0;"""
+
+
+# Scores count in powers of two.
+_SCALE = literal(HEAD**-0.5 * math.log2(math.e))
+_MMA = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+
+
+def _scores() -> str:
+    """Of query g with keys 4 q and 4 q + 1 (s0), 4 q + 2 and 4 q + 3 (s1)."""
+    text = "".join(f"mov.f32 s{n}_{i}, 0f00000000;" for n in range(2) for i in range(4)) + "\n"
+    for j in range(0, 8, 2):
+        for n in range(2):
+            s = ", ".join(f"s{n}_{i}" for i in range(4))
+            text += f"{_MMA} {{{s}}}, {{q{j}, zero, q{j + 1}, zero}}, "
+            text += f"{{k{n}_{j}, k{n}_{j + 1}}}, {{{s}}};\n"
+    return text
+
+
+def _across(operation: str, register: str) -> str:
+    """Over the four lanes of a query."""
+    return "".join(
+        f"mov.b32 t0, {register}; shfl.sync.bfly.b32 t0, t0, {lanes}, 31, -1; mov.b32 f, t0;"
+        f"{operation}.f32 {register}, {register}, f;\n"
+        for lanes in (1, 2)
+    )
+
+
+def _weights() -> str:
+    """Scores to weights; what was summed up before shrinks as the largest score grows."""
+    names = [f"s{n}_{i}" for n in range(2) for i in range(2)]
+    text = "mov.f32 before, largest;"
+    text += "".join(f"max.f32 largest, largest, {name};" for name in names) + "\n"
+    text += _across("max", "largest")
+    text += f"mul.f32 f, largest, {literal(-(HEAD**-0.5) * math.log2(math.e))};"
+    text += f"fma.rn.f32 before, before, {_SCALE}, f; ex2.approx.f32 before, before;"
+    text += "mul.f32 total, total, before;\n"
+    for name in names:
+        text += f"fma.rn.f32 {name}, {name}, {_SCALE}, f; ex2.approx.f32 {name}, {name};"
+        text += f"add.f32 total, total, {name};\n"
+    text += "cvt.rn.bf16x2.f32 w0, s0_1, s0_0; cvt.rn.bf16x2.f32 w1, s1_1, s1_0;\n"
+    # The sums of a lane are of queries 2 q and 2 q + 1.
+    text += "mov.b32 t0, before; shl.b32 t1, q, 3; shfl.sync.idx.b32 t2, t0, t1, 31, -1;"
+    text += "mov.b32 f, t2; add.u32 t1, t1, 4; shfl.sync.idx.b32 t2, t0, t1, 31, -1;"
+    text += "mov.b32 before, t2;\n"
+    return text + "".join(f"mul.f32 o{i}, o{i}, {'before' if i % 2 else 'f'};" for i in range(16))
+
+
+def _values() -> str:
+    """Adds weighted values: o[4 w + 2 e + n] of element 8 g + 2 w + e and query 2 q + n."""
+    text = ""
+    for w in range(4):
+        for i, (a, b, halves) in enumerate(
+            ((0, 1, 0x5410), (0, 1, 0x7632), (2, 3, 0x5410), (2, 3, 0x7632))
+        ):
+            text += f"prmt.b32 a{i}, v{a}_{w}, v{b}_{w}, {halves};"
+        o = ", ".join(f"o{4 * w + i}" for i in range(4))
+        text += f"\n{_MMA} {{{o}}}, {{a0, a1, a2, a3}}, {{w0, w1}}, {{{o}}};\n"
+    return text
+
+
+def _combine(parts: int) -> str:
+    """Parts (largest m, total l, elements x and y) to one: largest, total, o0, o1."""
+    text = "mov.f32 largest, m0;"
+    text += "".join(f"max.f32 largest, largest, m{n};" for n in range(1, parts))
+    text += "mov.f32 total, 0f00000000; mov.f32 o0, total; mov.f32 o1, total;\n"
+    for n in range(parts):
+        text += f"sub.f32 m{n}, m{n}, largest; ex2.approx.f32 m{n}, m{n};"
+        for to, part in (("total", "l"), ("o0", "x"), ("o1", "y")):
+            text += f"fma.rn.f32 {to}, m{n}, {part}{n}, {to};"
+        text += "\n"
+    return text
+
+
+_SCORES, _VALUES = _scores(), _values()
+_REGISTERS = """
+.reg .pred p, seen, more;
+.reg .b32 t<3>, tid, lane, warp, g, q, rank, head, row, out, q_pos, list, count, tile, slot, i;
+.reg .b32 q<8>, from<8>, found0_<4>, found1_<4>, found2_<4>, found3_<4>, zero;
+.reg .b32 k0_<8>, k1_<8>, k_pos<4>, v0_<4>, v1_<4>, v2_<4>, v3_<4>, a<4>, w<2>;
+.reg .f32 s0_<4>, s1_<4>, o<16>, m<16>, l<16>, x<16>, y<16>, largest, total, before, f, sink;
+.reg .b64 at, more_at, at_pos, at_k, at_v;"""
