@@ -6,6 +6,8 @@ is spread, prepares operands and launches it, on any machine for Hopper.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -79,6 +81,8 @@ def whole_tiles(k_pos_BS: jax.Array) -> jax.Array:
     return jnp.concatenate([k_pos_BS[:, : S - rest], empty, k_pos_BS[:, S - rest :]], axis=1)
 
 
+# Compiled once: the kernels of several layers, each traced for itself, would not be the same text.
+@functools.partial(jax.jit, static_argnums=0)
 def launch(run: Program, q_BTKGH: jax.Array, *inputs: jax.Array) -> jax.Array:
     """Keys, values, sinks, positions of queries and of keys follow the queries."""
     # Here, because these change from one version of JAX to the next.
