@@ -11,6 +11,7 @@ import pytest
 from hopper_layer import kernels_for_cuda
 
 from gpt_oss_jax.kernels.attention import api, few_queries, mosaic_gpu, xla
+from gpt_oss_jax.model.cache import write
 
 OLD = jax.__version_info__ < mosaic_gpu._JAX
 
@@ -39,14 +40,17 @@ def ring(B, S, at):
     return {"q_pos_BT": last.astype(np.int32), "k_pos_BS": k_pos.astype(np.int32)}
 
 
-def interpreted(args, where, window, changed=lambda text: text, **plan):
-    """`few_queries` with the PTX interpreter in the place of the GPU."""
+def interpreted(args, where, window, changed=lambda text: text, new=(), **plan):
+    """`few_queries` with the PTX interpreter in the place of the GPU.
+
+    With `new` keys, new values and slots it is `few_queries_stored`, and gives the cache as well.
+    """
     q, k, v, sinks = args
     run = few_queries.program(q.shape, k.shape[1], window, sinks.dtype.itemsize)
-    run = dataclasses.replace(run, **plan)
+    run = dataclasses.replace(run, stores=bool(new), **plan)
     memory = ptx.Memory()
     k_pos = few_queries.whole_tiles(jnp.asarray(where["k_pos_BS"]))
-    places = [memory.put(np.asarray(a)) for a in (q, k, v, sinks, where["q_pos_BT"], k_pos)]
+    places = [memory.put(np.asarray(a)) for a in (q, k, v, sinks, where["q_pos_BT"], k_pos, *new)]
     places.append(memory.put(np.full(q.shape, np.nan, ml_dtypes.bfloat16)))
     ptx.launch(
         changed(run.ptx()),
@@ -57,7 +61,9 @@ def interpreted(args, where, window, changed=lambda text: text, **plan):
         warps=run.warps,
         cluster=run.blocks,
     )
-    return memory.get(places[-1], q.shape, ml_dtypes.bfloat16).astype(np.float32)
+    got = lambda place, like: memory.get(place, like.shape, ml_dtypes.bfloat16).astype(np.float32)
+    heads = got(places[-1], q)
+    return (heads, got(places[1], k), got(places[2], v)) if new else heads
 
 
 def error(got, args, where, window):
@@ -129,6 +135,36 @@ def test_tiles_that_are_not_seen_are_not_read():
     assert error(got, (q, k, v, sinks), where, 30) < 2e-2
 
 
+STORED = {
+    "a full cache": ((2, 1, 2, 8, 64), full(2, 64, used=40), None, [[39], [38]], {}),
+    "slots past the last tile": ((2, 1, 1, 5, 75), full(2, 75), None, [[74], [73]], {}),
+    "the tile before those": ((1, 1, 1, 8, 75), full(1, 75, used=62), None, [[61]], {}),
+    "a ring": ((2, 1, 1, 8, 32), ring(2, 32, 100), 20, [[4], [5]], {}),
+    "a cluster": ((1, 1, 2, 8, 300), full(1, 300, used=250), None, [[249]], {"blocks": 4}),
+    "nowhere": ((2, 1, 1, 8, 32), full(2, 32, used=20), None, [[19], [32]], {}),
+}
+
+
+@pytest.mark.parametrize("case", STORED)
+def test_new_keys_and_values_are_stored_and_seen(case):
+    sizes, where, window, slots, plan = STORED[case]
+    q, k, v, sinks = inputs(*sizes)
+    slots = np.array(slots, np.int32)
+    if case == "nowhere":
+        where["q_pos_BT"][1] = -1
+    B, K, H = sizes[0], sizes[2], 64
+    random = np.random.default_rng(1)
+    new = [jnp.asarray(random.normal(size=(B, 1, K, H)), jnp.bfloat16) for _ in range(2)]
+    new = [a.at[:, 0].multiply(2) for a in new]
+    k_after, v_after = (write(old, slots, a) for old, a in zip((k, v), new, strict=True))
+    # What lies in the slots before is used for nothing.
+    k, v = (write(old, slots, jnp.full_like(new[0], jnp.nan)) for old in (k, v))
+    got, *cache = interpreted((q, k, v, sinks), where, window, new=(*new, slots), **plan)
+    assert error(got, (q, k_after, v_after, sinks), where, window) < 2e-2
+    for mine, theirs in zip(cache, (k_after, v_after), strict=True):
+        np.testing.assert_array_equal(mine, theirs.astype(jnp.float32))
+
+
 @pytest.mark.parametrize(
     ("window", "old", "new"),
     [
@@ -183,6 +219,30 @@ if not OLD:
         q, k, v = (a[:, None] for a in args[:3])
         run = lambda q, k, v: mosaic_gpu.on_hopper(q, k, v, args[3], **where, window=None)
         assert kernels_for_cuda(jax.vmap(run), q, k, v) == 1
+
+    def test_storing_lowers_for_cuda_in_place():
+        q, k, v, sinks = inputs(2, 1, 8, 8, 1024)
+        new = q[:, :, :, 0]
+
+        def step(k, v):
+            where = full(2, 1024) | {"slots_BT": jnp.full((2, 1), 1023, jnp.int32)}
+            k, v = k.reshape(2, 1024, 512), v.reshape(2, 1024, 512)
+            return few_queries.few_queries_stored(q, new, new, k, v, sinks, **where, window=None)
+
+        lowered = jax.jit(step).trace(k, v).lower(lowering_platforms=("cuda",)).as_text()
+        (call,) = [line for line in lowered.splitlines() if "mosaic_gpu_v2" in line]
+        assert "output_tuple_indices = [1], operand_index = 1" in call
+        assert "output_tuple_indices = [2], operand_index = 2" in call
+
+
+def test_storing_takes_one_position():
+    q, k, v, sinks = inputs(1, 2, 1, 1, 16)
+    pos = full(1, 16, T=2)
+    with pytest.raises(NotImplementedError, match="one position a row, got 2"):
+        few_queries.few_queries_stored(
+            q, q[..., 0, :], q[..., 0, :], k[:, :, 0], v[:, :, 0], sinks, **pos,
+            slots_BT=pos["q_pos_BT"], window=None,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(

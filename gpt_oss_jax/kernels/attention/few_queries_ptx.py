@@ -26,7 +26,7 @@ _ROW = 4 * (HEAD + 4)  # Bytes of a query's sums; the rest spreads them over the
 _SCANNED = 8  # Tiles whose positions a warp reads at once: four lanes each, four positions a lane.
 _NOWHERE = 1 << 31  # As an unsigned number, the least that is no position.
 _LOWEST = -1e30  # Below every score, and finite.
-_LOAD = "ld.global.nc.L1::no_allocate.v4.u32"
+_LOAD = "ld.global.L1::no_allocate.v4.u32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Program:
       blocks: Of a cluster, a power of two up to 16.
       warps: Of a block, at least eight.
       sink_bytes: 2 for bfloat16, 4 for float32.
+      stores: Whether the keys and values of the queries' positions, one a row, come beside the
+        cache, and go into it.
     """
 
     rows: int
@@ -54,6 +56,7 @@ class Program:
     blocks: int
     warps: int = 8
     sink_bytes: int = 2
+    stores: bool = False
 
     @property
     def tiles(self) -> int:
@@ -67,7 +70,14 @@ class Program:
 
     @property
     def shared_bytes(self) -> int:
-        """Lists of tiles, sums of the warps, their largest and total, sums from other blocks."""
+        """Lists of tiles, sums of the warps, their largest and total, sums from other blocks.
+
+        And for each warp what goes into the cache.
+        """
+        return self._new + self.stores * self.warps * 4 * HEAD
+
+    @property
+    def _new(self) -> int:
         return self._inbox + 16 * _OUTPUT_THREADS
 
     @property
@@ -105,7 +115,8 @@ class Program:
         """The thread program. Under vmap there are several grids, one after the other.
 
         Its operands: the thread block, pointers to queries, keys, values, sinks, positions of
-        queries, positions of keys (a whole number of tiles), the result and shared memory.
+        queries, positions of keys (a whole number of tiles), if it stores new keys, new values and
+        their slots (any past the last: nowhere), the result and shared memory.
         """
         text = f"""{_REGISTERS}
 mov.u32 tid, %tid.x; and.b32 lane, tid, 31; shr.u32 warp, tid, 5;
@@ -114,7 +125,9 @@ rem.u32 t0, <block>, {self.grid}; rem.u32 rank, t0, {self.blocks}; div.u32 t0, t
 rem.u32 head, t0, {self.heads}; div.u32 row, t0, {self.heads};
 {self._query()}
 {self._sink()}
+{self._read_new() if self.stores else ""}
 {self._find()}
+{self._keep_new() if self.stores else ""}
 {self._addresses()}
 mov.f32 largest, {literal(_LOWEST)}; mov.f32 total, 0f00000000; mov.u32 zero, 0;
 {"".join(f"mov.f32 o{i}, 0f00000000;" for i in range(16))}
@@ -123,6 +136,7 @@ mov.u32 i, 0; ld.shared.u32 tile, [list];
 {self._fetch_keys("")}
 {self._fetch_values("")}
 STEP:
+{self._replace() if self.stores else ""}
 {_SCORES}
 {self._mask()}
 add.u32 i, i, 1; setp.lt.u32 more, i, count; add.u32 list, list, 4;
@@ -133,12 +147,14 @@ add.u32 i, i, 1; setp.lt.u32 more, i, count; add.u32 list, list, 4;
 {self._fetch_values("@more")}
 @more bra STEP;
 ALONE:
+{self._store() if self.stores else ""}
 {self._hand_over()}
 {self._block_sum()}
 {self._cluster_sum() if self.blocks > 1 else ""}
 {self._finish()}
 DONE:"""
-        operands = ("block", "q", "k", "v", "sinks", "q_pos", "k_pos", "out", "shared")
+        operands = ["block", "q", "k", "v", "sinks", "q_pos", "k_pos"]
+        operands += ["k_new", "v_new", "slots"] * self.stores + ["out", "shared"]
         for i, name in enumerate(operands):
             text = text.replace(f"<{name}>", f"${i}")
         return "{\n" + text + "\n}"
@@ -259,6 +275,61 @@ mad.lo.u32 t1, g, 16, t0; cvt.u64.u32 at, t1; add.u64 at_v, at_v, at;"""
             names = ", ".join(f"v{n}_{j}" for j in range(4))
             text += f"{guard} {_LOAD} {{{names}}}, [at + {n * self._stride}];\n"
         return text
+
+    def _read_new(self) -> str:
+        """Starts to read the row's new key (lanes to 7) and value (to 15), and their slot."""
+        return f"""mul.wide.u32 at, row, 4; add.u64 at, at, <slots>;
+ld.global.nc.u32 new_slot, [at];
+and.b32 t0, lane, 7; mul.wide.u32 at, t0, 16; mad.lo.u32 t0, row, {self.heads}, head;
+mul.wide.u32 more_at, t0, {2 * HEAD}; add.u64 at, at, more_at;
+add.u64 more_at, at, <v_new>; add.u64 at, at, <k_new>;
+setp.lt.u32 p, lane, 8; @p ld.global.nc.v4.u32 {{a0, a1, a2, a3}}, [at];
+setp.ge.u32 p, lane, 8; setp.lt.and.u32 p, lane, 16, p;
+@p ld.global.nc.v4.u32 {{a0, a1, a2, a3}}, [more_at];"""
+
+    def _keep_new(self) -> str:
+        """Puts them where the lanes of a warp find them; `new_tile` and the place in it."""
+        text = f"mad.lo.u32 new, warp, {4 * HEAD}, <shared>; add.u32 new, new, {self._new};"
+        text += "mad.lo.u32 t0, lane, 16, new; setp.lt.u32 p, lane, 16;"
+        text += "@p st.shared.v4.u32 [t0], {a0, a1, a2, a3}; bar.warp.sync -1;\n"
+        text += f"div.u32 new_tile, new_slot, {TILE}; mul.lo.u32 t0, new_tile, {TILE};"
+        if self.slots % TILE:
+            text += f"min.u32 t0, t0, {self.slots - TILE};"
+        # No tile of the cache has a slot past the last.
+        text += f"sub.u32 new_place, new_slot, t0; setp.ge.u32 p, new_slot, {self.slots};"
+        return text + "@p mov.u32 new_tile, -1;"
+
+    def _replace(self) -> str:
+        """What was read of the slot, before it was written or after, gives way to what is new."""
+        text = """setp.ne.u32 p, tile, new_tile; @p bra AS_READ;
+shr.u32 t0, g, 1; shl.b32 t0, t0, 2; and.b32 t1, g, 1; add.u32 t0, t0, t1;
+mad.lo.u32 t1, q, 16, new;
+"""
+        for half in range(2):
+            text += f"ld.shared.v4.u32 {{a0, a1, a2, a3}}, [t1 + {HEAD * half}];"
+            for n in range(2):
+                text += f"add.u32 t2, t0, {2 * n}; setp.eq.u32 p, t2, new_place;"
+                text += "".join(f"@p mov.u32 k{n}_{4 * half + j}, a{j};" for j in range(4)) + "\n"
+        text += (
+            f"mad.lo.u32 t1, g, 16, new; ld.shared.v4.u32 {{a0, a1, a2, a3}}, [t1 + {2 * HEAD}];"
+        )
+        text += "shl.b32 t0, q, 2;\n"
+        for n in range(4):
+            text += f"add.u32 t2, t0, {n}; setp.eq.u32 p, t2, new_place;"
+            text += "".join(f"@p mov.u32 v{n}_{j}, a{j};" for j in range(4)) + "\n"
+        return text + "AS_READ:"
+
+    def _store(self) -> str:
+        """By eight lanes of the cluster."""
+        return f"""or.b32 t0, rank, warp; setp.eq.u32 p, t0, 0; setp.lt.and.u32 p, lane, 8, p;
+setp.lt.and.u32 p, new_slot, {self.slots}, p;
+mul.lo.u32 t0, row, {self.slots}; add.u32 t0, t0, new_slot; mul.wide.u32 at, t0, {self._stride};
+mul.lo.u32 t0, head, {2 * HEAD}; mad.lo.u32 t0, lane, 16, t0; cvt.u64.u32 more_at, t0;
+add.u64 at, at, more_at; add.u64 more_at, at, <v>; add.u64 at, at, <k>;
+mad.lo.u32 t0, lane, 16, new;
+@p ld.shared.v4.u32 {{a0, a1, a2, a3}}, [t0]; @p st.global.v4.u32 [at], {{a0, a1, a2, a3}};
+@p ld.shared.v4.u32 {{a0, a1, a2, a3}}, [t0 + {2 * HEAD}];
+@p st.global.v4.u32 [more_at], {{a0, a1, a2, a3}};"""
 
     def _mask(self) -> str:
         text = ""
@@ -404,5 +475,6 @@ _REGISTERS = """
 .reg .b32 t<3>, tid, lane, warp, g, q, rank, head, row, out, q_pos, list, count, tile, slot, i;
 .reg .b32 q<8>, from<8>, found0_<4>, found1_<4>, found2_<4>, found3_<4>, zero;
 .reg .b32 k0_<8>, k1_<8>, k_pos<4>, v0_<4>, v1_<4>, v2_<4>, v3_<4>, a<4>, w<2>;
+.reg .b32 new, new_slot, new_tile, new_place;
 .reg .f32 s0_<4>, s1_<4>, o<16>, m<16>, l<16>, x<16>, y<16>, largest, total, before, f, sink;
 .reg .b64 at, more_at, at_pos, at_k, at_v;"""
