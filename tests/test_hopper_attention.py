@@ -16,6 +16,11 @@ from gpt_oss_jax.model.cache import write
 OLD = jax.__version_info__ < mosaic_gpu._JAX
 
 
+def on_hopper(*floats, window, **where):
+    """As on the GPU, but on any machine."""
+    return mosaic_gpu.differentiable("attention", floats, tuple(where.values()), window)
+
+
 def inputs(B, T, K, G, S, H=64, sinks=np.float32):
     random = np.random.default_rng(S)
     arrays = [
@@ -207,7 +212,7 @@ def test_the_device_is_filled_and_no_warp_is_without_work():
 if not OLD:
 
     def lowered(args, where, **more):
-        call = lambda *args: mosaic_gpu.on_hopper(*args, **where, window=None, **more)
+        call = lambda *args: on_hopper(*args, **where, window=None, **more)
         return kernels_for_cuda(call, *args)
 
     @pytest.mark.parametrize("S", [128, 1024, 1000])
@@ -217,7 +222,7 @@ if not OLD:
     def test_lowers_for_cuda_under_vmap():
         args, where = inputs(2, 1, 2, 2, 1024), full(1, 1024)
         q, k, v = (a[:, None] for a in args[:3])
-        run = lambda q, k, v: mosaic_gpu.on_hopper(q, k, v, args[3], **where, window=None)
+        run = lambda q, k, v: on_hopper(q, k, v, args[3], **where, window=None)
         assert kernels_for_cuda(jax.vmap(run), q, k, v) == 1
 
     def test_storing_lowers_for_cuda_in_place():
@@ -257,7 +262,7 @@ def test_storing_takes_one_position():
 def test_what_it_does_not_cover_is_refused(sizes, change, reason):
     args = change(*inputs(*sizes))
     with pytest.raises(NotImplementedError, match=reason):
-        mosaic_gpu.on_hopper(*args, **full(1, sizes[4], T=sizes[1]), window=None)
+        on_hopper(*args, **full(1, sizes[4], T=sizes[1]), window=None)
 
 
 def test_elsewhere_it_says_why_when_named():
@@ -268,18 +273,46 @@ def test_elsewhere_it_says_why_when_named():
 
 
 def test_gradients_are_those_of_xla(monkeypatch):
-    """The kernel's place is taken by what would be wrong if it were asked for gradients."""
-    args, where = inputs(1, 1, 2, 2, 16), full(1, 16)
-    args = [a.astype(jnp.float32) for a in args]
-    detached = lambda *args, **where: jax.lax.stop_gradient(xla.attention(*args, **where))
-    monkeypatch.setattr(mosaic_gpu, "on_hopper", detached)
+    """The kernels' places are taken by what would be wrong if it were asked for gradients."""
+    q, k, v, sinks = inputs(1, 1, 2, 2, 16)
+    where = full(1, 16, used=9) | {"slots_BT": np.array([[8]])}
+    cache, new = [a.reshape(1, 16, 128) for a in (k, v)], [q[:, :, :, 0], q[:, :, :, 1]]
+    for operation, kernel, floats, names in (
+        ("attention", "few_queries", (q, k, v, sinks), ("q_pos_BT", "k_pos_BS")),
+        ("store_and_attend", "few_queries_stored", (q, *new, *cache, sinks), tuple(where)),
+    ):
+        plain = getattr(xla, operation)
+        detached = lambda *args, plain=plain, **more: jax.lax.stop_gradient(plain(*args, **more))
+        monkeypatch.setattr(mosaic_gpu, kernel, detached)
+        places = tuple(where[n] for n in ("slots_BT", "q_pos_BT", "k_pos_BS") if n in names)
+        named = {n: where[n] for n in names}
 
-    def loss(function):
-        return lambda *args: (function(*args) ** 2).sum()
+        def loss(function, *floats):
+            return sum(
+                (a.astype(jnp.float32) ** 2).sum() for a in jax.tree.leaves(function(floats))
+            )
 
-    places = tuple(where.values())
-    kernel = loss(lambda *args: mosaic_gpu._differentiable(*args, *places, 7))
-    plain = loss(lambda *args: xla.attention(*args, **where, window=7))
-    got, want = (jax.grad(f, argnums=(0, 1, 2, 3))(*args) for f in (kernel, plain))
-    for g, w in zip(got, want, strict=True):
-        np.testing.assert_allclose(g, w, atol=1e-5)
+        ours = lambda floats, operation=operation, places=places: mosaic_gpu.differentiable(
+            operation, floats, places, 7
+        )
+        theirs = lambda floats, plain=plain, named=named: plain(*floats, **named, window=7)
+        every = tuple(range(1, len(floats) + 1))
+        got, want = (jax.grad(loss, argnums=every)(f, *floats) for f in (ours, theirs))
+        for g, w in zip(got, want, strict=True):
+            assert w.any()
+            np.testing.assert_array_equal(g, w)
+
+
+def test_storing_elsewhere_is_one_after_the_other():
+    q, k, v, sinks = inputs(1, 1, 2, 2, 16)
+    where, slots = full(1, 16, used=9), np.array([[8]])
+    cache, new = [a.reshape(1, 16, 128) for a in (k, v)], [q[:, :, :, 0], q[:, :, :, 1]]
+    run = lambda: api.store_and_attend(
+        q, *new, *cache, sinks, **where, slots_BT=slots, window=7, implementation="xla"
+    )
+    heads, k_after, v_after = run()
+    assert (k_after[0, 8] == new[0].reshape(-1)).all() and (
+        v_after[0, 8] == new[1].reshape(-1)
+    ).all()
+    k, v = (a.reshape(1, 16, 2, 64) for a in (k_after, v_after))
+    np.testing.assert_array_equal(heads, xla.attention(q, k, v, sinks, **where, window=7))

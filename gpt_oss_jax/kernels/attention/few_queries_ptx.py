@@ -16,9 +16,17 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from gpt_oss_jax.kernels.attention.softmax_ptx import (
+    HEAD,
+    SCALE,
+    across,
+    combine,
+    scores,
+    values,
+    weights,
+)
 from gpt_oss_jax.kernels.ptx import literal
 
-HEAD = 64
 TILE = 16  # Slots.
 MAX_QUERIES = 8
 _OUTPUT_THREADS = MAX_QUERIES * HEAD // 2
@@ -137,13 +145,13 @@ mov.u32 i, 0; ld.shared.u32 tile, [list];
 {self._fetch_values("")}
 STEP:
 {self._replace() if self.stores else ""}
-{_SCORES}
+{scores()}
 {self._mask()}
 add.u32 i, i, 1; setp.lt.u32 more, i, count; add.u32 list, list, 4;
 @more ld.shared.u32 tile, [list];
 {self._fetch_keys("@more")}
-{_weights()}
-{_VALUES}
+{weights()}
+{values()}
 {self._fetch_values("@more")}
 @more bra STEP;
 ALONE:
@@ -341,7 +349,7 @@ mad.lo.u32 t0, lane, 16, new;
 
     def _hand_over(self) -> str:
         """A warp's sums, and of each query the largest score and the total, to shared memory."""
-        text = _across("add", "total")
+        text = across("add", "total")
         text += f"mad.lo.u32 t0, warp, {MAX_QUERIES * _ROW}, <shared>;"
         text += f"mad.lo.u32 t0, q, {2 * _ROW}, t0; mad.lo.u32 t0, g, 32, t0;\n"
         for column in range(2):
@@ -350,7 +358,7 @@ mad.lo.u32 t0, lane, 16, new;
                 names = ", ".join(f"o{first + i}" for i in (0, 2, 4, 6))
                 place = self._sums + column * _ROW + 16 * half
                 text += f"st.shared.v4.f32 [t0 + {place}], {{{names}}};\n"
-        text += f"mul.f32 largest, largest, {_SCALE};"
+        text += f"mul.f32 largest, largest, {SCALE};"
         text += f"mad.lo.u32 t0, warp, {8 * MAX_QUERIES}, <shared>; mad.lo.u32 t0, g, 8, t0;"
         text += "setp.eq.u32 p, q, 0;"
         text += f"@p st.shared.v2.f32 [t0 + {self._totals}], {{largest, total}};\n"
@@ -366,7 +374,7 @@ mad.lo.u32 t0, lane, 16, new;
             text += f"ld.shared.v2.f32 {{m{w}, l{w}}}, [t1 + {place}];"
             place = self._sums + MAX_QUERIES * _ROW * w
             text += f"ld.shared.v2.f32 {{x{w}, y{w}}}, [t0 + {place}];\n"
-        return text + _combine(self.warps)
+        return text + combine(self.warps)
 
     def _cluster_sum(self) -> str:
         """Each block sends what it has of a part of the outputs to the block that finishes it."""
@@ -383,7 +391,7 @@ mad.lo.u32 t0, t2, 16, <shared>;
         for n in range(self.blocks):
             place = self._inbox + 16 * each * n
             text += f"ld.shared.v4.f32 {{m{n}, l{n}, x{n}, y{n}}}, [t0 + {place}];\n"
-        return text + _combine(self.blocks)
+        return text + combine(self.blocks)
 
     def _finish(self) -> str:
         """The sink joins, and the outputs are written."""
@@ -398,78 +406,6 @@ and.b32 t1, out, 31; mul.wide.u32 more_at, t1, 4; add.u64 at, at, more_at; add.u
 @p st.global.u32 [at], t0;"""
 
 
-# Scores count in powers of two.
-_SCALE = literal(HEAD**-0.5 * math.log2(math.e))
-_MMA = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
-
-
-def _scores() -> str:
-    """Of query g with keys 4 q and 4 q + 1 (s0), 4 q + 2 and 4 q + 3 (s1)."""
-    text = "".join(f"mov.f32 s{n}_{i}, 0f00000000;" for n in range(2) for i in range(4)) + "\n"
-    for j in range(0, 8, 2):
-        for n in range(2):
-            s = ", ".join(f"s{n}_{i}" for i in range(4))
-            text += f"{_MMA} {{{s}}}, {{q{j}, zero, q{j + 1}, zero}}, "
-            text += f"{{k{n}_{j}, k{n}_{j + 1}}}, {{{s}}};\n"
-    return text
-
-
-def _across(operation: str, register: str) -> str:
-    """Over the four lanes of a query."""
-    return "".join(
-        f"mov.b32 t0, {register}; shfl.sync.bfly.b32 t0, t0, {lanes}, 31, -1; mov.b32 f, t0;"
-        f"{operation}.f32 {register}, {register}, f;\n"
-        for lanes in (1, 2)
-    )
-
-
-def _weights() -> str:
-    """Scores to weights; what was summed up before shrinks as the largest score grows."""
-    names = [f"s{n}_{i}" for n in range(2) for i in range(2)]
-    text = "mov.f32 before, largest;"
-    text += "".join(f"max.f32 largest, largest, {name};" for name in names) + "\n"
-    text += _across("max", "largest")
-    text += f"mul.f32 f, largest, {literal(-(HEAD**-0.5) * math.log2(math.e))};"
-    text += f"fma.rn.f32 before, before, {_SCALE}, f; ex2.approx.f32 before, before;"
-    text += "mul.f32 total, total, before;\n"
-    for name in names:
-        text += f"fma.rn.f32 {name}, {name}, {_SCALE}, f; ex2.approx.f32 {name}, {name};"
-        text += f"add.f32 total, total, {name};\n"
-    text += "cvt.rn.bf16x2.f32 w0, s0_1, s0_0; cvt.rn.bf16x2.f32 w1, s1_1, s1_0;\n"
-    # The sums of a lane are of queries 2 q and 2 q + 1.
-    text += "mov.b32 t0, before; shl.b32 t1, q, 3; shfl.sync.idx.b32 t2, t0, t1, 31, -1;"
-    text += "mov.b32 f, t2; add.u32 t1, t1, 4; shfl.sync.idx.b32 t2, t0, t1, 31, -1;"
-    text += "mov.b32 before, t2;\n"
-    return text + "".join(f"mul.f32 o{i}, o{i}, {'before' if i % 2 else 'f'};" for i in range(16))
-
-
-def _values() -> str:
-    """Adds weighted values: o[4 w + 2 e + n] of element 8 g + 2 w + e and query 2 q + n."""
-    text = ""
-    for w in range(4):
-        for i, (a, b, halves) in enumerate(
-            ((0, 1, 0x5410), (0, 1, 0x7632), (2, 3, 0x5410), (2, 3, 0x7632))
-        ):
-            text += f"prmt.b32 a{i}, v{a}_{w}, v{b}_{w}, {halves};"
-        o = ", ".join(f"o{4 * w + i}" for i in range(4))
-        text += f"\n{_MMA} {{{o}}}, {{a0, a1, a2, a3}}, {{w0, w1}}, {{{o}}};\n"
-    return text
-
-
-def _combine(parts: int) -> str:
-    """Parts (largest m, total l, elements x and y) to one: largest, total, o0, o1."""
-    text = "mov.f32 largest, m0;"
-    text += "".join(f"max.f32 largest, largest, m{n};" for n in range(1, parts))
-    text += "mov.f32 total, 0f00000000; mov.f32 o0, total; mov.f32 o1, total;\n"
-    for n in range(parts):
-        text += f"sub.f32 m{n}, m{n}, largest; ex2.approx.f32 m{n}, m{n};"
-        for to, part in (("total", "l"), ("o0", "x"), ("o1", "y")):
-            text += f"fma.rn.f32 {to}, m{n}, {part}{n}, {to};"
-        text += "\n"
-    return text
-
-
-_SCORES, _VALUES = _scores(), _values()
 _REGISTERS = """
 .reg .pred p, seen, more;
 .reg .b32 t<3>, tid, lane, warp, g, q, rank, head, row, out, q_pos, list, count, tile, slot, i;

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt_oss_jax.kernels.attention import xla
-from gpt_oss_jax.kernels.attention.few_queries import few_queries
+from gpt_oss_jax.kernels.attention.few_queries import few_queries, few_queries_stored
 from gpt_oss_jax.kernels.target import device_kind, platform
 
 _JAX = (0, 11, 2)
@@ -33,55 +33,72 @@ def attention(
     Raises:
       NotImplementedError: On other devices and versions of JAX, and for what it does not cover.
     """
+    _only_on_hopper()
+    floats, where = (q_BTKGH, k_BSKH, v_BSKH, sinks_KG), (q_pos_BT, k_pos_BS)
+    return differentiable("attention", floats, where, window)
+
+
+def store_and_attend(
+    q_BTKGH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    k_BSL: jax.Array,
+    v_BSL: jax.Array,
+    sinks_KG: jax.Array,
+    *,
+    slots_BT: jax.Array,
+    q_pos_BT: jax.Array,
+    k_pos_BS: jax.Array,
+    window: int | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `api.store_and_attend`.
+
+    Raises:
+      NotImplementedError: On other devices and versions of JAX, and for what it does not cover.
+    """
+    _only_on_hopper()
+    floats = q_BTKGH, k_BTKH, v_BTKH, k_BSL, v_BSL, sinks_KG
+    return differentiable("store_and_attend", floats, (slots_BT, q_pos_BT, k_pos_BS), window)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def differentiable(operation: str, floats: tuple, where: tuple, window: int | None):
+    """An operation on any machine for Hopper, with the gradients of its namesake in `xla`.
+
+    Raises:
+      NotImplementedError: For sizes and types that it does not cover.
+    """
+    types = {x.dtype for x in floats[:-1]}  # Sinks may be float32.
+    if types != {jnp.dtype(jnp.bfloat16)}:
+        names = ", ".join(sorted(map(str, types)))
+        raise NotImplementedError(f"queries, keys and values are {names}, not bfloat16")
+    # Kernels for other numbers of queries are chosen here.
+    kernel = {"attention": few_queries, "store_and_attend": few_queries_stored}[operation]
+    return kernel(*floats, **_named(where), window=window)
+
+
+def _forward(operation, floats, where, window):
+    return differentiable(operation, floats, where, window), (floats, where)
+
+
+def _backward(operation, window, kept, gradient):
+    floats, where = kept
+    plain = functools.partial(getattr(xla, operation), **_named(where), window=window)
+    nothing = tuple(np.zeros(x.shape, jax.dtypes.float0) for x in where)
+    return jax.vjp(plain, *floats)[1](gradient), nothing
+
+
+differentiable.defvjp(_forward, _backward)
+
+
+def _named(where: tuple) -> dict[str, jax.Array]:
+    return dict(zip(("slots_BT", "q_pos_BT", "k_pos_BS")[-len(where) :], where, strict=True))
+
+
+def _only_on_hopper():
     if jax.__version_info__ < _JAX:
         wanted = ".".join(map(str, _JAX))
         raise NotImplementedError(f"needs JAX {wanted}, this is {jax.__version__}")
     device = jax.devices()[0]
     if platform() != "gpu" or device.compute_capability != "9.0":
         raise NotImplementedError(f"needs a Hopper GPU, this is {device_kind()}")
-    return _differentiable(q_BTKGH, k_BSKH, v_BSKH, sinks_KG, q_pos_BT, k_pos_BS, window)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _differentiable(q_BTKGH, k_BSKH, v_BSKH, sinks_KG, q_pos_BT, k_pos_BS, window):
-    where = {"q_pos_BT": q_pos_BT, "k_pos_BS": k_pos_BS, "window": window}
-    return on_hopper(q_BTKGH, k_BSKH, v_BSKH, sinks_KG, **where)
-
-
-def _forward(q, k, v, sinks, q_pos, k_pos, window):
-    kept = (q, k, v, sinks, q_pos, k_pos)
-    return _differentiable(*kept, window), kept
-
-
-def _backward(window, kept, dout):
-    *floats, q_pos, k_pos = kept
-    where = {"q_pos_BT": q_pos, "k_pos_BS": k_pos, "window": window}
-    _, pull = jax.vjp(lambda *floats: xla.attention(*floats, **where), *floats)
-    return *pull(dout), *(np.zeros(pos.shape, jax.dtypes.float0) for pos in (q_pos, k_pos))
-
-
-_differentiable.defvjp(_forward, _backward)
-
-
-def on_hopper(
-    q_BTKGH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    sinks_KG: jax.Array,
-    *,
-    q_pos_BT: jax.Array,
-    k_pos_BS: jax.Array,
-    window: int | None,
-) -> jax.Array:
-    """Attention in bf16; compiles for Hopper on any machine.
-
-    Raises:
-      NotImplementedError: For sizes and types that it does not cover.
-    """
-    types = {x.dtype for x in (q_BTKGH, k_BSKH, v_BSKH)}
-    if types != {jnp.dtype(jnp.bfloat16)}:
-        names = ", ".join(sorted(map(str, types)))
-        raise NotImplementedError(f"queries, keys and values are {names}, not bfloat16")
-    # Kernels for other numbers of queries are chosen here.
-    where = {"q_pos_BT": q_pos_BT, "k_pos_BS": k_pos_BS, "window": window}
-    return few_queries(q_BTKGH, k_BSKH, v_BSKH, sinks_KG, **where)
