@@ -1,12 +1,13 @@
 """Attention while decoding: right, then how fast, for each size of batch and cache.
 
-`python benchmarks/attention.py [--blocks 8 16] [--warps 8] [--kernels few_queries xla]`, on a
-Hopper GPU, with the heads of gpt-oss (8 of 64 for keys, 8 queries to each). First small caches of
+`python benchmarks/attention.py [--blocks 8 16] [--warps 8] [--kernels stored]`, on a Hopper
+GPU, with the heads of gpt-oss (8 of 64 for keys, 8 queries to each). First small caches of
 every kind are held against XLA in float32, the result written over memory full of NaN; then those
 to be timed. Calls are timed inside one jitted loop, each waiting for the one before, over so many
 caches in turn that none but the smallest is found in L2; launches are counted and the loop's own
-time is shown. The limit is the time that copying an array takes to move as many bytes as the
-visible keys and values have. Prints a line as soon as it knows it.
+time is shown. "stored" writes a key and a value a row into the cache as well. The limit is the time
+that copying an array takes to move as many bytes as the visible keys and values have. Prints a
+line as soon as it knows it.
 """
 
 import argparse
@@ -21,11 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt_oss_jax.kernels import attention
-from gpt_oss_jax.kernels.attention.few_queries import launch, program, whole_tiles
+from gpt_oss_jax.kernels.attention import xla
+from gpt_oss_jax.kernels.attention.few_queries import (
+    launch,
+    launch_storing,
+    program,
+    whole_tiles,
+)
 
 K, G, H = 8, 8, 64
-KERNELS = ("few_queries", "xla")
-LARGEST_ERROR = 2e-2
+KERNELS = ("few_queries", "stored", "xla")
+LARGEST_ERROR = 3e-2
 COLD_BYTES, MAX_CACHES = 1.2e8, 48
 REPEATS, RUN_SECONDS = 5, 0.02
 # Rows, slots, of which so many are used, window.
@@ -66,6 +73,15 @@ def arrays(shape: tuple[int, ...], S: int, number: int):
     return 2 * normal(0, shape), normal(1, (K, G)), caches
 
 
+def beside(q, k, where):
+    """What "stored" writes: new keys and values, made of queries, and the slots they go to."""
+    B, T, K, _, H = q.shape
+    slots = jnp.argmax(where["k_pos_BS"] == where["q_pos_BT"][:, -1:], axis=1)[:, None]
+    visible = (where["q_pos_BT"][:, -1:] >= 0) & (where["k_pos_BS"] >= 0).any(axis=1, keepdims=True)
+    slots = jnp.where(visible, slots, k.shape[1]).astype(jnp.int32)
+    return q[:, :, :, 0] * 0.5, q[:, :, :, -1] * 0.5, slots
+
+
 @functools.partial(jax.jit, static_argnames="window")
 def reference(q, k, v, sinks, **where):
     """XLA in float32, row by row."""
@@ -80,13 +96,20 @@ def reference(q, k, v, sinks, **where):
     return jax.lax.map(row, (q, k, v, where["q_pos_BT"], where["k_pos_BS"]))
 
 
-def error(call, q, k, v, sinks, where, window) -> float:
-    """Largest difference of a call, written over memory full of NaN."""
-    want = reference(q, k, v, sinks, **where, window=window)
+def error(kernel, call, q, k, v, sinks, where, window) -> float:
+    """Largest difference of a call, its result written over memory full of NaN."""
+    k_want, v_want, new = k, v, beside(q, k, where)
+    if kernel == "stored":
+        k_new, v_new, slots = new
+        k_want, v_want = xla.write(k, slots, k_new), xla.write(v, slots, v_new)
+    want = reference(q, k_want, v_want, sinks, **where, window=window)
     poison = [jnp.full(2**n, jnp.nan) for n in range(8, 24)]
     jax.block_until_ready(poison)
     del poison
-    return float(jnp.abs(jax.jit(call)(q, k, v, sinks, **where).astype(jnp.float32) - want).max())
+    got, k, v = jax.jit(call)(q, k, v, sinks, new, **where)
+    if not (k == k_want).all() or not (v == v_want).all():
+        return float("inf")
+    return float(jnp.abs(got.astype(jnp.float32) - want).max())
 
 
 def unusual():
@@ -123,12 +146,18 @@ def in_a_loop(call, where):
 
     @jax.jit
     def loop(q, sinks, caches, where, loops):
-        def body(_, q):
-            for k, v in caches:
-                q = q + jnp.bfloat16(1e-3) * call(q, k, v, sinks, **where)
-            return q
+        new = beside(q, caches[0][0], where)
 
-        return jax.lax.fori_loop(0, loops, body, q)
+        def body(_, carried):
+            q, caches = carried
+            after = []
+            for k, v in caches:
+                heads, k, v = call(q, k, v, sinks, new, **where)
+                q = q + jnp.bfloat16(1e-3) * heads
+                after.append([k, v])
+            return q, after
+
+        return jax.lax.fori_loop(0, loops, body, (q, caches))[0]
 
     return lambda q, sinks, caches, loops: loop(q, sinks, caches, where, loops)
 
@@ -165,30 +194,39 @@ def copy_bytes_per_second() -> float:
 def plans(shape, S, window, kernel, blocks, warps):
     """Name and call for every way to spread the work that was asked for."""
     if kernel == "xla":
-        yield "xla", functools.partial(attention, window=window, implementation="xla")
+        plain = functools.partial(attention, window=window, implementation="xla")
+        yield "xla", lambda q, k, v, sinks, _, **where: (plain(q, k, v, sinks, **where), k, v)
         return
     for given in itertools.product(blocks or [None], warps or [None]):
         given = {k: v for k, v in zip(("blocks", "warps"), given, strict=True) if v}
-        run = dataclasses.replace(program(shape, S, window), **given)
+        run = dataclasses.replace(program(shape, S, window), **given, stores=kernel == "stored")
 
-        def call(q, k, v, sinks, *, q_pos_BT, k_pos_BS, run=run):
-            return launch(run, q, k, v, sinks, q_pos_BT, whole_tiles(k_pos_BS))
+        def call(q, k, v, sinks, new, *, q_pos_BT, k_pos_BS, run=run):
+            inputs = sinks, q_pos_BT, whole_tiles(k_pos_BS)
+            if not run.stores:
+                return launch(run, q, k, v, *inputs), k, v
+            heads, *after = launch_storing(run, q, *(flat(x) for x in (k, v)), *inputs, *new)
+            return heads, *(x.reshape(k.shape) for x in after)
 
-        yield f"few_queries blocks {run.blocks} warps {run.warps}", call
+        yield f"{kernel} blocks {run.blocks} warps {run.warps}", call
 
 
-def check(call, cache, where, window) -> dict:
+def flat(k_BSKH: jax.Array) -> jax.Array:
+    return k_BSKH.reshape(*k_BSKH.shape[:2], -1)
+
+
+def check(kernel, call, cache, where, window) -> dict:
     """Whether a call is right."""
-    difference = error(call, *cache, where, window)
+    difference = error(kernel, call, *cache, where, window)
     return {"largest_error": difference, "right": difference < LARGEST_ERROR}
 
 
-def measure(call, q, sinks, caches, where, window, size: int, limit: float) -> dict:
+def measure(kernel, call, q, sinks, caches, where, window, size: int, limit: float) -> dict:
     """Time of a call that is right."""
-    result = check(call, (q, *caches[0], sinks), where, window)
+    result = check(kernel, call, (q, *caches[0], sinks), where, window)
     if not result["right"]:
         return result
-    glue = microseconds(in_a_loop(lambda q, *_, **__: q, where), q, sinks, caches)
+    glue = microseconds(in_a_loop(lambda q, k, v, *_, **__: (q, k, v), where), q, sinks, caches)
     us = microseconds(in_a_loop(call, where), q, sinks, caches)
     return result | {
         "caches": len(caches),
@@ -213,7 +251,7 @@ def say(name: str, work, *args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kernels", choices=KERNELS, nargs="+", default=KERNELS[:1])
+    parser.add_argument("--kernels", choices=KERNELS, nargs="+", default=KERNELS[:2])
     parser.add_argument("--blocks", type=int, nargs="+", default=[], help="of a cluster")
     parser.add_argument("--warps", type=int, nargs="+", default=[], help="of a block")
     parser.add_argument("--rows", type=int, nargs="+", help="time these only")
@@ -222,23 +260,34 @@ def main():
 
     for shape, S, where, window in unusual():
         q, sinks, [(k, v)] = arrays(shape, S, 1)
-        for name, call in plans(shape, S, window, KERNELS[0], args.blocks, args.warps):
-            name = f"check {name}, queries {list(shape)}, slots {S}, window {window}"
-            say(name, check, call, (q, k, v, sinks), where, window)
+        for kernel in KERNELS[: 2 if shape[1] == 1 else 1]:
+            for name, call in plans(shape, S, window, kernel, args.blocks, args.warps):
+                name = f"check {name}, queries {list(shape)}, slots {S}, window {window}"
+                say(name, check, kernel, call, (q, k, v, sinks), where, window)
 
     speed = copy_bytes_per_second()
     print(f"copying reads and writes {speed / 1e12:.3g} TB/s", flush=True)
     for B, S, used, window in TIMED:
         if args.rows and B not in args.rows or args.slots and S not in args.slots:
             continue
-        size, visible = 4 * B * S * K * H, 4 * B * used * K * H
-        number = max(1, min(MAX_CACHES, int(COLD_BYTES / visible), int(8e9 / size)))
+        whole, visible = 4 * B * S * K * H, 4 * B * used * K * H
+        number = max(1, min(MAX_CACHES, int(COLD_BYTES / visible), int(8e9 / whole)))
         shape, where = (B, 1, K, G, H), positions(B, S, used, window)
         data = arrays(shape, S, number)
         for kernel in args.kernels:
             for name, call in plans(shape, S, window, kernel, args.blocks, args.warps):
                 name = f"{name}, rows {B}, slots {S}, used {used}"
-                say(name, measure, call, *data, where, window, visible, visible / speed * 1e6)
+                say(
+                    name,
+                    measure,
+                    kernel,
+                    call,
+                    *data,
+                    where,
+                    window,
+                    visible,
+                    visible / speed * 1e6,
+                )
         del data
 
 
