@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 _ALL = 0xFFFFFFFF
+_NO_STEP = ("bar.warp.sync", "barrier.cluster.arrive")  # Warps go in step; waiting is for both.
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
 
 
@@ -34,7 +35,7 @@ class Memory:
         return np.frombuffer(self.bytes[at : at + size].tobytes(), dtype).reshape(shape)
 
 
-def launch(text, operands, memory, *, grid, shared_bytes, warps=4):
+def launch(text, operands, memory, *, grid, shared_bytes, warps=4, cluster=1):
     """Runs a thread program whose first operand is the block and whose last is shared memory.
 
     Returns:
@@ -42,29 +43,35 @@ def launch(text, operands, memory, *, grid, shared_bytes, warps=4):
     """
     program, labels = _parse(text)
     bulks = [], []
-    for block in range(grid):
-        shared = np.full(shared_bytes, 255, np.uint8)
-        values, barriers = [block, *operands, 0], {}
-        threads = [
-            _Warp(program, labels, values, memory.bytes, shared, barriers, w, bulks).run()
-            for w in range(warps)
-        ]
+    for first in range(0, grid, cluster):
+        shared = np.full((cluster, shared_bytes), 255, np.uint8)
+        threads = []
+        for n in range(cluster):
+            values, barriers = [first + n, *operands, 0], {}
+            for w in range(warps):
+                warp = _Warp(program, labels, values, memory.bytes, shared[n], barriers, w, bulks)
+                warp.spaces["shared::cluster"] = shared.reshape(-1)
+                threads.append((n, warp.run()))
         waiting, fruitless = {}, 0
         while threads:
-            thread = threads.pop(0)
+            n, thread = threads.pop(0)
             barrier = next(thread, None)
             if barrier is None:
                 continue
             if barrier == "again":
-                threads.append(thread)
+                threads.append((n, thread))
                 fruitless += 1
-                assert fruitless < 1000 * warps, "all warps wait for ever"
+                assert fruitless < 1000 * warps * cluster, "all warps wait for ever"
                 continue
             fruitless = 0
             number, needed = barrier
-            waiting.setdefault(number, []).append(thread)
-            if len(waiting[number]) == needed // 32:
-                threads += waiting.pop(number)
+            if number == "cluster":
+                place, needed = number, 32 * warps * cluster
+            else:
+                place = n, number
+            waiting.setdefault(place, []).append((n, thread))
+            if len(waiting[place]) == needed // 32:
+                threads += waiting.pop(place)
         assert not waiting, "a warp waits for ever"
     return bulks
 
@@ -186,6 +193,8 @@ class _Warp:
                     at = self.labels[args[0].strip()]
             elif name == "bar.sync":
                 yield int(self.value(args[0])[0]), int(args[1])
+            elif name == "barrier.cluster.wait":
+                yield "cluster", None
             elif kind[:2] == ["mbarrier", "try_wait"]:
                 done = self.barriers[self.address(args[1])[0]].passed(int(self.value(args[2])[0]))
                 self.write(args[0], np.full(32, done), active)
@@ -205,7 +214,7 @@ class _Warp:
             return self.move(kind, args, active)
         if kind[0] == "mma":
             return self.multiply(args)
-        if kind[0] in ("griddepcontrol", "fence") or name == "bar.warp.sync":
+        if kind[0] in ("griddepcontrol", "fence") or name in _NO_STEP:
             return None
         if kind[0] in ("mbarrier", "cp"):
             return self.bulk(kind, args, active)
@@ -221,6 +230,7 @@ class _Warp:
                     "neg": lambda: -f[0],
                     "div": lambda: f[0] / f[1],
                     "rsqrt": lambda: 1 / np.sqrt(f[0]),
+                    "selp": lambda: np.where(v[2].astype(bool), f[0], f[1]),
                     "mul": lambda: f[0] * f[1],
                     "fma": lambda: f[0] * f[1] + f[2],
                     "min": lambda: np.minimum(f[0], f[1]),
@@ -264,7 +274,6 @@ class _Warp:
             "div": lambda: u[0] // u[1],
             "rem": lambda: u[0] % u[1],
             "min": lambda: np.minimum(u[0], u[1]),
-            "prmt": lambda: _permuted(*u),
             "selp": lambda: np.where(v[2].astype(bool), u[0], u[1]),
             "popc": lambda: [int(x).bit_count() for x in u[0]],
             "brev": lambda: [int(f"{int(x):032b}"[::-1], 2) for x in u[0]],
@@ -272,7 +281,9 @@ class _Warp:
             "fns": lambda: [_nth_bit(int(x), int(n)) for x, n in zip(u[0], u[2], strict=True)],
             "match": lambda: [sum(1 << i for i in range(32) if u[0][i] == x) for x in u[0]],
             "vote": lambda: [sum(1 << i for i in range(32) if v[0][i])] * 32,
-            "shfl": lambda: u[0][np.arange(32) ^ u[1].astype(int)],  # Of kind bfly.
+            "shfl": lambda: u[0][u[1].astype(int) ^ (np.arange(32) * (kind[2] == "bfly"))],
+            "prmt": lambda: _permuted(*u),
+            "mapa": lambda: u[0] + u[1] * np.uint64(self.spaces["shared"].size),
         }[kind[0]]()
         wide = kind[-1] == "u64" or (kind[0] == "mul" and kind[1] == "wide")
         return self.write(destination, result, active, 64 if wide else 32)
@@ -347,14 +358,12 @@ class _Warp:
                 self.write(out, value.astype(np.float32).view(np.uint32), np.ones(32, bool))
 
 
-def _permuted(a, b, selectors):
-    """Bytes of two words, as four digits say."""
-    both = a | b << np.uint64(32)
-    result = np.zeros(32, np.uint64)
+def _permuted(a, b, selected):
+    both, out = a | b << np.uint64(32), np.zeros(32, np.uint64)
     for i in range(4):
-        digit = selectors >> np.uint64(4 * i) & np.uint64(7)
-        result |= (both >> (digit * np.uint64(8)) & np.uint64(255)) << np.uint64(8 * i)
-    return result
+        byte = selected >> np.uint64(4 * i) & np.uint64(7)
+        out |= (both >> byte * np.uint64(8) & np.uint64(255)) << np.uint64(8 * i)
+    return out
 
 
 def _nth_bit(mask, n):

@@ -280,6 +280,6 @@ def test_refused(tiny, arguments, message):
 
 
 def test_an_unknown_implementation_is_refused_before_anything_is_loaded(tiny):
-    assert IMPLEMENTATIONS == ("mosaic_tpu", "xla")
-    with pytest.raises(ValueError, match="got 'mosaic_gpu'"):
-        nnx.eval_shape(lambda: Transformer(tiny, rngs=nnx.Rngs(0), implementation="mosaic_gpu"))
+    assert IMPLEMENTATIONS == ("mosaic_gpu", "mosaic_tpu", "xla")
+    with pytest.raises(ValueError, match="got 'magic'"):
+        nnx.eval_shape(lambda: Transformer(tiny, rngs=nnx.Rngs(0), implementation="magic"))

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from gpt_oss_jax.config import Config
-from gpt_oss_jax.kernels import attention
+from gpt_oss_jax.kernels import attention, store_and_attend
 from gpt_oss_jax.kernels.attention.xla import scores
 from gpt_oss_jax.model.cache import Cache, full_slots, ring_slots, write
 from gpt_oss_jax.model.layers import Linear, normal
@@ -90,26 +90,22 @@ class Attention(nnx.Module):
         self, q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, context: Context
     ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         """What heads see, [B, T, K, G, H], and this layer's new keys and values for the cache."""
-        tap, name = context.tap, f"layers.{self.layer}.attention"
-        k_BSKH, v_BSKH, k_pos_BS, k_new, v_new = self._update(k_BTKH, v_BTKH, context)
-        sees = {"q_pos_BT": context.positions_BT, "k_pos_BS": k_pos_BS, "window": self.window}
-        tap.only_if_captured(f"{name}.scores", lambda: scores(q_BTKGH, k_BSKH, **sees))
-        heads_BTKGH = attention(
-            q_BTKGH,
-            k_BSKH,
-            v_BSKH,
-            self.sinks[...],
-            **sees,
-            implementation=context.implementation,
-            mesh=context.mesh,
-        )
-        return tap(f"{name}.heads", heads_BTKGH), k_new, v_new
+        heads_BTKGH, k_new, v_new = self._attend(q_BTKGH, k_BTKH, v_BTKH, context)
+        return context.tap(f"layers.{self.layer}.attention.heads", heads_BTKGH), k_new, v_new
 
-    def _update(self, k_BTKH, v_BTKH, context: Context):
-        """Keys, values and positions to attend to, and the layer's cache after this call."""
+    def _attend(self, q_BTKGH, k_BTKH, v_BTKH, context: Context):
         cache, positions_BT = context.cache, context.positions_BT
+        how = {
+            "q_pos_BT": positions_BT,
+            "window": self.window,
+            "implementation": context.implementation,
+            "mesh": context.mesh,
+        }
+        sinks = self.sinks[...]
         if cache is None:
-            return k_BTKH, v_BTKH, positions_BT, None, None
+            self._show_scores(q_BTKGH, k_BTKH, positions_BT, context)
+            heads = attention(q_BTKGH, k_BTKH, v_BTKH, sinks, **how, k_pos_BS=positions_BT)
+            return heads, None, None
         k_old, v_old = cache.k[self.layer], cache.v[self.layer]
         if self.window is None:
             slots_BT = full_slots(positions_BT, k_old.shape[1])
@@ -119,18 +115,27 @@ class Attention(nnx.Module):
             positions_BS = cache.ring_positions
         # The cache holds the heads of a slot side by side.
         B, T, K, H = k_BTKH.shape
-        k_BTL, v_BTL = k_BTKH.reshape(B, T, -1), v_BTKH.reshape(B, T, -1)
         apart = lambda x: x.reshape(B, -1, K, H)
-        k_new, v_new = write(k_old, slots_BT, k_BTL), write(v_old, slots_BT, v_BTL)
         # The first query of a chunk still needs the window before it; where a ring is too small to
         # hold that beside the chunk, it is read as it was, with the chunk after it.
         if self.window is None or self.window + T - 1 <= k_old.shape[1]:
-            positions_BS = write(positions_BS, slots_BT, positions_BT)
-            return apart(k_new), apart(v_new), positions_BS, k_new, v_new
-        return (
-            apart(jnp.concatenate([k_old, k_BTL.astype(k_old.dtype)], axis=1)),
-            apart(jnp.concatenate([v_old, v_BTL.astype(v_old.dtype)], axis=1)),
-            jnp.concatenate([positions_BS, positions_BT], axis=1),
-            k_new,
-            v_new,
+            how |= {"k_pos_BS": write(positions_BS, slots_BT, positions_BT), "slots_BT": slots_BT}
+            new = q_BTKGH, k_BTKH, v_BTKH, k_old, v_old, sinks
+            heads, k_new, v_new = store_and_attend(*new, **how)
+            self._show_scores(q_BTKGH, apart(k_new), how["k_pos_BS"], context)
+            return heads, k_new, v_new
+        k_BTL, v_BTL = k_BTKH.reshape(B, T, -1), v_BTKH.reshape(B, T, -1)
+        k, v = (
+            apart(jnp.concatenate([old, new.astype(old.dtype)], axis=1))
+            for old, new in ((k_old, k_BTL), (v_old, v_BTL))
+        )
+        how["k_pos_BS"] = jnp.concatenate([positions_BS, positions_BT], axis=1)
+        self._show_scores(q_BTKGH, k, how["k_pos_BS"], context)
+        k_new, v_new = write(k_old, slots_BT, k_BTL), write(v_old, slots_BT, v_BTL)
+        return attention(q_BTKGH, k, v, sinks, **how), k_new, v_new
+
+    def _show_scores(self, q_BTKGH, k_BSKH, k_pos_BS, context: Context):
+        sees = {"q_pos_BT": context.positions_BT, "k_pos_BS": k_pos_BS, "window": self.window}
+        context.tap.only_if_captured(
+            f"layers.{self.layer}.attention.scores", lambda: scores(q_BTKGH, k_BSKH, **sees)
         )

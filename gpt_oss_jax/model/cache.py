@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt_oss_jax.config import Config
+from gpt_oss_jax.kernels.attention.xla import write as write
 
 
 @jax.tree_util.register_dataclass
@@ -99,9 +100,3 @@ def ring_slots(positions_BT: jax.Array, size: int) -> jax.Array:
     last_B1 = positions_BT.max(axis=1, keepdims=True)
     kept = (positions_BT >= 0) & (positions_BT > last_B1 - size)
     return jnp.where(kept, positions_BT % size, size)
-
-
-def write(stored: jax.Array, slots_BT: jax.Array, new: jax.Array) -> jax.Array:
-    """Writes [B, T, ...] into [B, S, ...] at the slots; slots out of range write nothing."""
-    rows_B1 = jnp.arange(stored.shape[0])[:, None]
-    return stored.at[rows_B1, slots_BT].set(new.astype(stored.dtype), mode="drop")

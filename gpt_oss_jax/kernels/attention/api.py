@@ -2,14 +2,66 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+
 import jax
 from jax.sharding import Mesh
 
 from gpt_oss_jax.kernels import sharded
-from gpt_oss_jax.kernels.attention import mosaic_tpu, xla
+from gpt_oss_jax.kernels.attention import mosaic_gpu, mosaic_tpu, xla
 from gpt_oss_jax.kernels.dispatch import dispatch
 
-IMPLEMENTATIONS = {"mosaic_tpu": mosaic_tpu.attention, "xla": xla.attention}
+IMPLEMENTATIONS = {
+    "mosaic_gpu": mosaic_gpu.attention,
+    "mosaic_tpu": mosaic_tpu.attention,
+    "xla": xla.attention,
+}
+
+
+def store_and_attend(
+    q_BTKGH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    k_BSL: jax.Array,
+    v_BSL: jax.Array,
+    sinks_KG: jax.Array,
+    *,
+    slots_BT: jax.Array,
+    q_pos_BT: jax.Array,
+    k_pos_BS: jax.Array,
+    window: int | None,
+    implementation: str | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Writes keys and values into the cache, and attends to all of it: `attention` with a cache.
+
+    On Hopper one launch for one position a row; elsewhere one after the other.
+
+    Args:
+      q_BTKGH: Queries, G to each key head.
+      k_BTKH: Their keys, rotated.
+      v_BTKH: Their values.
+      k_BSL: Keys of the cache, heads side by side; written in place where it is donated.
+      v_BSL: Values, likewise.
+      sinks_KG: Sink logits.
+      slots_BT: int32 slots of the new keys and values; S or more: nowhere.
+      q_pos_BT: int32 positions of the queries, negative for padding.
+      k_pos_BS: int32 positions of the cache, the new ones among them, negative for empty slots.
+      window: Keys visible to a query, itself included; None for all.
+      implementation: As for `attention`.
+      mesh: Devices to split rows and heads over; None: one device.
+
+    Returns:
+      [B, T, K, G, H], and keys and values of the cache.
+    """
+    args = q_BTKGH, k_BTKH, v_BTKH, k_BSL, v_BSL, sinks_KG
+    where = {"q_pos_BT": q_pos_BT, "k_pos_BS": k_pos_BS, "slots_BT": slots_BT, "window": window}
+    if mesh is None and implementation in (None, "mosaic_gpu"):
+        with contextlib.suppress(NotImplementedError):  # `attention` says why.
+            return mosaic_gpu.store_and_attend(*args, **where)
+    attend = functools.partial(attention, implementation=implementation, mesh=mesh)
+    return xla.store_and_attend(*args, **where, attend=attend)
 
 
 def attention(
@@ -38,7 +90,7 @@ def attention(
       q_pos_BT: int32 positions of the queries, negative for padding.
       k_pos_BS: int32 positions of the keys, negative for empty slots.
       window: Keys visible to a query, itself included; None for all.
-      implementation: "mosaic_tpu", "xla", or None for the fastest that can.
+      implementation: "mosaic_gpu", "mosaic_tpu", "xla", or None for the fastest that can.
       mesh: Devices to split rows and heads over; None: one device.
 
     Returns:

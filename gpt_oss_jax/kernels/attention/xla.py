@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from gpt_oss_jax.kernels.contract import einsum
 
 _SCORE_BYTES = 1 << 27  # Most that one block of scores may take.
+
+
+def write(stored: jax.Array, slots_BT: jax.Array, new: jax.Array) -> jax.Array:
+    """Writes [B, T, ...] into [B, S, ...] at the slots; slots out of range write nothing."""
+    rows_B1 = jnp.arange(stored.shape[0])[:, None]
+    return stored.at[rows_B1, slots_BT].set(new.astype(stored.dtype), mode="drop")
 
 
 def scores(
@@ -73,3 +81,23 @@ def attention(
 
     out = jax.lax.map(one, (blocks(q_BTKGH, 0), blocks(q_pos_BT, -1)))
     return jnp.moveaxis(out, 0, 1).reshape(B, -1, *q_BTKGH.shape[2:])[:, :T]
+
+
+def store_and_attend(
+    q_BTKGH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    k_BSL: jax.Array,
+    v_BSL: jax.Array,
+    sinks_KG: jax.Array,
+    *,
+    slots_BT: jax.Array,
+    attend: Callable[..., jax.Array] = attention,
+    **where,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `api.store_and_attend`; `attend` is what attends, with `where`."""
+    B, T, K, H = k_BTKH.shape
+    k_BSL = write(k_BSL, slots_BT, k_BTKH.reshape(B, T, K * H))
+    v_BSL = write(v_BSL, slots_BT, v_BTKH.reshape(B, T, K * H))
+    k_BSKH, v_BSKH = (x.reshape(B, -1, K, H) for x in (k_BSL, v_BSL))
+    return attend(q_BTKGH, k_BSKH, v_BSKH, sinks_KG, **where), k_BSL, v_BSL

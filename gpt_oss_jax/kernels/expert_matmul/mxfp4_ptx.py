@@ -8,15 +8,10 @@ infinity.
 
 from __future__ import annotations
 
-import struct
+from gpt_oss_jax.kernels.ptx import literal
 
 LAST_FACTOR = 2.0**64
 _SCALE_BIAS, _LARGEST_SCALE = 62, 193
-
-
-def literal(value: float) -> str:
-    """A float32 as PTX spells it."""
-    return f"0f{struct.pack('>f', value).hex()}"
 
 
 def scale(byte: str, out: str) -> str:

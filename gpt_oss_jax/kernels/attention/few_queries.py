@@ -1,0 +1,184 @@
+"""Attention on Hopper for few queries, when the time goes into reading keys and values.
+
+One launch, whatever the cache. What a thread does is in `few_queries_ptx`; this says how the work
+is spread, prepares operands and launches it, on any machine for Hopper.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from gpt_oss_jax.kernels.attention.few_queries_ptx import HEAD, MAX_QUERIES, TILE, Program
+
+_MULTIPROCESSORS = 132
+_MAX_CLUSTER = 16
+_WARPS = 8
+
+
+def few_queries(
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    sinks_KG: jax.Array,
+    *,
+    q_pos_BT: jax.Array,
+    k_pos_BS: jax.Array,
+    window: int | None,
+) -> jax.Array:
+    """See `mosaic_gpu.on_hopper`; for up to `MAX_QUERIES` queries to a key head.
+
+    Raises:
+      NotImplementedError: For other sizes and types.
+    """
+    S = k_BSKH.shape[1]
+    sinks_KG = _checked(q_BTKGH, S, sinks_KG)
+    run = program(q_BTKGH.shape, S, window, sinks_KG.dtype.itemsize)
+    k_pos = whole_tiles(k_pos_BS.astype(jnp.int32))
+    return launch(run, q_BTKGH, k_BSKH, v_BSKH, sinks_KG, q_pos_BT.astype(jnp.int32), k_pos)
+
+
+def few_queries_stored(
+    q_BTKGH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    k_BSL: jax.Array,
+    v_BSL: jax.Array,
+    sinks_KG: jax.Array,
+    *,
+    slots_BT: jax.Array,
+    q_pos_BT: jax.Array,
+    k_pos_BS: jax.Array,
+    window: int | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Writes one key and value a row into the cache, and attends to it, in the same launch.
+
+    Args:
+      q_BTKGH: Rotated queries; T is one.
+      k_BTKH: Their keys, rotated.
+      v_BTKH: Their values.
+      k_BSL: Keys of the cache, heads side by side. Written in place where it is donated.
+      v_BSL: Values, likewise.
+      sinks_KG: Sink logits.
+      slots_BT: int32, where they go; S or more: nowhere.
+      q_pos_BT: int32 positions of the queries.
+      k_pos_BS: int32 positions of the cache, with these.
+      window: Keys visible to a query, None for all.
+
+    Returns:
+      Heads [B, 1, K, G, H], and keys and values of the cache.
+
+    Raises:
+      NotImplementedError: For other sizes and types.
+    """
+    T, S = q_BTKGH.shape[1], k_BSL.shape[1]
+    if T != 1:
+        raise NotImplementedError(f"takes one position a row, got {T}")
+    sinks_KG = _checked(q_BTKGH, S, sinks_KG)
+    run = program(q_BTKGH.shape, S, window, sinks_KG.dtype.itemsize)
+    run = dataclasses.replace(run, stores=True)
+    pos = q_pos_BT.astype(jnp.int32), whole_tiles(k_pos_BS.astype(jnp.int32))
+    inputs = q_BTKGH, k_BSL, v_BSL, sinks_KG, *pos, k_BTKH, v_BTKH, slots_BT.astype(jnp.int32)
+    return launch_storing(run, *inputs)
+
+
+def _checked(q_BTKGH: jax.Array, S: int, sinks_KG: jax.Array) -> jax.Array:
+    """The sinks, in a type that is covered, if all sizes are."""
+    _, T, _, G, H = q_BTKGH.shape
+    if T * G > MAX_QUERIES:
+        raise NotImplementedError(f"takes {MAX_QUERIES} queries to a key head, got {T} x {G}")
+    if S < TILE:
+        raise NotImplementedError(f"takes {TILE} slots or more, got {S}")
+    if H != HEAD:
+        raise NotImplementedError(f"takes heads of {HEAD}, got {H}")
+    return sinks_KG if sinks_KG.dtype == jnp.bfloat16 else sinks_KG.astype(jnp.float32)
+
+
+def program(shape: tuple[int, ...], slots: int, window: int | None, sink_bytes: int = 2) -> Program:
+    """How queries of a shape [B, T, K, G, H] attend to a cache.
+
+    Clusters fill the device, two blocks to a multiprocessor, if there are tiles for all warps.
+    """
+    B, T, K, G, _ = shape
+    tiles = -(-slots // TILE)
+    blocks = 1
+    while (
+        2 * blocks <= _MAX_CLUSTER
+        and 2 * blocks * _WARPS <= tiles
+        and 2 * blocks * B * K <= 2 * _MULTIPROCESSORS
+    ):
+        blocks *= 2
+    # A block that is alone on its multiprocessor has as many loads on their way as two would.
+    alone = B * K * blocks <= _MULTIPROCESSORS and 2 * blocks * _WARPS <= tiles
+    warps = 2 * _WARPS if alone else _WARPS
+    return Program(B, T, K, G, slots, window, blocks, warps, sink_bytes)
+
+
+def whole_tiles(k_pos_BS: jax.Array) -> jax.Array:
+    """Positions as the kernel reads them, tile by tile.
+
+    Where slots do not fill the last tile it begins earlier, and what it repeats is empty.
+    """
+    S = k_pos_BS.shape[1]
+    rest = S % TILE
+    if not rest:
+        return k_pos_BS
+    empty = jnp.full((k_pos_BS.shape[0], TILE - rest), -1, k_pos_BS.dtype)
+    return jnp.concatenate([k_pos_BS[:, : S - rest], empty, k_pos_BS[:, S - rest :]], axis=1)
+
+
+# Compiled once: the kernels of several layers, each traced for itself, would not be the same text.
+@functools.partial(jax.jit, static_argnums=0)
+def launch(run: Program, q_BTKGH: jax.Array, *inputs: jax.Array) -> jax.Array:
+    """Keys, values, sinks, positions of queries and of keys follow the queries."""
+    return _kernel(run, q_BTKGH)(q_BTKGH, *inputs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def launch_storing(run: Program, q_BTKGH: jax.Array, k_BSL, v_BSL, *inputs: jax.Array):
+    """`launch`, with new keys, new values and slots at the end."""
+    k, v = jax.new_ref(k_BSL), jax.new_ref(v_BSL)
+    heads_BTKGH = _kernel(run, q_BTKGH)(q_BTKGH, k, v, *inputs)
+    return heads_BTKGH, jax.freeze(k), jax.freeze(v)
+
+
+def _kernel(run: Program, q_BTKGH: jax.Array):
+    # Here, because these change from one version of JAX to the next.
+    from jax.experimental import pallas as pl
+    from jax.experimental.mosaic.gpu import utils as mgpu
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def body(*refs):
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
+        def thread(ctx, *refs):
+            del ctx
+            pointers = [mgpu.memref_ptr(ref) for ref in refs]
+            mgpu.inline_ptx(run.ptx(), mgpu.block_idx(), *pointers, convergent=True)
+
+        thread(*refs)
+
+    name = f"attention_{run.queries}_{'full' if run.window is None else 'window'}"
+    clusters = {"cluster": (run.blocks,), "cluster_names": ("part",)} if run.blocks > 1 else {}
+    shape = {
+        "grid": (run.grid // run.blocks,),
+        "grid_names": ("head",),
+        "num_threads": run.warps // 4,
+        "thread_name": "warpgroup",
+        **clusters,
+    }
+    common = {
+        "out_type": jax.ShapeDtypeStruct(q_BTKGH.shape, q_BTKGH.dtype),
+        "compiler_params": plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+    }
+    scratch = plgpu.SMEM((run.shared_bytes,), jnp.uint8)
+    if not run.stores:
+        return plgpu.kernel(body, scratch_types=[scratch], kernel_name=name, **common, **shape)
+
+    # What is written in place has to come as a reference, which the other cannot take.
+    def scoped(*refs):
+        pl.run_scoped(functools.partial(body, *refs), scratch, collective_axes="warpgroup")
+
+    return pl.kernel(scoped, mesh=plgpu.Mesh(kernel_name=name, **shape), name=name, **common)

@@ -1,0 +1,318 @@
+"""Attention on Hopper for few queries, without the GPU: interpreted, and lowered for it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import ptx
+import pytest
+from hopper_layer import kernels_for_cuda
+
+from gpt_oss_jax.kernels.attention import api, few_queries, mosaic_gpu, xla
+from gpt_oss_jax.model.cache import write
+
+OLD = jax.__version_info__ < mosaic_gpu._JAX
+
+
+def on_hopper(*floats, window, **where):
+    """As on the GPU, but on any machine."""
+    return mosaic_gpu.differentiable("attention", floats, tuple(where.values()), window)
+
+
+def inputs(B, T, K, G, S, H=64, sinks=np.float32):
+    random = np.random.default_rng(S)
+    arrays = [
+        random.normal(size=shape) for shape in ((B, T, K, G, H), (B, S, K, H), (B, S, K, H), (K, G))
+    ]
+    arrays[0] *= 3  # Weights that differ.
+    return [jnp.asarray(a, t) for a, t in zip(arrays, (*3 * [jnp.bfloat16], sinks), strict=True)]
+
+
+def full(B, S, T=1, used=None):
+    """A full cache in which row b has a slot less used than the row before."""
+    last = (S if used is None else used) - 1 - np.arange(B)[:, None]
+    q_pos = last - np.arange(T)[::-1]
+    k_pos = np.where(np.arange(S) <= last, np.arange(S), -1)
+    return {"q_pos_BT": q_pos.astype(np.int32), "k_pos_BS": k_pos.astype(np.int32)}
+
+
+def ring(B, S, at):
+    """A ring in which slot s has the last position up to `at` + b that is s modulo its size."""
+    last = at + np.arange(B)[:, None]
+    k_pos = last - (last - np.arange(S)) % S
+    return {"q_pos_BT": last.astype(np.int32), "k_pos_BS": k_pos.astype(np.int32)}
+
+
+def interpreted(args, where, window, changed=lambda text: text, new=(), **plan):
+    """`few_queries` with the PTX interpreter in the place of the GPU.
+
+    With `new` keys, new values and slots it is `few_queries_stored`, and gives the cache as well.
+    """
+    q, k, v, sinks = args
+    run = few_queries.program(q.shape, k.shape[1], window, sinks.dtype.itemsize)
+    run = dataclasses.replace(run, stores=bool(new), **plan)
+    memory = ptx.Memory()
+    k_pos = few_queries.whole_tiles(jnp.asarray(where["k_pos_BS"]))
+    places = [memory.put(np.asarray(a)) for a in (q, k, v, sinks, where["q_pos_BT"], k_pos, *new)]
+    places.append(memory.put(np.full(q.shape, np.nan, ml_dtypes.bfloat16)))
+    ptx.launch(
+        changed(run.ptx()),
+        places,
+        memory,
+        grid=run.grid,
+        shared_bytes=run.shared_bytes,
+        warps=run.warps,
+        cluster=run.blocks,
+    )
+    got = lambda place, like: memory.get(place, like.shape, ml_dtypes.bfloat16).astype(np.float32)
+    heads = got(places[-1], q)
+    return (heads, got(places[1], k), got(places[2], v)) if new else heads
+
+
+def error(got, args, where, window):
+    """Largest difference from XLA in float32."""
+    args = [a.astype(jnp.float32) for a in args]
+    return np.abs(got - np.asarray(xla.attention(*args, **where, window=window))).max()
+
+
+CASES = {
+    "one tile": ((1, 1, 2, 2, 16), full(1, 16), None, {}),
+    "ragged rows": ((3, 1, 2, 8, 64), full(3, 64, used=37), None, {}),
+    "slots past the last tile": ((2, 1, 3, 5, 75), full(2, 75), None, {}),
+    "a window": ((2, 1, 1, 8, 64), full(2, 64), 7, {}),
+    "a window of one": ((1, 1, 1, 8, 32), full(1, 32), 1, {}),
+    "a ring": ((2, 1, 1, 8, 32), ring(2, 32, 100), 20, {}),
+    "a ring not full": ((2, 1, 1, 8, 32), ring(2, 32, 9), 32, {}),
+    "several steps of a warp": ((1, 1, 1, 8, 400), full(1, 400), None, {"blocks": 1}),
+    "many positions": ((1, 1, 1, 1, 1100), full(1, 1100, used=30), None, {"blocks": 1}),
+    "very many positions": ((1, 1, 1, 1, 5200), full(1, 5200), 40, {"blocks": 1}),
+    "a cluster of 2": ((2, 1, 1, 8, 100), full(2, 100), None, {"blocks": 2}),
+    "a cluster of 4": ((1, 1, 2, 4, 128), full(1, 128, used=50), None, {"blocks": 4}),
+    "a cluster of 16": ((1, 1, 1, 8, 512), full(1, 512, used=300), None, {"blocks": 16}),
+    "blocks of 16 warps": ((1, 1, 1, 8, 512), full(1, 512), None, {"blocks": 2, "warps": 16}),
+    "16 warps alone": ((1, 1, 1, 8, 64), full(1, 64), None, {"blocks": 1, "warps": 16}),
+    "several positions": ((2, 4, 2, 2, 40), full(2, 40, T=4), 9, {}),
+    "as many as fit": ((1, 8, 1, 1, 40), full(1, 40, T=8), None, {"blocks": 2}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_xla(case):
+    sizes, where, window, plan = CASES[case]
+    args = inputs(*sizes)
+    assert error(interpreted(args, where, window, **plan), args, where, window) < 2e-2
+
+
+def test_sinks_in_bfloat16():
+    args, where = inputs(1, 1, 3, 5, 16, sinks=jnp.bfloat16), full(1, 16)
+    assert error(interpreted(args, where, None), args, where, None) < 2e-2
+
+
+def test_a_large_sink_takes_all():
+    q, k, v, sinks = inputs(1, 1, 1, 8, 16)
+    assert not interpreted((q, k, v, sinks + 1000), full(1, 16), None).any()
+
+
+def test_large_scores():
+    q, k, v, sinks = inputs(1, 1, 1, 8, 300)
+    args, where = (q * 100, k, v, sinks), full(1, 300)
+    assert error(interpreted(args, where, None, blocks=1), args, where, None) < 3e-2
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_a_query_that_sees_nothing_gives_zeros(blocks):
+    args, where = inputs(3, 1, 1, 8, 48), full(3, 48, used=20)
+    where["q_pos_BT"][1] = -1  # Padding.
+    where["k_pos_BS"][2] = -1  # Empty.
+    got = interpreted(args, where, None, blocks=blocks)
+    assert not got[1:].any()
+    assert error(got, args, where, None) < 2e-2
+
+
+def test_tiles_that_are_not_seen_are_not_read():
+    (q, k, v, sinks), where = inputs(2, 1, 1, 8, 256), full(2, 256, used=150)
+    seen = jnp.arange(256)[None, :, None, None]
+    seen = (seen >= 112) & (seen < 160)  # Whole tiles, of the window of either row.
+    args = q, jnp.where(seen, k, jnp.nan), jnp.where(seen, v, jnp.nan), sinks
+    got = interpreted(args, where, 30)
+    assert error(got, (q, k, v, sinks), where, 30) < 2e-2
+
+
+STORED = {
+    "a full cache": ((2, 1, 2, 8, 64), full(2, 64, used=40), None, [[39], [38]], {}),
+    "slots past the last tile": ((2, 1, 1, 5, 75), full(2, 75), None, [[74], [73]], {}),
+    "the tile before those": ((1, 1, 1, 8, 75), full(1, 75, used=62), None, [[61]], {}),
+    "a ring": ((2, 1, 1, 8, 32), ring(2, 32, 100), 20, [[4], [5]], {}),
+    "a cluster": ((1, 1, 2, 8, 300), full(1, 300, used=250), None, [[249]], {"blocks": 4}),
+    "nowhere": ((2, 1, 1, 8, 32), full(2, 32, used=20), None, [[19], [32]], {}),
+}
+
+
+@pytest.mark.parametrize("case", STORED)
+def test_new_keys_and_values_are_stored_and_seen(case):
+    sizes, where, window, slots, plan = STORED[case]
+    q, k, v, sinks = inputs(*sizes)
+    slots = np.array(slots, np.int32)
+    if case == "nowhere":
+        where["q_pos_BT"][1] = -1
+    B, K, H = sizes[0], sizes[2], 64
+    random = np.random.default_rng(1)
+    new = [jnp.asarray(random.normal(size=(B, 1, K, H)), jnp.bfloat16) for _ in range(2)]
+    new = [a.at[:, 0].multiply(2) for a in new]
+    k_after, v_after = (write(old, slots, a) for old, a in zip((k, v), new, strict=True))
+    # What lies in the slots before is used for nothing.
+    k, v = (write(old, slots, jnp.full_like(new[0], jnp.nan)) for old in (k, v))
+    got, *cache = interpreted((q, k, v, sinks), where, window, new=(*new, slots), **plan)
+    assert error(got, (q, k_after, v_after, sinks), where, window) < 2e-2
+    for mine, theirs in zip(cache, (k_after, v_after), strict=True):
+        np.testing.assert_array_equal(mine, theirs.astype(jnp.float32))
+
+
+@pytest.mark.parametrize(
+    ("window", "old", "new"),
+    [
+        (20, "setp.lt.and.u32 p, t0, 20", "setp.lt.and.u32 p, t0, 19"),
+        (None, "setp.lt.u32 p, k_pos3, 2147483648", "setp.ge.u32 p, k_pos3, 0"),
+        (300, "ex2.approx.f32 before, before", "mov.f32 before, 0f3f800000"),
+        (300, "prmt.b32 a1, v0_2, v1_2, 30258", "prmt.b32 a1, v0_2, v1_2, 21520"),
+        (300, "sub.f32 l1, sink, m0", "sub.f32 l1, m0, m0"),
+        (300, "barrier.cluster.wait", "bar.warp.sync -1"),
+    ],
+    ids=["window", "empty", "rescaling", "transposition", "sink", "waiting"],
+)
+def test_a_fault_is_noticed(window, old, new):
+    args, where, plan = inputs(1, 1, 1, 8, 400), full(1, 400, used=395), {"blocks": 2}
+    where["k_pos_BS"][:, 3::8] = -1
+
+    def changed(text):
+        assert old in text
+        return text.replace(old, new)
+
+    assert error(interpreted(args, where, window, **plan), args, where, window) < 2e-2
+    got = interpreted(args, where, window, changed, **plan)
+    assert not error(got, args, where, window) < 3e-2
+
+
+def test_the_device_is_filled_and_no_warp_is_without_work():
+    for B, S, blocks, warps in (
+        (1, 128, 1, 8),
+        (1, 1024, 8, 8),
+        (1, 8192, 16, 16),
+        (1, 131072, 16, 16),
+        (8, 1024, 4, 8),
+        (32, 1024, 1, 8),
+        (128, 1024, 1, 8),
+    ):
+        run = few_queries.program((B, 1, 8, 8, 64), S, None)
+        assert (run.blocks, run.warps) == (blocks, warps), (B, S)
+
+
+if not OLD:
+
+    def lowered(args, where, **more):
+        call = lambda *args: on_hopper(*args, **where, window=None, **more)
+        return kernels_for_cuda(call, *args)
+
+    @pytest.mark.parametrize("S", [128, 1024, 1000])
+    def test_lowers_for_cuda(S):
+        assert lowered(inputs(1, 1, 8, 8, S), full(1, S)) == 1
+
+    def test_lowers_for_cuda_under_vmap():
+        args, where = inputs(2, 1, 2, 2, 1024), full(1, 1024)
+        q, k, v = (a[:, None] for a in args[:3])
+        run = lambda q, k, v: on_hopper(q, k, v, args[3], **where, window=None)
+        assert kernels_for_cuda(jax.vmap(run), q, k, v) == 1
+
+    def test_storing_lowers_for_cuda_in_place():
+        q, k, v, sinks = inputs(2, 1, 8, 8, 1024)
+        new = q[:, :, :, 0]
+
+        def step(k, v):
+            where = full(2, 1024) | {"slots_BT": jnp.full((2, 1), 1023, jnp.int32)}
+            k, v = k.reshape(2, 1024, 512), v.reshape(2, 1024, 512)
+            return few_queries.few_queries_stored(q, new, new, k, v, sinks, **where, window=None)
+
+        lowered = jax.jit(step).trace(k, v).lower(lowering_platforms=("cuda",)).as_text()
+        (call,) = [line for line in lowered.splitlines() if "mosaic_gpu_v2" in line]
+        assert "output_tuple_indices = [1], operand_index = 1" in call
+        assert "output_tuple_indices = [2], operand_index = 2" in call
+
+
+def test_storing_takes_one_position():
+    q, k, v, sinks = inputs(1, 2, 1, 1, 16)
+    pos = full(1, 16, T=2)
+    with pytest.raises(NotImplementedError, match="one position a row, got 2"):
+        few_queries.few_queries_stored(
+            q, q[..., 0, :], q[..., 0, :], k[:, :, 0], v[:, :, 0], sinks, **pos,
+            slots_BT=pos["q_pos_BT"], window=None,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sizes", "change", "reason"),
+    [
+        ((1, 1, 1, 8, 16), lambda q, *rest: (q.astype(jnp.float32), *rest), "bfloat16"),
+        ((1, 2, 1, 8, 16), lambda *args: args, "8 queries to a key head, got 2 x 8"),
+        ((1, 1, 1, 8, 15), lambda *args: args, "16 slots"),
+        ((1, 1, 1, 8, 16, 32), lambda *args: args, "heads of 64"),
+    ],
+)
+def test_what_it_does_not_cover_is_refused(sizes, change, reason):
+    args = change(*inputs(*sizes))
+    with pytest.raises(NotImplementedError, match=reason):
+        on_hopper(*args, **full(1, sizes[4], T=sizes[1]), window=None)
+
+
+def test_elsewhere_it_says_why_when_named():
+    reason = "needs JAX" if OLD else "needs a Hopper GPU, this is cpu"
+    args, where = inputs(1, 1, 1, 8, 16), full(1, 16)
+    with pytest.raises(NotImplementedError, match=reason):
+        api.attention(*args, **where, window=None, implementation="mosaic_gpu")
+
+
+def test_gradients_are_those_of_xla(monkeypatch):
+    """The kernels' places are taken by what would be wrong if it were asked for gradients."""
+    q, k, v, sinks = inputs(1, 1, 2, 2, 16)
+    where = full(1, 16, used=9) | {"slots_BT": np.array([[8]])}
+    cache, new = [a.reshape(1, 16, 128) for a in (k, v)], [q[:, :, :, 0], q[:, :, :, 1]]
+    for operation, kernel, floats, names in (
+        ("attention", "few_queries", (q, k, v, sinks), ("q_pos_BT", "k_pos_BS")),
+        ("store_and_attend", "few_queries_stored", (q, *new, *cache, sinks), tuple(where)),
+    ):
+        plain = getattr(xla, operation)
+        detached = lambda *args, plain=plain, **more: jax.lax.stop_gradient(plain(*args, **more))
+        monkeypatch.setattr(mosaic_gpu, kernel, detached)
+        places = tuple(where[n] for n in ("slots_BT", "q_pos_BT", "k_pos_BS") if n in names)
+        named = {n: where[n] for n in names}
+
+        def loss(function, *floats):
+            return sum(
+                (a.astype(jnp.float32) ** 2).sum() for a in jax.tree.leaves(function(floats))
+            )
+
+        ours = lambda floats, operation=operation, places=places: mosaic_gpu.differentiable(
+            operation, floats, places, 7
+        )
+        theirs = lambda floats, plain=plain, named=named: plain(*floats, **named, window=7)
+        every = tuple(range(1, len(floats) + 1))
+        got, want = (jax.grad(loss, argnums=every)(f, *floats) for f in (ours, theirs))
+        for g, w in zip(got, want, strict=True):
+            assert w.any()
+            np.testing.assert_array_equal(g, w)
+
+
+def test_storing_elsewhere_is_one_after_the_other():
+    q, k, v, sinks = inputs(1, 1, 2, 2, 16)
+    where, slots = full(1, 16, used=9), np.array([[8]])
+    cache, new = [a.reshape(1, 16, 128) for a in (k, v)], [q[:, :, :, 0], q[:, :, :, 1]]
+    run = lambda: api.store_and_attend(
+        q, *new, *cache, sinks, **where, slots_BT=slots, window=7, implementation="xla"
+    )
+    heads, k_after, v_after = run()
+    assert (k_after[0, 8] == new[0].reshape(-1)).all() and (
+        v_after[0, 8] == new[1].reshape(-1)
+    ).all()
+    k, v = (a.reshape(1, 16, 2, 64) for a in (k_after, v_after))
+    np.testing.assert_array_equal(heads, xla.attention(q, k, v, sinks, **where, window=7))
