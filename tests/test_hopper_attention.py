@@ -254,7 +254,6 @@ def test_storing_takes_one_position():
     ("sizes", "change", "reason"),
     [
         ((1, 1, 1, 8, 16), lambda q, *rest: (q.astype(jnp.float32), *rest), "bfloat16"),
-        ((1, 2, 1, 8, 16), lambda *args: args, "8 queries to a key head, got 2 x 8"),
         ((1, 1, 1, 8, 15), lambda *args: args, "16 slots"),
         ((1, 1, 1, 8, 16, 32), lambda *args: args, "heads of 64"),
     ],

@@ -1,6 +1,7 @@
 """Attention on Hopper, through Pallas' Mosaic GPU back end.
 
-Which kernel, and whether one can; `few_queries` and `many_queries` know how. Gradients come from the XLA version.
+Which kernel, and whether one can; `few_queries` and `many_queries` know how. Gradients come from
+the XLA version.
 """
 
 from __future__ import annotations
