@@ -1,6 +1,6 @@
 """The attention of many queries alone: right, then how fast, for prompts, chunks and rings.
 
-`python benchmarks/prefill_attention.py [--cases 8k] [--forms 3,128 2,128,ahead] [--xla]`, on a
+`python benchmarks/prefill_attention.py [--cases 8k] [--forms 3,128 2,128] [--xla]`, on a
 Hopper GPU. Keys and values are random, heads those of 20b. Right means: of some queries of
 each case the result, written over memory full of NaN, against XLA in float32. What is right is
 timed inside a jitted loop of twelve calls, as many as 20b has layers of a kind, which share their
@@ -182,17 +182,16 @@ def microseconds(loop, args) -> float:
 
 
 def form_of(text: str):
-    """The kernel with the options that a form like "2,128,ahead" names."""
-    warpgroups, keys, *ahead = text.split(",")
-    options = {"warpgroups": int(warpgroups), "keys": int(keys) or None, "ahead": bool(ahead)}
-    return functools.partial(many_queries, **options)
+    """The kernel with the options that a form like "2,128" names."""
+    warpgroups, keys = map(int, text.split(","))
+    return functools.partial(many_queries, warpgroups=warpgroups, keys=keys or None)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="+", help="parts of names; without it all")
     parser.add_argument(
-        "--forms", nargs="+", default=["3,0"], help='"warpgroups,keys[,ahead]", 0 keys: the default'
+        "--forms", nargs="+", default=["3,0"], help='"warpgroups,keys", 0 keys: the default'
     )
     parser.add_argument("--xla", action="store_true", help="XLA is timed too")
     args = parser.parse_args()

@@ -36,7 +36,10 @@ def interpreted(x, chosen, weight, w, limit, some_elsewhere=False):
     h = put(np.full((M * X, w.up.shape[1]), np.nan, ml_dtypes.bfloat16))
     y = put(np.full((M * X, x.shape[1]), np.nan, np.float32))
     experts = put(chosen)
-    members = put(few_rows.visits(chosen.reshape(-1), w.up.shape[0], up.visits, up.columns))
+    members = experts
+    if up.columns > 1:
+        of_visits = few_rows.visits(chosen.reshape(-1), w.up.shape[0], up.visits, up.columns)
+        members = put(of_visits)
     run = functools.partial(ptx.launch, memory=memory)
     rows = put(x)
     then = [put(w.down.blocks), put(w.down.scales)]

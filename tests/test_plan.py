@@ -9,6 +9,7 @@ from gpt_oss_jax import cli
 from gpt_oss_jax.checkpoint import load, loading, synthetic
 from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B
 from gpt_oss_jax.generate import device, generate_batch
+from gpt_oss_jax.generate.loop import prompt_chunk
 from gpt_oss_jax.plan import KINDS, Kind, parse_device, plan
 from gpt_oss_jax.sampling import SamplingParams
 from gpt_oss_jax.sharding import make_mesh
@@ -145,3 +146,21 @@ def test_the_command(capsys, monkeypatch):
     assert cli.main(["plan", "20b", "--device", "abacus"]) == 2
     assert "got 'abacus'" in capsys.readouterr().err
     assert cli.main(["plan", "20b", "--device", "h100", "--compile"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("longest", "rows", "kind", "chunk"),
+    [
+        (512, 1, "gpu", 128),
+        (513, 1, "cpu", 1024),
+        (4096, 1, "gpu", 1024),
+        (4097, 1, "gpu", 4096),
+        (4097, 1, "tpu", 1024),
+        (8192, 4, "gpu", 4096),
+        (8192, 8, "gpu", 1024),
+        (8192, 32, "gpu", 128),
+        (8192, 1024, "gpu", 16),
+    ],
+)
+def test_long_prompts_go_in_few_calls_that_fit(longest, rows, kind, chunk):
+    assert prompt_chunk(longest, rows, kind) == chunk

@@ -12,7 +12,8 @@ from gpt_oss_jax.checkpoint.experts import model_kind
 from gpt_oss_jax.checkpoint.hub import ALIASES
 from gpt_oss_jax.cli.terminal import mesh_axes, positive, remark, write
 from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B, Config
-from gpt_oss_jax.plan import CHUNK, GIB, KINDS, POOL, Plan, parse_device, plan
+from gpt_oss_jax.generate.loop import prompt_chunk
+from gpt_oss_jax.plan import GIB, KINDS, POOL, Plan, parse_device, plan
 from gpt_oss_jax.sharding import make_mesh
 
 _DEFAULT_POOL = 0.75  # Of a GPU's memory, what JAX takes by itself.
@@ -139,7 +140,8 @@ def _ask_compiler(config: Config, found: Plan, dtype) -> None:
         **found.mesh, devices=aot.devices(found.kind.name, math.prod(found.mesh.values()))
     )
     arguments, temporaries = 0, {}
-    for name, tokens in (("decode", 1), ("prefill", min(found.context, CHUNK))):
+    chunk = prompt_chunk(found.context, found.batch, found.kind.platform)
+    for name, tokens in (("decode", 1), ("prefill", min(found.context, chunk))):
         remark(f"compiling {name} for {found.kind.name}")
         program = aot.compile_step(
             config, mesh, tokens=tokens, context=found.context, batch=found.batch, dtype=dtype

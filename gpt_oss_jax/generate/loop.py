@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from collections.abc import Iterator
 
@@ -9,11 +10,13 @@ import jax
 import numpy as np
 
 from gpt_oss_jax.generate import device
+from gpt_oss_jax.kernels.target import platform
 from gpt_oss_jax.model import Transformer
 from gpt_oss_jax.model.cache import MIN_SLOTS as _MIN_SLOTS, bucket
 from gpt_oss_jax.sampling import SamplingParams
 
-_SHORT_CHUNK, _LONG_CHUNK = 128, 1024  # Prompt tokens a row and call.
+# Prompt tokens a row and call. GPUs have memory for more, and fewer calls are faster there.
+_SHORT_CHUNK, _LONG_CHUNK, _GPU_CHUNK = 128, 1024, 4096
 _MAX_CALL = 16 * _LONG_CHUNK  # Prompt tokens a call, all rows: bounds the memory of activations.
 _ROOM = 512  # Slots beyond the prompt to begin with; more are added when they are needed.
 
@@ -97,8 +100,7 @@ def _prefilled(leaves, skeleton, slots, prompts, lasts, n, seed) -> device.Decod
     """Reads all but the last token of every prompt, once, and sets up `n` rows for each."""
     before = [prompt[:-1] for prompt in prompts]
     longest, size = max(map(len, before)), bucket(len(prompts))
-    short = longest <= 4 * _SHORT_CHUNK or size * _LONG_CHUNK > _MAX_CALL
-    chunk = min(_SHORT_CHUNK if short else _LONG_CHUNK, max(1, _MAX_CALL // size))
+    chunk = prompt_chunk(longest, size, platform())
     cache = device.empty_cache(leaves, skeleton, size, slots)
     for tokens_BT, positions_BT, _ in _chunks(before, before, chunk):
         cache = device.prefill(leaves, cache, tokens_BT, positions_BT, skeleton)
@@ -120,6 +122,19 @@ def _prefilled(leaves, skeleton, slots, prompts, lasts, n, seed) -> device.Decod
         of_rows((lasts[row // n] for row in range(rows)), -1),
         skeleton,
     )
+
+
+def prompt_chunk(longest: int, rows: int, kind: str) -> int:
+    """Prompt tokens that each row gives to a call; a prompt is padded by a quarter at most.
+
+    Args:
+      longest: Tokens of the longest prompt.
+      rows: Of a call.
+      kind: "cpu", "gpu" or "tpu".
+    """
+    sizes = _SHORT_CHUNK, _LONG_CHUNK, *([_GPU_CHUNK] if kind == "gpu" else [])
+    fit = [b for a, b in itertools.pairwise(sizes) if longest > 4 * a and rows * b <= _MAX_CALL]
+    return min([_SHORT_CHUNK, *fit][-1], max(1, _MAX_CALL // rows))
 
 
 def _chunks(prompts, targets, chunk):

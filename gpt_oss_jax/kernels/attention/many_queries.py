@@ -31,7 +31,7 @@ _NEVER = np.iinfo(np.int32).max
 
 
 # One program for all layers of a kind, else each is lowered and compiled anew.
-@functools.partial(jax.jit, static_argnames=("window", "warpgroups", "keys", "ahead"))
+@functools.partial(jax.jit, static_argnames=("window", "warpgroups", "keys"))
 def many_queries(
     q_BTKGH: jax.Array,
     k_BSKH: jax.Array,
@@ -43,7 +43,6 @@ def many_queries(
     window: int | None,
     warpgroups: int = 3,
     keys: int | None = None,
-    ahead: bool = False,
 ) -> jax.Array:
     """See `api.attention`; compiles for Hopper on any machine.
 
@@ -57,7 +56,6 @@ def many_queries(
       window: Keys visible to a query, itself included; None for all.
       warpgroups: That multiply, of a thread block; 1 to 3, beside one that copies.
       keys: Of a tile, a multiple of 64; None for what suits the window.
-      ahead: Whether a tile's scores are made during the softmax of the one before it.
 
     Raises:
       NotImplementedError: For sizes and types that it does not cover.
@@ -84,13 +82,13 @@ def many_queries(
     rows_BRr = jnp.broadcast_to(q_pos_BT.reshape(B, -1, 1, tokens), shape).reshape(B, -1, _ROWS)
     sinks_Kr = jnp.repeat(sinks_KG.astype(jnp.float32) * math.log2(math.e), tokens, axis=1)
 
-    out_BTNH = _kernel(q_BTNH.shape, K, warpgroups, keys, ahead, window)(
+    out_BTNH = _kernel(q_BTNH.shape, K, warpgroups, keys, window)(
         counts_BQ2, tiles_BQs, q_BTNH, k_BSKH, v_BSKH, k_pos_BS, rows_BRr, sinks_Kr
     )
     return out_BTNH[:, :T].reshape(B, T, K, G, H)
 
 
-def _kernel(shape, K: int, warpgroups: int, keys: int, ahead: bool, window: int | None):
+def _kernel(shape, K: int, warpgroups: int, keys: int, window: int | None):
     """A function of the arrays in `many_queries` to the values [B, T, N, H]."""
     # Here, because these change from one version of JAX to the next.
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -168,29 +166,11 @@ def _kernel(shape, K: int, warpgroups: int, keys: int, ahead: bool, window: int 
 
                 return pl.run_scoped(multiply, plgpu.ACC((_ROWS, b.shape[1]), jnp.float32))
 
-            def scores_of(step, meanwhile):
-                """Scores of a tile, and what is computed while the matrix unit makes them."""
-                slot = slot_of(step)
-                plgpu.barrier_wait(k_here.at[slot])
-
-                def multiply(sums):
-                    plgpu.wgmma(sums, own, k_smem.at[slot].transpose((1, 0)))
-                    made = meanwhile()
-                    return *made, sums[...]
-
-                return pl.run_scoped(multiply, plgpu.ACC((_ROWS, keys), jnp.float32))
-
-            def alone(step, state, masked):
-                (scores,) = scores_of(step, tuple)
-                return update(step, state, scores, masked)
-
-            def attend(step, carry, masked):
-                *state, scores = carry
-                return scores_of(step + 1, lambda: update(step, state, scores, masked))
-
-            def update(step, state, scores, masked):
+            def attend(step, state, masked):
                 largest, total, values = state
                 slot = slot_of(step)
+                plgpu.barrier_wait(k_here.at[slot])
+                scores = product(own, k_smem.at[slot].transpose((1, 0)))
                 if masked:
                     key = plgpu.load(pos_smem.at[slot], layout=per_key)
                     key = lax.broadcast_in_dim(key, scores.shape, [1])
@@ -211,22 +191,11 @@ def _kernel(shape, K: int, warpgroups: int, keys: int, ahead: bool, window: int 
                 plgpu.barrier_arrive(done.at[slot])
                 return now, total, values
 
-            def attend_to_all(*state):
-                # The last, of which nothing follows, is taken with a mask that it may not need.
-                before = jnp.minimum(whole, count - 1)
-                carry = scores_of(0, lambda: state)
-                carry = lax.fori_loop(0, before, lambda *a: attend(*a, masked=False), carry)
-                carry = lax.fori_loop(before, count - 1, lambda *a: attend(*a, masked=True), carry)
-                *state, scores = carry
-                return update(count - 1, state, scores, masked=True)
-
             state = largest, total, values
-            if ahead:
-                state = lax.cond(count > 0, attend_to_all, lambda *state: state, *state)
-            else:
-                state = lax.fori_loop(0, whole, lambda *a: alone(*a, masked=False), state)
-                state = lax.fori_loop(whole, count, lambda *a: alone(*a, masked=True), state)
-            _, total, values = state
+            state = lax.fori_loop(0, whole, lambda *a: attend(*a, masked=False), state)
+            _, total, values = lax.fori_loop(
+                whole, count, lambda *a: attend(*a, masked=True), state
+            )
             own[...] = (values * over(1 / total, values.shape)).astype(jnp.bfloat16)
             plgpu.commit_smem()
             for g in range(G):

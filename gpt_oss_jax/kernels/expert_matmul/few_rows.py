@@ -37,7 +37,8 @@ def few_rows(
     if max(up.blocks, down.blocks) > MAX_BLOCKS:
         raise NotImplementedError(f"takes widths up to {32 * MAX_BLOCKS}, got experts {w.up.shape}")
     experts = experts_MX.reshape(-1).astype(jnp.int32)
-    members = visits(experts, E, up.visits, up.columns)
+    # With one column nobody reads them.
+    members = experts if up.columns == 1 else visits(experts, E, up.visits, up.columns)
     h_ZF = _launch(
         up,
         jax.ShapeDtypeStruct((M * X, F), jnp.bfloat16),
@@ -97,8 +98,6 @@ def visits(experts_Z: jax.Array, num_experts: int, count: int, columns: int) -> 
 
     Comparisons of all with all, which are few, fuse better than a sort.
     """
-    if columns == 1:
-        return jnp.arange(count, dtype=jnp.int32)[:, None]
     pairs = jnp.arange(experts_Z.size, dtype=jnp.int32)
     earlier = pairs[:, None] > pairs
     is_here = experts_Z < num_experts
