@@ -13,7 +13,7 @@ from hopper_layer import kernels_for_cuda
 from sizes import TINY
 
 from gpt_oss_jax.kernels.dense import mosaic_gpu, xla
-from gpt_oss_jax.kernels.dense.ptx import WARPS
+from gpt_oss_jax.kernels.dense.ptx import MAX_INPUTS, WARPS, Product
 from gpt_oss_jax.model import Transformer, init_cache
 
 EPSILON = 1e-5
@@ -138,6 +138,13 @@ def test_what_they_do_not_cover_is_refused(change, reason):
     assert mosaic_gpu.why_not_on_hopper(**sizes) == ""
     assert reason in mosaic_gpu.why_not_on_hopper(**sizes | change)
     assert "needs" in mosaic_gpu.why_not(**sizes)
+
+
+def test_shared_memory_is_enough_for_every_width():
+    for inputs in range(32, MAX_INPUTS + 1, 32):
+        for outputs, ending in ((128, "route"), (8192, "add")):
+            size = Product(16, inputs, outputs, ending).shared_bytes
+            assert size <= 227 * 1024, (inputs, ending)
 
 
 def test_a_decode_step_is_the_same_in_few_launches(interpreter, monkeypatch):
