@@ -9,7 +9,6 @@ clock. Expected with one row: 8.3, 7.0 and 3.8 us, together 19; with eight 21. P
 """
 
 import functools
-import itertools
 import time
 
 import jax
@@ -136,25 +135,14 @@ def layer(of, only=("qkv", "out", "router")):
 
 def main():
     print(jax.devices()[0].device_kind, "JAX", jax.__version__)
-    for early, M in (
-        (False, 1),
-        (False, 3),
-        (False, 8),
-        (False, 13),
-        (False, 16),
-        (True, 1),
-        (True, 16),
-    ):
-        mosaic_gpu.EARLY = early
+    for M in (1, 3, 8, 13, 16):
         check(M, 128 if M == 3 else 32)
-    for M, early in itertools.product((1, 8, 16), (False, True)):
-        mosaic_gpu.EARLY = early
-        more = ", weights early" if early else ""
-        timed(f"all three, {M} rows{more}", layer(OURS), *rows(M))
+    for M in (1, 8, 16):
+        timed(f"all three, {M} rows", layer(OURS), *rows(M))
         if M == 1:
-            timed(f"out + router{more}", layer(OURS, ("out", "router")), *rows(M))
-            timed(f"qkv + copy{more}", layer(OURS, ("qkv",)), *rows(M))
-            timed(f"router{more}", layer(OURS, ("router",)), *rows(M))
+            timed(f"out + router", layer(OURS, ("out", "router")), *rows(M))
+            timed(f"qkv + copy", layer(OURS, ("qkv",)), *rows(M))
+            timed(f"router", layer(OURS, ("router",)), *rows(M))
     for M in (1, 8):
         timed(f"all three in XLA, {M} rows", layer(XLA), *rows(M))
 

@@ -18,7 +18,6 @@ from gpt_oss_jax.kernels.target import device_kind, platform
 
 _JAX = (0, 11, 2)
 _MAX_EXPERTS = 128
-EARLY = False  # Whether weights are read before the launch before has ended.
 
 
 def why_not(rows: int, widths: tuple[int, ...], head: int, experts: int, dtype) -> str:
@@ -98,7 +97,7 @@ def queries_keys_values(
     H = 2 * cos_Mh.shape[1]
     K = weight_OD.shape[0] // (H * (group + 2))
     program = Product(
-        M, D, weight_OD.shape[0], "rotate", epsilon=epsilon, head=H, group=group, early=EARLY
+        M, D, weight_OD.shape[0], "rotate", epsilon=epsilon, head=H, group=group
     )
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
     outs = (shape(M, K, group, H), shape(M, K, H), shape(M, K, H))
@@ -110,7 +109,7 @@ def add_product(
     x_MI: jax.Array, weight_OI: jax.Array, bias_O: jax.Array, residual_MO: jax.Array
 ) -> jax.Array:
     """Residual stream [M, O] plus the product, both rounded first."""
-    program = Product(*x_MI.shape, weight_OI.shape[0], "add", early=EARLY)
+    program = Product(*x_MI.shape, weight_OI.shape[0], "add")
     out = jax.ShapeDtypeStruct(residual_MO.shape, jnp.bfloat16)
     return _launch(program, (out,), (x_MI, weight_OI, bias_O, residual_MO))[0]
 
@@ -127,7 +126,7 @@ def route(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalised rows [M, D], their experts, int32 [M, X], and float32 weights [M, X]."""
     (M, D), E = x_MD.shape, weight_ED.shape[0]
-    program = Product(M, D, E, "route", epsilon=epsilon, choices=choices, early=EARLY)
+    program = Product(M, D, E, "route", epsilon=epsilon, choices=choices)
     outs = (
         jax.ShapeDtypeStruct((M, D), jnp.bfloat16),
         jax.ShapeDtypeStruct((M, choices), jnp.int32),
@@ -154,8 +153,6 @@ def _launch(program: Product, outs: tuple, inputs: tuple) -> tuple[jax.Array, ..
             mgpu.inline_ptx(program.ptx(), mgpu.block_idx(), *pointers, convergent=True)
 
         thread(*refs)
-        if program.early:
-            plgpu.griddepcontrol_wait()  # The program waits; this marks the launch as dependent.
 
     return plgpu.kernel(
         body,

@@ -39,7 +39,6 @@ class Product:
       head: Width of a head, a multiple of 8.
       group: Query heads to a key head.
       choices: Experts of a row.
-      early: Starts to read weights before what comes before has ended.
       multiprocessors: Of the device; it runs with any number.
     """
 
@@ -51,7 +50,6 @@ class Product:
     head: int = 8
     group: int = 0
     choices: int = 0
-    early: bool = False
     multiprocessors: int = 132
 
     @property
@@ -114,7 +112,6 @@ class Product:
         Its operands: the thread block; pointers to x, matrix and bias, those of the ending, and
         shared memory.
         """
-        wait = "griddepcontrol.wait;" if self.early else ""
         end = {"rotate": self._rotate, "add": self._add, "route": self._keep}[self.ending]
         text = f"""{self._registers()}
 mov.u32 warp, %tid.x; and.b32 lane, warp, 31; shr.u32 warp, warp, 5;
@@ -129,7 +126,6 @@ FILL:
 {self._fetch("FILLED")}
 add.u32 slot, slot, 1; setp.lt.u32 p, slot, {self._stages}; @p bra FILL;
 READY:
-{wait}
 {self._rows()}
 mov.u32 slot, 0; mov.u32 phase, 0; mov.u32 turn, 0;
 UNIT:
