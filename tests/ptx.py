@@ -276,10 +276,6 @@ class _Warp:
             "min": lambda: np.minimum(u[0], u[1]),
             "selp": lambda: np.where(v[2].astype(bool), u[0], u[1]),
             "popc": lambda: [int(x).bit_count() for x in u[0]],
-            "brev": lambda: [int(f"{int(x):032b}"[::-1], 2) for x in u[0]],
-            "clz": lambda: [32 - int(x).bit_length() for x in u[0]],
-            "fns": lambda: [_nth_bit(int(x), int(n)) for x, n in zip(u[0], u[2], strict=True)],
-            "match": lambda: [sum(1 << i for i in range(32) if u[0][i] == x) for x in u[0]],
             "vote": lambda: [sum(1 << i for i in range(32) if v[0][i])] * 32,
             "shfl": lambda: u[0][u[1].astype(int) ^ (np.arange(32) * (kind[2] == "bfly"))],
             "prmt": lambda: _permuted(*u),
@@ -364,8 +360,3 @@ def _permuted(a, b, selected):
         byte = selected >> np.uint64(4 * i) & np.uint64(7)
         out |= (both >> byte * np.uint64(8) & np.uint64(255)) << np.uint64(8 * i)
     return out
-
-
-def _nth_bit(mask, n):
-    bits = [i for i in range(32) if mask >> i & 1]
-    return bits[n - 1] if n <= len(bits) else _ALL

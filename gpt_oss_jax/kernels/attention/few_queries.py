@@ -29,7 +29,7 @@ def few_queries(
     k_pos_BS: jax.Array,
     window: int | None,
 ) -> jax.Array:
-    """See `mosaic_gpu.on_hopper`; for up to `MAX_QUERIES` queries to a key head.
+    """See `api.attention`; for up to `MAX_QUERIES` queries to a key head.
 
     Raises:
       NotImplementedError: For other sizes and types.

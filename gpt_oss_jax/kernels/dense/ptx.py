@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from gpt_oss_jax.kernels.expert_matmul.mxfp4_ptx import literal
+from gpt_oss_jax.kernels.ptx import literal
 
 MAX_ROWS = 16
 MAX_INPUTS = 4096  # Rows are held in registers.
