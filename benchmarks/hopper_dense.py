@@ -140,9 +140,9 @@ def main():
     for M in (1, 8, 16):
         timed(f"all three, {M} rows", layer(OURS), *rows(M))
         if M == 1:
-            timed(f"out + router", layer(OURS, ("out", "router")), *rows(M))
-            timed(f"qkv + copy", layer(OURS, ("qkv",)), *rows(M))
-            timed(f"router", layer(OURS, ("router",)), *rows(M))
+            timed("out + router", layer(OURS, ("out", "router")), *rows(M))
+            timed("qkv + copy", layer(OURS, ("qkv",)), *rows(M))
+            timed("router", layer(OURS, ("router",)), *rows(M))
     for M in (1, 8):
         timed(f"all three in XLA, {M} rows", layer(XLA), *rows(M))
 

@@ -10,10 +10,11 @@ import ptx
 import pytest
 from hopper_layer import kernels_for_cuda
 
+from gpt_oss_jax.kernels import target
 from gpt_oss_jax.kernels.attention import api, few_queries, mosaic_gpu, xla
 from gpt_oss_jax.model.cache import write
 
-OLD = jax.__version_info__ < mosaic_gpu._JAX
+OLD = jax.__version_info__ < target.JAX_FOR_HOPPER
 
 
 def on_hopper(*floats, window, **where):

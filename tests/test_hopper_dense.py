@@ -12,12 +12,13 @@ from flax import nnx
 from hopper_layer import kernels_for_cuda
 from sizes import TINY
 
+from gpt_oss_jax.kernels import target
 from gpt_oss_jax.kernels.dense import mosaic_gpu, xla
 from gpt_oss_jax.kernels.dense.ptx import MAX_INPUTS, WARPS, Product
 from gpt_oss_jax.model import Transformer, init_cache
 
 EPSILON = 1e-5
-OLD = jax.__version_info__ < mosaic_gpu._JAX
+OLD = jax.__version_info__ < target.JAX_FOR_HOPPER
 
 
 @pytest.fixture

@@ -13,14 +13,14 @@ import pytest
 from as_tpu import as_on_a_tpu
 from hopper_layer import kernels_for_cuda, layer
 
-from gpt_oss_jax.kernels import sharded
+from gpt_oss_jax.kernels import sharded, target
 from gpt_oss_jax.kernels.dispatch import dispatch
 from gpt_oss_jax.kernels.expert_matmul import api, few_rows, few_rows_ptx, mosaic_gpu
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.quant import MXArray
 from gpt_oss_jax.sharding import make_mesh
 
-OLD = jax.__version_info__ < mosaic_gpu._JAX
+OLD = jax.__version_info__ < target.JAX_FOR_HOPPER
 on_hopper = functools.partial(mosaic_gpu.on_hopper, limit=7.0)
 
 

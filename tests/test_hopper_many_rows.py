@@ -22,7 +22,8 @@ from hopper_layer import (
     multiply_as_the_interpreter_can,
 )
 
-from gpt_oss_jax.kernels.expert_matmul import many_rows, many_rows_ptx, mosaic_gpu, xla
+from gpt_oss_jax.kernels import target
+from gpt_oss_jax.kernels.expert_matmul import many_rows, many_rows_ptx, xla
 from gpt_oss_jax.quant import MXArray, mxfp4
 
 W, G, Q = np.arange(128) // 32, np.arange(128) % 32 // 4, np.arange(128) % 4
@@ -151,7 +152,7 @@ def test_other_widths_are_refused():
         many_rows.many_rows(*layer(2, D=96), limit=7.0)
 
 
-if jax.__version_info__ >= mosaic_gpu._JAX:
+if jax.__version_info__ >= target.JAX_FOR_HOPPER:
 
     @pytest.mark.parametrize("M", [1, 300])
     def test_many_rows_lower_for_cuda(M):

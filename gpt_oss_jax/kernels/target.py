@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import jax
 
+JAX_FOR_HOPPER = (0, 11, 2)
+
 
 def device_kind() -> str:
     """As JAX spells it, such as "TPU v5 lite" or "NVIDIA H200"."""
@@ -17,3 +19,13 @@ def device_kind() -> str:
 def platform() -> str:
     """One of "cpu", "gpu", "tpu"."""
     return "tpu" if device_kind().startswith("TPU") else jax.default_backend()
+
+
+def why_not_hopper() -> str:
+    """Why kernels for Hopper cannot run here; "" if they can."""
+    if jax.__version_info__ < JAX_FOR_HOPPER:
+        wanted = ".".join(map(str, JAX_FOR_HOPPER))
+        return f"needs JAX {wanted}, this is {jax.__version__}"
+    if platform() != "gpu" or jax.devices()[0].compute_capability != "9.0":
+        return f"needs a Hopper GPU, this is {device_kind()}"
+    return ""

@@ -19,9 +19,7 @@ from gpt_oss_jax.kernels.attention.few_queries import (
     few_queries_stored,
 )
 from gpt_oss_jax.kernels.attention.many_queries import many_queries
-from gpt_oss_jax.kernels.target import device_kind, platform
-
-_JAX = (0, 11, 2)
+from gpt_oss_jax.kernels.target import why_not_hopper
 
 
 def attention(
@@ -103,9 +101,5 @@ def _named(where: tuple) -> dict[str, jax.Array]:
 
 
 def _only_on_hopper():
-    if jax.__version_info__ < _JAX:
-        wanted = ".".join(map(str, _JAX))
-        raise NotImplementedError(f"needs JAX {wanted}, this is {jax.__version__}")
-    device = jax.devices()[0]
-    if platform() != "gpu" or device.compute_capability != "9.0":
-        raise NotImplementedError(f"needs a Hopper GPU, this is {device_kind()}")
+    if reason := why_not_hopper():
+        raise NotImplementedError(reason)

@@ -14,9 +14,8 @@ import jax.numpy as jnp
 
 from gpt_oss_jax.kernels.dense import xla
 from gpt_oss_jax.kernels.dense.ptx import MAX_INPUTS, MAX_ROWS, TILE, Product
-from gpt_oss_jax.kernels.target import device_kind, platform
+from gpt_oss_jax.kernels.target import why_not_hopper
 
-_JAX = (0, 11, 2)
 _MAX_EXPERTS = 128
 
 
@@ -30,11 +29,7 @@ def why_not(rows: int, widths: tuple[int, ...], head: int, experts: int, dtype) 
       experts: Experts to choose from.
       dtype: Of weights and activations.
     """
-    if jax.__version_info__ < _JAX:
-        return f"needs JAX {'.'.join(map(str, _JAX))}, this is {jax.__version__}"
-    if platform() != "gpu" or jax.devices()[0].compute_capability != "9.0":
-        return f"needs a Hopper GPU, this is {device_kind()}"
-    return why_not_on_hopper(rows, widths, head, experts, dtype)
+    return why_not_hopper() or why_not_on_hopper(rows, widths, head, experts, dtype)
 
 
 def why_not_on_hopper(rows, widths, head, experts, dtype) -> str:
@@ -96,9 +91,7 @@ def queries_keys_values(
     M, D = x_MD.shape
     H = 2 * cos_Mh.shape[1]
     K = weight_OD.shape[0] // (H * (group + 2))
-    program = Product(
-        M, D, weight_OD.shape[0], "rotate", epsilon=epsilon, head=H, group=group
-    )
+    program = Product(M, D, weight_OD.shape[0], "rotate", epsilon=epsilon, head=H, group=group)
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
     outs = (shape(M, K, group, H), shape(M, K, H), shape(M, K, H))
     return _launch(program, outs, (x_MD, weight_OD, bias_O, scale_D, cos_Mh, sin_Mh))

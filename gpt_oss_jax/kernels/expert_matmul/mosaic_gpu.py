@@ -16,10 +16,8 @@ from gpt_oss_jax.kernels.expert_matmul import xla
 from gpt_oss_jax.kernels.expert_matmul.few_rows import MAX_ROWS, few_rows
 from gpt_oss_jax.kernels.expert_matmul.many_rows import many_rows
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
-from gpt_oss_jax.kernels.target import device_kind, platform
+from gpt_oss_jax.kernels.target import why_not_hopper
 from gpt_oss_jax.quant import MXArray
-
-_JAX = (0, 11, 2)
 
 
 def expert_mlp(
@@ -36,12 +34,8 @@ def expert_mlp(
     Raises:
       NotImplementedError: On other devices and versions of JAX, and for what it does not cover.
     """
-    if jax.__version_info__ < _JAX:
-        wanted = ".".join(map(str, _JAX))
-        raise NotImplementedError(f"needs JAX {wanted}, this is {jax.__version__}")
-    device = jax.devices()[0]
-    if platform() != "gpu" or device.compute_capability != "9.0":
-        raise NotImplementedError(f"needs a Hopper GPU, this is {device_kind()}")
+    if reason := why_not_hopper():
+        raise NotImplementedError(reason)
     return _differentiable(x_MD, experts_MX, weights_MX, w, limit, some_elsewhere)
 
 
