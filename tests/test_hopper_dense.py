@@ -181,6 +181,9 @@ def test_a_decode_step_is_the_same_in_few_launches(interpreter, monkeypatch):
         np.testing.assert_allclose(ours.astype(jnp.float32), wanted.astype(jnp.float32), atol=0.1)
     jax.eval_shape(lambda model: step(model, capture=["logits"]), model)
     jax.eval_shape(lambda model: step(model, patch={"embedding": jnp.zeros((2, 2, 32))}), model)
+    router = model.layers[1].mlp.router
+    router.bias = router.bias.replace(router.bias[...].astype(jnp.float32))
+    jax.eval_shape(lambda model: step(model), model)
     assert len(interpreter) == 6
 
 

@@ -43,7 +43,8 @@ def interpreted(x, chosen, weight, w, limit, some_elsewhere=False):
     run = functools.partial(ptx.launch, memory=memory)
     rows = put(x)
     then = [put(w.down.blocks), put(w.down.scales)]
-    inputs = [put(w.up.blocks), put(w.up.scales), rows, experts, members, put(w.up_bias), *then]
+    ahead_of = [*then, put(w.down_bias)]
+    inputs = [put(w.up.blocks), put(w.up.scales), rows, experts, members, put(w.up_bias), *ahead_of]
     _, ahead = run(
         up.ptx(), [*inputs, h], grid=up.grid, shared_bytes=up.shared_bytes, warps=up.warps
     )
@@ -155,6 +156,7 @@ if not OLD:
         (lambda x, *rest: (x.astype(jnp.float32), *rest), "bfloat16"),
         (lambda x, chosen, weight, w: (x, chosen, weight, dense(w)), "MXFP4"),
         (lambda x, chosen, weight, w: (x, chosen, weight, in_words(w)), "TPU words"),
+        (lambda x, chosen, weight, w: (x, chosen, weight, half_biased(w)), "biases are float16"),
     ],
 )
 def test_what_it_does_not_cover_is_refused(change, reason):
@@ -164,6 +166,10 @@ def test_what_it_does_not_cover_is_refused(change, reason):
 
 def dense(w):
     return ExpertWeights(w.up.dequantize(), w.up_bias, w.down.dequantize(), w.down_bias)
+
+
+def half_biased(w):
+    return dataclasses.replace(w, down_bias=w.down_bias.astype(jnp.float16))
 
 
 def in_words(w):

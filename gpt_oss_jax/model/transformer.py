@@ -7,6 +7,7 @@ and the PyTorch reference.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -219,7 +220,13 @@ class Transformer(nnx.Module):
         widths = config.hidden_size, config.num_attention_heads * config.head_dim
         sizes = rows, widths, config.head_dim, config.num_experts, self.dtype
         named = self.implementation in (None, "mosaic_gpu")
-        return named and self.mesh is None and not dense.why_not(*sizes)
+        if not named or self.mesh is not None or dense.why_not(*sizes):
+            return False
+        parts = operator.attrgetter(
+            "attention_norm", "attention.qkv", "attention.out", "mlp_norm", "mlp.router"
+        )
+        weights = jax.tree.leaves([nnx.state(part) for b in self.layers for part in parts(b)])
+        return {x.dtype for x in weights} == {self.dtype}
 
     def _checked_positions(self, tokens_BT, positions_BT, cache, logits_at) -> jax.Array:
         """The positions, after a look at everything whose mistakes JAX would not show."""

@@ -49,8 +49,10 @@ def few_rows(
             experts,
             members,
             w.up_bias,
+            # Read before this launch has ended, so they must be there when it begins.
             w.down.blocks,
             w.down.scales,
+            w.down_bias,
         ),
     )
     y_ZD = _launch(

@@ -116,14 +116,18 @@ class Projection:
         """The thread program. Under vmap there are several grids, one after the other.
 
         Its operands: the thread block, pointers to packed blocks, scales, x, experts, members of
-        the visits, bias, for the down projection routing weights, packed blocks and scales of the
-        launch after this one if there is one, the result and shared memory.
+        the visits, bias, for the down projection routing weights, packed blocks, scales and bias
+        of the launch after this one if there is one, which may begin to read them at once, the
+        result and shared memory.
         """
         down = self.limit is None
         order = "griddepcontrol.wait;" if down else "griddepcontrol.launch_dependents;"
         operands = ["block", "blocks", "scales", "x", "experts", "members", "bias"]
         operands += ["weights"] * down
-        operands += ["then_blocks", "then_scales"] * (self.then is not None) + ["out", "shared"]
+        operands += ["then_blocks", "then_scales", "then_bias"] * (self.then is not None) + [
+            "out",
+            "shared",
+        ]
         full = [(self._barriers + 8 * i, 1) for i in range(self._stages)]
         sums = [
             (self._barriers + 8 * (self._stages + i), (self.warps, 1)[i // 2]) for i in range(4)

@@ -89,5 +89,9 @@ def on_hopper(
         raise NotImplementedError("experts are in TPU words, not in checkpoint order")
     if x_MD.dtype != jnp.bfloat16:
         raise NotImplementedError(f"rows are {x_MD.dtype}, not bfloat16")
+    biases = {w.up_bias.dtype, w.down_bias.dtype}
+    if biases not in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float32)}):
+        names = " and ".join(sorted(map(str, biases)))
+        raise NotImplementedError(f"biases are {names}, not all bfloat16 or all float32")
     kernel = few_rows if x_MD.shape[0] <= MAX_ROWS else many_rows
     return kernel(x_MD, experts_MX, weights_MX, w, limit=limit, some_elsewhere=some_elsewhere)
