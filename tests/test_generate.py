@@ -239,7 +239,7 @@ def test_a_sharded_model_generates_the_same_and_compiles_once(caplog):
     sharded = random_model(SHARDABLE, mesh=make_mesh(data=2, tensor=2))
     with jax.log_compiles(), caplog.at_level("WARNING", "jax"):
         out = generate_batch(sharded, PROMPTS[:2], max_tokens=8, sampling=SAMPLED)
-    assert caplog.text.count("Finished XLA compilation of jit(decode)") == 1
+    assert caplog.text.count("Finished XLA compilation of jit(_decode)") == 1
     model = random_model(SHARDABLE)
     for prompt, completion in zip(PROMPTS, out, strict=False):
         assert completion.tokens == plain_loop(model, prompt, 8, SAMPLED)[0]
@@ -247,6 +247,23 @@ def test_a_sharded_model_generates_the_same_and_compiles_once(caplog):
     skeleton, leaves = device.split(sharded)
     k = device.empty_cache(leaves, skeleton, 2, 64).k[1]
     assert k.shape == (2, 64, 4 * 10) and k.sharding.shard_shape(k.shape) == (1, 64, 2 * 10)
+
+
+def test_xla_knows_what_the_loop_asks_for_on_a_gpu(monkeypatch):
+    asked = []
+
+    def jit(*args, compiler_options=None, **more):
+        asked.append(compiler_options)
+        return real(*args, compiler_options=compiler_options, **more)
+
+    real = jax.jit
+    monkeypatch.setattr(device, "platform", lambda: "gpu")
+    monkeypatch.setattr(device.jax, "jit", jit)
+    device._decode_program.cache_clear()
+    model = random_model(SMALL)
+    (completion,) = generate_batch(model, PROMPTS[:1], max_tokens=8, sampling=SAMPLED)
+    assert completion.tokens == plain_loop(model, PROMPTS[0], 8, SAMPLED)[0]
+    assert any("WHILE" in (o or {}).get("xla_gpu_enable_command_buffer", "") for o in asked)
 
 
 def test_bfloat16_is_bfloat16_in_the_cache():
