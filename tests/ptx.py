@@ -214,7 +214,7 @@ class _Warp:
             return self.move(kind, args, active)
         if kind[0] == "mma":
             return self.multiply(args)
-        if kind[0] in ("griddepcontrol", "fence") or name in _NO_STEP:
+        if kind[0] in ("griddepcontrol", "fence", "createpolicy") or name in _NO_STEP:
             return None
         if kind[0] in ("mbarrier", "cp"):
             return self.bulk(kind, args, active)
@@ -317,7 +317,7 @@ class _Warp:
             size = int(args[2]) if "expect_tx" in kind else 0
             self.barriers[self.address(args[1])[lane]].arrive(size)
         elif "prefetch" in kind:
-            source, size = self.address(args[0])[lane], int(args[1])
+            source, size = self.address(args[0])[lane], int(self.value(args[1])[lane])
             assert source % 16 == 0 and size % 16 == 0, f"misaligned {args}"
             self.bulks[1].append((source, size))
         else:

@@ -129,6 +129,7 @@ class Program:
         text = f"""{_REGISTERS}
 mov.u32 tid, %tid.x; and.b32 lane, tid, 31; shr.u32 warp, tid, 5;
 shr.u32 g, lane, 2; and.b32 q, lane, 3;
+{"barrier.cluster.arrive;" if self.blocks > 1 else ""}
 rem.u32 t0, <block>, {self.grid}; rem.u32 rank, t0, {self.blocks}; div.u32 t0, t0, {self.blocks};
 rem.u32 head, t0, {self.heads}; div.u32 row, t0, {self.heads};
 {self._query()}
@@ -377,12 +378,15 @@ mad.lo.u32 t0, lane, 16, new;
         return text + combine(self.warps)
 
     def _cluster_sum(self) -> str:
-        """Each block sends what it has of a part of the outputs to the block that finishes it."""
+        """Each block sends what it has of a part of the outputs to the block that finishes it.
+
+        First it waits until all have begun.
+        """
         each = _OUTPUT_THREADS // self.blocks
         text = f"""setp.lt.u32 p, warp, {MAX_QUERIES};
 div.u32 t1, tid, {each}; and.b32 t2, tid, {each - 1};
 mad.lo.u32 t0, rank, {each}, t2; mad.lo.u32 t0, t0, 16, <shared>; add.u32 t0, t0, {self._inbox};
-@p mapa.shared::cluster.u32 t0, t0, t1;
+@p mapa.shared::cluster.u32 t0, t0, t1; barrier.cluster.wait;
 @p st.shared::cluster.v4.f32 [t0], {{largest, total, o0, o1}};
 barrier.cluster.arrive; barrier.cluster.wait;
 setp.ge.u32 p, warp, {max(1, each // 32)}; @p bra DONE;

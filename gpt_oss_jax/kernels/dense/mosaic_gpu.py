@@ -69,6 +69,7 @@ def queries_keys_values(
     bias_O: jax.Array,
     cos_Mh: jax.Array,
     sin_Mh: jax.Array,
+    then: jax.Array | None = None,
     *,
     epsilon: float,
     group: int,
@@ -82,6 +83,7 @@ def queries_keys_values(
       bias_O: Likewise.
       cos_Mh: Rotations, [M, H/2].
       sin_Mh: Likewise.
+      then: A matrix that is needed soon, to bring to L2 at the end; changes nothing else.
       epsilon: Of the normalisation.
       group: Query heads to a key head.
 
@@ -91,10 +93,12 @@ def queries_keys_values(
     M, D = x_MD.shape
     H = 2 * cos_Mh.shape[1]
     K = weight_OD.shape[0] // (H * (group + 2))
-    program = Product(M, D, weight_OD.shape[0], "rotate", epsilon=epsilon, head=H, group=group)
+    more = {"epsilon": epsilon, "head": H, "group": group, "then_bytes": _bytes(then)}
+    program = Product(M, D, weight_OD.shape[0], "rotate", **more)
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
     outs = (shape(M, K, group, H), shape(M, K, H), shape(M, K, H))
-    return _launch(program, outs, (x_MD, weight_OD, bias_O, scale_D, cos_Mh, sin_Mh))
+    then = weight_OD if then is None else then
+    return _launch(program, outs, (x_MD, weight_OD, bias_O, scale_D, cos_Mh, sin_Mh, then))
 
 
 @_differentiable
@@ -113,19 +117,29 @@ def route(
     scale_D: jax.Array,
     weight_ED: jax.Array,
     bias_E: jax.Array,
+    then: jax.Array | None = None,
     *,
     epsilon: float,
     choices: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normalised rows [M, D], their experts, int32 [M, X], and float32 weights [M, X]."""
+    """Normalised rows [M, D], their experts, int32 [M, X], and float32 weights [M, X].
+
+    `then` is brought to L2 meanwhile.
+    """
     (M, D), E = x_MD.shape, weight_ED.shape[0]
-    program = Product(M, D, E, "route", epsilon=epsilon, choices=choices)
+    more = {"epsilon": epsilon, "choices": choices, "then_bytes": _bytes(then)}
+    program = Product(M, D, E, "route", **more)
     outs = (
         jax.ShapeDtypeStruct((M, D), jnp.bfloat16),
         jax.ShapeDtypeStruct((M, choices), jnp.int32),
         jax.ShapeDtypeStruct((M, choices), jnp.float32),
     )
-    return _launch(program, outs, (x_MD, weight_ED, bias_E, scale_D))
+    then = weight_ED if then is None else then
+    return _launch(program, outs, (x_MD, weight_ED, bias_E, scale_D, then))
+
+
+def _bytes(then: jax.Array | None) -> int:
+    return 0 if then is None else then.size * then.dtype.itemsize
 
 
 # One function of a program: in line, each layer's kernels would be different ones to the compiler,
@@ -151,8 +165,13 @@ def _launch(program: Product, outs: tuple, inputs: tuple) -> tuple[jax.Array, ..
         body,
         out_type=outs,
         scratch_types=[plgpu.SMEM((program.shared_bytes,), jnp.uint8)],
-        grid=(program.grid,),
+        grid=(program.grid // program.cluster,),
         grid_names=("block",),
+        **(
+            {"cluster": (program.cluster,), "cluster_names": ("part",)}
+            if program.cluster > 1
+            else {}
+        ),
         num_threads=2,
         thread_name="warpgroup",
         kernel_name=f"few_rows_{program.ending}",

@@ -5,6 +5,8 @@ the next tile that falls to it. The copy engine brings tiles to shared memory, s
 share out the input axis: each has its part of the rows in registers, where they are normalised,
 while the first tiles are on their way. `mma.sync` multiplies, the rows its matrix of 16, weights
 its 8 columns; one warp adds the sums of all, and ends as the product's `ending` says.
+
+A matrix that is needed after this launch can be brought to L2 meanwhile, when memory would rest.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ MAX_INPUTS = 4096  # Rows are held in registers.
 TILE = 8
 WARPS = 8
 _SHARED_BYTES, _MAX_STAGES = 210 * 1024, 4  # Of tiles; sums and logits take the rest.
+_MAX_CLUSTER = 16
+_FETCHERS = 64  # Thread blocks that bring a matrix to L2 while some of them do other work.
 _OPERANDS = {
-    "rotate": ("scale", "cos", "sin", "q", "k", "v"),
+    "rotate": ("scale", "cos", "sin", "then", "q", "k", "v"),
     "add": ("residual", "out"),
-    "route": ("scale", "normed", "experts", "weights"),
+    "route": ("scale", "then", "normed", "experts", "weights"),
 }
 
 
@@ -34,11 +38,12 @@ class Product:
       inputs: Width of a row, a multiple of 32.
       outputs: Rows of the matrix, a multiple of 8.
       ending: "rotate": rotates queries and keys and puts queries, keys and values apart; "add":
-        adds the residual stream; "route": picks experts, in one block.
+        adds the residual stream; "route": picks experts, in one cluster of blocks.
       epsilon: Of the normalisation.
       head: Width of a head, a multiple of 8.
       group: Query heads to a key head.
       choices: Experts of a row.
+      then_bytes: Of the matrix to bring to L2, a multiple of 16; for "rotate" and "route".
       multiprocessors: Of the device; it runs with any number.
     """
 
@@ -50,12 +55,29 @@ class Product:
     head: int = 8
     group: int = 0
     choices: int = 0
+    then_bytes: int = 0
     multiprocessors: int = 132
 
     @property
     def grid(self) -> int:
         """Thread blocks."""
-        return 1 if self.ending == "route" else min(self._tiles, self.multiprocessors)
+        if self.ending == "route":
+            return self.cluster * max(1, _FETCHERS // self.cluster if self.then_bytes else 1)
+        return self._workers
+
+    @property
+    def cluster(self) -> int:
+        """Thread blocks of a cluster; what has been routed comes together in its first."""
+        if self.ending != "route":
+            return 1
+        return max(n for n in (1, 2, 4, 8, _MAX_CLUSTER) if self._tiles % n == 0)
+
+    @property
+    def _workers(self) -> int:
+        """Thread blocks that multiply; they come first."""
+        if self.ending == "route":
+            return self.cluster
+        return min(self._tiles, self.multiprocessors)
 
     @property
     def shared_bytes(self) -> int:
@@ -73,7 +95,7 @@ class Product:
 
     @property
     def _stages(self) -> int:
-        most = min(_MAX_STAGES, -(-self._tiles // self.grid))
+        most = min(_MAX_STAGES, -(-self._tiles // self._workers))
         return max(1, min(most, _SHARED_BYTES // (TILE * self._stride)))
 
     @property
@@ -113,6 +135,7 @@ class Product:
         shared memory.
         """
         end = {"rotate": self._rotate, "add": self._add, "route": self._keep}[self.ending]
+        routes = self.ending == "route"
         text = f"""{self._registers()}
 mov.u32 warp, %tid.x; and.b32 lane, warp, 31; shr.u32 warp, warp, 5;
 shr.u32 g, lane, 2; and.b32 quad, lane, 3; add.u32 bars, <shared>, {self._bars};
@@ -121,12 +144,15 @@ or.b32 t0, warp, lane; setp.eq.u32 p, t0, 0;
 {"".join(f"@p mbarrier.init.shared.b64 [bars + {8 * i}], 1;" for i in range(self._stages))}
 @p fence.mbarrier_init.release.cluster; bar.sync 1, {32 * WARPS};
 rem.u32 unit, <block>, {self.grid}; mov.u32 ahead, unit; mov.u32 slot, 0;
+setp.ge.u32 p, unit, {self._workers}; @p bra THEN;
+{"barrier.cluster.arrive;" if routes else ""}
 setp.ne.u32 p, warp, 0; @p bra READY;
 FILL:
 {self._fetch("FILLED")}
 add.u32 slot, slot, 1; setp.lt.u32 p, slot, {self._stages}; @p bra FILL;
 READY:
 {self._rows()}
+{"barrier.cluster.wait;" if routes else ""}
 mov.u32 slot, 0; mov.u32 phase, 0; mov.u32 turn, 0;
 UNIT:
 mad.lo.u32 t1, slot, 8, bars;
@@ -144,8 +170,10 @@ REST:
 sub.u32 turn, {_SUM_BYTES}, turn;
 add.u32 slot, slot, 1; setp.eq.u32 p, slot, {self._stages}; @p xor.b32 phase, phase, 1;
 @p mov.u32 slot, 0;
-add.u32 unit, unit, {self.grid}; setp.lt.u32 p, unit, {self._tiles}; @p bra UNIT;
-{self._route() if self.ending == "route" else ""}"""
+add.u32 unit, unit, {self._workers}; setp.lt.u32 p, unit, {self._tiles}; @p bra UNIT;
+{self._route() if routes else ""}
+THEN:
+{self._bring_nearer() if self.then_bytes else ""}"""
         operands = ("block", "x", "matrix", "bias", *_OPERANDS[self.ending], "shared")
         for i, name in enumerate(operands):
             text = text.replace(f"<{name}>", f"${i}")
@@ -180,7 +208,7 @@ mad.lo.u32 bar, slot, 8, bars; setp.eq.u32 p, lane, 0;
 mul.wide.u32 at, t0, {size}; add.u64 at, at, <matrix>;
 mad.lo.u32 t1, slot, {TILE * self._stride}, <shared>; mad.lo.u32 t1, lane, {self._stride}, t1;
 setp.lt.u32 p, lane, {TILE}; @p {bulk} [t1], [at], {size}, [bar];
-add.u32 ahead, ahead, {self.grid};
+add.u32 ahead, ahead, {self._workers};
 {label}:"""
 
     def _rows(self) -> str:
@@ -331,12 +359,13 @@ add.u64 at, at, <out>; @has{n} st.global.b32 [at], t0;
         return text
 
     def _keep(self) -> str:
-        """Logits, for the end."""
+        """Logits to the first block of the cluster, for the end."""
         text = self._with_bias()
         for n in self._halves:
             text += f"add.u32 t0, g, {8 * n}; mad.lo.u32 t0, t0, {self.outputs}, place;"
-            text += "mad.lo.u32 t0, t0, 4, <shared>;"
-            text += f"@has{n} st.shared.v2.f32 [t0 + {self._logits}], {{c{2 * n}, c{2 * n + 1}}};\n"
+            text += f"mad.lo.u32 t0, t0, 4, <shared>; add.u32 t0, t0, {self._logits};"
+            text += "mov.u32 t1, 0; mapa.shared::cluster.u32 t0, t0, t1;"
+            text += f"@has{n} st.shared::cluster.v2.f32 [t0], {{c{2 * n}, c{2 * n + 1}}};\n"
         return text
 
     def _route(self) -> str:
@@ -345,9 +374,10 @@ add.u64 at, at, <out>; @has{n} st.global.b32 [at], t0;
         As integers that are ordered as the floats are; what has been taken becomes 0.
         """
         keys = range(-(-self.outputs // 32))
-        text = f"""bar.sync 1, {32 * WARPS}; mov.u32 unit, warp;
+        text = f"""barrier.cluster.arrive; barrier.cluster.wait;
+rem.u32 unit, <block>, {self.grid}; setp.ne.u32 p, unit, 0; @p bra THEN; mov.u32 unit, warp;
 ROW:
-setp.ge.u32 p, unit, {self.rows}; @p bra DONE;
+setp.ge.u32 p, unit, {self.rows}; @p bra THEN;
 mad.lo.u32 aw, unit, {4 * self.outputs}, <shared>; add.u32 aw, aw, {self._logits};
 """
         for j in keys:
@@ -382,8 +412,15 @@ sub.f32 f1, f1, f0; mul.f32 f1, f1, {literal(1.4426950408889634)}; ex2.approx.f3
 div.rn.f32 f1, f1, f0; mad.lo.u32 t0, unit, {self.choices}, lane; mul.wide.u32 at, t0, 4;
 add.u64 more, at, <experts>; @p st.global.b32 [more], place;
 add.u64 more, at, <weights>; @p st.global.f32 [more], f1;
-add.u32 unit, unit, {WARPS}; bra ROW;
-DONE:"""
+add.u32 unit, unit, {WARPS}; bra ROW;"""
+
+    def _bring_nearer(self) -> str:
+        """Each warp of the grid a piece of the matrix that is needed next."""
+        size = -(-self.then_bytes // (128 * self.grid * WARPS)) * 128
+        return f"""rem.u32 t0, <block>, {self.grid}; mad.lo.u32 t0, t0, {WARPS}, warp;
+mul.lo.u32 t0, t0, {size}; sub.u32 t1, {self.then_bytes}, t0; min.u32 t1, t1, {size};
+setp.lt.u32 p, t0, {self.then_bytes}; setp.eq.and.u32 p, lane, 0, p;
+cvt.u64.u32 at, t0; add.u64 at, at, <then>; @p cp.async.bulk.prefetch.L2.global [at], t1;"""
 
 
 _SUM_BYTES = 512 * (WARPS - 1)
