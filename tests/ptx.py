@@ -52,7 +52,7 @@ def launch(text, operands, memory, *, grid, shared_bytes, warps=4, cluster=1):
                 warp = _Warp(program, labels, values, memory.bytes, shared[n], barriers, w, bulks)
                 warp.spaces["shared::cluster"] = shared.reshape(-1)
                 threads.append((n, warp.run()))
-        waiting, fruitless = {}, 0
+        waiting, arrived, fruitless = {}, {}, 0
         while threads:
             n, thread = threads.pop(0)
             barrier = next(thread, None)
@@ -64,14 +64,19 @@ def launch(text, operands, memory, *, grid, shared_bytes, warps=4, cluster=1):
                 assert fruitless < 1000 * warps * cluster, "all warps wait for ever"
                 continue
             fruitless = 0
-            number, needed = barrier
+            number, needed, *only_arrives = barrier
             if number == "cluster":
                 place, needed = number, 32 * warps * cluster
             else:
                 place = n, number
-            waiting.setdefault(place, []).append((n, thread))
+            assert thread not in arrived.setdefault(place, []), "a warp arrives twice"
+            arrived[place].append(thread)
+            waiting.setdefault(place, []).append((n, iter(()) if only_arrives else thread))
+            if only_arrives:
+                threads.append((n, thread))
             if len(waiting[place]) == needed // 32:
                 threads += waiting.pop(place)
+                del arrived[place]
         assert not waiting, "a warp waits for ever"
     return bulks
 
@@ -193,6 +198,8 @@ class _Warp:
                     at = self.labels[args[0].strip()]
             elif name == "bar.sync":
                 yield int(self.value(args[0])[0]), int(args[1])
+            elif name == "bar.arrive":
+                yield int(self.value(args[0])[0]), int(args[1]), "and goes on"
             elif name == "barrier.cluster.wait":
                 yield "cluster", None
             elif kind[:2] == ["mbarrier", "try_wait"]:

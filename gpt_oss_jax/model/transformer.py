@@ -7,7 +7,6 @@ and the PyTorch reference.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import operator
 from collections.abc import Mapping, Sequence
 
@@ -39,17 +38,11 @@ class Block(nnx.Module):
         self.mlp = MoE(config, layer, rngs=rngs, dtype=dtype, experts=experts)
 
     def __call__(
-        self, x_BTD: jax.Array, context: Context, then: Block | None = None
+        self, x_BTD: jax.Array, context: Context
     ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-        """Returns the residual stream after the block, and its new keys and values.
-
-        Args:
-          x_BTD: The residual stream before it.
-          context: What all blocks share.
-          then: The block after this one, whose weights can be brought nearer.
-        """
+        """Returns the residual stream after the block, and its new keys and values."""
         if context.few_launches:
-            return self._in_few_launches(x_BTD, context, then)
+            return self._in_few_launches(x_BTD, context)
         tap, name = context.tap, f"layers.{self.layer}"
         x_BTD = tap(f"{name}.input", x_BTD)
         h_BTD = tap(f"{name}.attention_norm", self.attention_norm(x_BTD))
@@ -58,7 +51,7 @@ class Block(nnx.Module):
         h_BTD = tap(f"{name}.mlp_norm", self.mlp_norm(x_BTD))
         return tap(f"{name}.output", x_BTD + self.mlp(h_BTD, context)), k_new, v_new
 
-    def _in_few_launches(self, x_BTD, context: Context, then: Block | None):
+    def _in_few_launches(self, x_BTD, context: Context):
         attention, mlp, M = self.attention, self.mlp, x_BTD.shape[0] * x_BTD.shape[1]
         rows = lambda x: x.reshape(M, *x.shape[2:])
         apart = lambda x: x.reshape(*x_BTD.shape[:2], *x.shape[1:])
@@ -69,7 +62,6 @@ class Block(nnx.Module):
             attention.qkv.bias[...].reshape(-1),
             rows(context.cos_BTh),
             rows(context.sin_BTh),
-            attention.out.matrix,
             epsilon=self.attention_norm.epsilon,
             group=attention.qkv.out_shape[1] - 2,
         )
@@ -84,7 +76,6 @@ class Block(nnx.Module):
             self.mlp_norm.scale[...],
             mlp.router.matrix,
             mlp.router.bias[...],
-            None if then is None else then.attention.qkv.matrix,
             epsilon=self.mlp_norm.epsilon,
             choices=mlp.experts_per_token,
         )
@@ -210,8 +201,8 @@ class Transformer(nnx.Module):
 
         x_BTD = tap("embedding", self.embedding(tokens_BT))
         keys, values = [], []
-        for layer, then in itertools.zip_longest(self.layers, self.layers[1:]):
-            x_BTD, k_new, v_new = layer(x_BTD, context, then)
+        for layer in self.layers:
+            x_BTD, k_new, v_new = layer(x_BTD, context)
             keys.append(k_new)
             values.append(v_new)
         if logits_at is not None:

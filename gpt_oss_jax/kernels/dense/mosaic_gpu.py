@@ -69,7 +69,6 @@ def queries_keys_values(
     bias_O: jax.Array,
     cos_Mh: jax.Array,
     sin_Mh: jax.Array,
-    then: jax.Array | None = None,
     *,
     epsilon: float,
     group: int,
@@ -83,7 +82,6 @@ def queries_keys_values(
       bias_O: Likewise.
       cos_Mh: Rotations, [M, H/2].
       sin_Mh: Likewise.
-      then: A matrix that is needed soon, to bring to L2 at the end; changes nothing else.
       epsilon: Of the normalisation.
       group: Query heads to a key head.
 
@@ -93,12 +91,10 @@ def queries_keys_values(
     M, D = x_MD.shape
     H = 2 * cos_Mh.shape[1]
     K = weight_OD.shape[0] // (H * (group + 2))
-    more = {"epsilon": epsilon, "head": H, "group": group, "then_bytes": _bytes(then)}
-    program = Product(M, D, weight_OD.shape[0], "rotate", **more)
+    program = Product(M, D, weight_OD.shape[0], "rotate", epsilon=epsilon, head=H, group=group)
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
     outs = (shape(M, K, group, H), shape(M, K, H), shape(M, K, H))
-    then = weight_OD if then is None else then
-    return _launch(program, outs, (x_MD, weight_OD, bias_O, scale_D, cos_Mh, sin_Mh, then))
+    return _launch(program, outs, (x_MD, weight_OD, bias_O, scale_D, cos_Mh, sin_Mh))
 
 
 @_differentiable
@@ -117,29 +113,19 @@ def route(
     scale_D: jax.Array,
     weight_ED: jax.Array,
     bias_E: jax.Array,
-    then: jax.Array | None = None,
     *,
     epsilon: float,
     choices: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normalised rows [M, D], their experts, int32 [M, X], and float32 weights [M, X].
-
-    `then` is brought to L2 meanwhile.
-    """
+    """Normalised rows [M, D], their experts, int32 [M, X], and float32 weights [M, X]."""
     (M, D), E = x_MD.shape, weight_ED.shape[0]
-    more = {"epsilon": epsilon, "choices": choices, "then_bytes": _bytes(then)}
-    program = Product(M, D, E, "route", **more)
+    program = Product(M, D, E, "route", epsilon=epsilon, choices=choices)
     outs = (
         jax.ShapeDtypeStruct((M, D), jnp.bfloat16),
         jax.ShapeDtypeStruct((M, choices), jnp.int32),
         jax.ShapeDtypeStruct((M, choices), jnp.float32),
     )
-    then = weight_ED if then is None else then
-    return _launch(program, outs, (x_MD, weight_ED, bias_E, scale_D, then))
-
-
-def _bytes(then: jax.Array | None) -> int:
-    return 0 if then is None else then.size * then.dtype.itemsize
+    return _launch(program, outs, (x_MD, weight_ED, bias_E, scale_D))
 
 
 # One function of a program: in line, each layer's kernels would be different ones to the compiler,
@@ -161,17 +147,15 @@ def _launch(program: Product, outs: tuple, inputs: tuple) -> tuple[jax.Array, ..
 
         thread(*refs)
 
+    blocks = program.cluster
+    cluster = {"cluster": (blocks,), "cluster_names": ("part",)} if blocks > 1 else {}
     return plgpu.kernel(
         body,
         out_type=outs,
         scratch_types=[plgpu.SMEM((program.shared_bytes,), jnp.uint8)],
-        grid=(program.grid // program.cluster,),
+        grid=(program.grid // blocks,),
         grid_names=("block",),
-        **(
-            {"cluster": (program.cluster,), "cluster_names": ("part",)}
-            if program.cluster > 1
-            else {}
-        ),
+        **cluster,
         num_threads=2,
         thread_name="warpgroup",
         kernel_name=f"few_rows_{program.ending}",

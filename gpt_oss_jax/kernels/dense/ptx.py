@@ -4,9 +4,8 @@ A block of eight warps multiplies up to 16 rows with eight rows of the matrix (a
 the next tile that falls to it. The copy engine brings tiles to shared memory, some ahead. The warps
 share out the input axis: each has its part of the rows in registers, where they are normalised,
 while the first tiles are on their way. `mma.sync` multiplies, the rows its matrix of 16, weights
-its 8 columns; one warp adds the sums of all, and ends as the product's `ending` says.
-
-A matrix that is needed after this launch can be brought to L2 meanwhile, when memory would rest.
+its 8 columns. The warps take turns at adding the sums of all and ending as the product's `ending`
+says, while the others go on.
 """
 
 from __future__ import annotations
@@ -19,13 +18,12 @@ MAX_ROWS = 16
 MAX_INPUTS = 4096  # Rows are held in registers.
 TILE = 8
 WARPS = 8
-_SHARED_BYTES, _MAX_STAGES = 210 * 1024, 4  # Of tiles; sums and logits take the rest.
+_SHARED_BYTES, _MAX_STAGES = 198 * 1024, 4  # Of tiles; sums and logits take the rest.
 _MAX_CLUSTER = 16
-_FETCHERS = 64  # Thread blocks that bring a matrix to L2 while some of them do other work.
 _OPERANDS = {
-    "rotate": ("scale", "cos", "sin", "then", "q", "k", "v"),
+    "rotate": ("scale", "cos", "sin", "q", "k", "v"),
     "add": ("residual", "out"),
-    "route": ("scale", "then", "normed", "experts", "weights"),
+    "route": ("scale", "normed", "experts", "weights"),
 }
 
 
@@ -43,7 +41,6 @@ class Product:
       head: Width of a head, a multiple of 8.
       group: Query heads to a key head.
       choices: Experts of a row.
-      then_bytes: Of the matrix to bring to L2, a multiple of 16; for "rotate" and "route".
       multiprocessors: Of the device; it runs with any number.
     """
 
@@ -55,15 +52,12 @@ class Product:
     head: int = 8
     group: int = 0
     choices: int = 0
-    then_bytes: int = 0
     multiprocessors: int = 132
 
     @property
     def grid(self) -> int:
         """Thread blocks."""
-        if self.ending == "route":
-            return self.cluster * max(1, _FETCHERS // self.cluster if self.then_bytes else 1)
-        return self._workers
+        return self.cluster if self.ending == "route" else min(self._tiles, self.multiprocessors)
 
     @property
     def cluster(self) -> int:
@@ -73,15 +67,8 @@ class Product:
         return max(n for n in (1, 2, 4, 8, _MAX_CLUSTER) if self._tiles % n == 0)
 
     @property
-    def _workers(self) -> int:
-        """Thread blocks that multiply; they come first."""
-        if self.ending == "route":
-            return self.cluster
-        return min(self._tiles, self.multiprocessors)
-
-    @property
     def shared_bytes(self) -> int:
-        """Tiles, sums of seven warps twice, squares, logits, and a barrier for each tile."""
+        """Tiles, sums of a tile more, squares, logits, and a barrier for each tile."""
         return self._bars + 8 * self._stages
 
     @property
@@ -95,7 +82,7 @@ class Product:
 
     @property
     def _stages(self) -> int:
-        most = min(_MAX_STAGES, -(-self._tiles // self._workers))
+        most = min(_MAX_STAGES, -(-self._tiles // self.grid))
         return max(1, min(most, _SHARED_BYTES // (TILE * self._stride)))
 
     @property
@@ -103,8 +90,13 @@ class Product:
         return self._stages * TILE * self._stride
 
     @property
+    def _places(self) -> int:
+        """For sums. With one more than tiles, whoever ends a tile has read them in time."""
+        return self._stages + 1
+
+    @property
     def _squares(self) -> int:
-        return self._sums + 2 * _SUM_BYTES
+        return self._sums + self._places * _SUM_BYTES
 
     @property
     def _logits(self) -> int:
@@ -134,7 +126,11 @@ class Product:
         Its operands: the thread block; pointers to x, matrix and bias, those of the ending, and
         shared memory.
         """
-        end = {"rotate": self._rotate, "add": self._add, "route": self._keep}[self.ending]
+        before, end = {
+            "rotate": (self._before_rotating, self._rotate),
+            "add": (self._before_adding, self._add),
+            "route": (self._load_bias, self._keep),
+        }[self.ending]
         routes = self.ending == "route"
         text = f"""{self._registers()}
 mov.u32 warp, %tid.x; and.b32 lane, warp, 31; shr.u32 warp, warp, 5;
@@ -144,7 +140,6 @@ or.b32 t0, warp, lane; setp.eq.u32 p, t0, 0;
 {"".join(f"@p mbarrier.init.shared.b64 [bars + {8 * i}], 1;" for i in range(self._stages))}
 @p fence.mbarrier_init.release.cluster; bar.sync 1, {32 * WARPS};
 rem.u32 unit, <block>, {self.grid}; mov.u32 ahead, unit; mov.u32 slot, 0;
-setp.ge.u32 p, unit, {self._workers}; @p bra THEN;
 {"barrier.cluster.arrive;" if routes else ""}
 setp.ne.u32 p, warp, 0; @p bra READY;
 FILL:
@@ -153,27 +148,31 @@ add.u32 slot, slot, 1; setp.lt.u32 p, slot, {self._stages}; @p bra FILL;
 READY:
 {self._rows()}
 {"barrier.cluster.wait;" if routes else ""}
-mov.u32 slot, 0; mov.u32 phase, 0; mov.u32 turn, 0;
+mov.u32 slot, 0; mov.u32 phase, 0; mov.u32 turn, 0; mov.u32 finisher, 0;
 UNIT:
+setp.ne.u32 p, warp, finisher; @p bra WAIT_FOR_TILE;
+{before()}
+WAIT_FOR_TILE:
 mad.lo.u32 t1, slot, 8, bars;
 WAIT:
 mbarrier.try_wait.parity.shared.b64 p, [t1], phase; @!p bra WAIT;
 {self._products()}
-add.u32 t0, turn, <shared>; mad.lo.u32 t0, lane, 16, t0; mad.lo.u32 t1, warp, 512, t0;
-setp.ne.u32 p, warp, 0; @p st.shared.v4.f32 [t1 + {self._sums - 512}], {{c0, c1, c2, c3}};
-bar.sync 1, {32 * WARPS}; @p bra REST;
+mad.lo.u32 t0, turn, {_SUM_BYTES}, <shared>; mad.lo.u32 t0, lane, 16, t0;
+mad.lo.u32 t0, warp, 512, t0; st.shared.v4.f32 [t0 + {self._sums}], {{c0, c1, c2, c3}};
+add.u32 t0, finisher, {_BARRIER}; setp.eq.u32 p, warp, finisher; @p bra FINISH;
+bar.arrive t0, {32 * WARPS}; bra REST;
+FINISH:
+bar.sync t0, {32 * WARPS}; add.u32 ahead, unit, {self._stages * self.grid};
 {self._fetch("FETCHED")}
-add.u32 t0, turn, <shared>; mad.lo.u32 t0, lane, 16, t0;
 {self._take_over()}
 {end()}
 REST:
-sub.u32 turn, {_SUM_BYTES}, turn;
+add.u32 turn, turn, 1; setp.eq.u32 p, turn, {self._places}; @p mov.u32 turn, 0;
+add.u32 finisher, finisher, 1; and.b32 finisher, finisher, {WARPS - 1};
 add.u32 slot, slot, 1; setp.eq.u32 p, slot, {self._stages}; @p xor.b32 phase, phase, 1;
 @p mov.u32 slot, 0;
-add.u32 unit, unit, {self._workers}; setp.lt.u32 p, unit, {self._tiles}; @p bra UNIT;
-{self._route() if routes else ""}
-THEN:
-{self._bring_nearer() if self.then_bytes else ""}"""
+add.u32 unit, unit, {self.grid}; setp.lt.u32 p, unit, {self._tiles}; @p bra UNIT;
+{self._route() if routes else ""}"""
         operands = ("block", "x", "matrix", "bias", *_OPERANDS[self.ending], "shared")
         for i, name in enumerate(operands):
             text = text.replace(f"<{name}>", f"${i}")
@@ -208,7 +207,7 @@ mad.lo.u32 bar, slot, 8, bars; setp.eq.u32 p, lane, 0;
 mul.wide.u32 at, t0, {size}; add.u64 at, at, <matrix>;
 mad.lo.u32 t1, slot, {TILE * self._stride}, <shared>; mad.lo.u32 t1, lane, {self._stride}, t1;
 setp.lt.u32 p, lane, {TILE}; @p {bulk} [t1], [at], {size}, [bar];
-add.u32 ahead, ahead, {self._workers};
+add.u32 ahead, ahead, {self.grid};
 {label}:"""
 
     def _rows(self) -> str:
@@ -301,8 +300,9 @@ add.u32 ahead, ahead, {self._workers};
         return text
 
     def _take_over(self) -> str:
-        text = ""
-        for warp in range(WARPS - 1):
+        text = f"mad.lo.u32 t0, turn, {_SUM_BYTES}, <shared>; mad.lo.u32 t0, lane, 16, t0;"
+        text += f"ld.shared.v4.f32 {{c0, c1, c2, c3}}, [t0 + {self._sums}];\n"
+        for warp in range(1, WARPS):
             text += f"ld.shared.v4.f32 {{f0, f1, f2, f3}}, [t0 + {self._sums + 512 * warp}];"
             text += "".join(f"add.f32 c{r}, c{r}, f{r};" for r in range(4)) + "\n"
         return text
@@ -313,47 +313,75 @@ add.u32 ahead, ahead, {self._workers};
         text = f"div.u32 head, {tile}, {tiles}; mul.lo.u32 place, head, {tiles};"
         return text + f"sub.u32 place, {tile}, place;"
 
-    def _rotate(self) -> str:
-        """A thread has numbers `place` and half a head further, of one row or two."""
-        H, G = self.head, self.group
-        K = self.outputs // (H * (G + 2))
-        text = f"""{self._head("unit")} mad.lo.u32 place, place, 4, quad;
-mad.lo.u32 t0, head, {H}, place; mul.wide.u32 at, t0, 2; add.u64 at, at, <bias>;
-ld.global.nc.u16 t0, [at]; shl.b32 b0, t0, 16; ld.global.nc.u16 t0, [at + {H}]; shl.b32 b1, t0, 16;
+    def _own_head(self) -> str:
+        """What a thread has of its tile: numbers `place` and half a head further of a `head`.
+
+        That is number `head` of key head `kv`; `is_q`: a query, `turns`: a query or key.
+        """
+        G = self.group
+        return f"""{self._head("unit")} mad.lo.u32 place, place, 4, quad;
 div.u32 kv, head, {G + 2}; mul.lo.u32 t0, kv, {G + 2}; sub.u32 head, head, t0;
-setp.lt.u32 is_q, head, {G}; setp.lt.u32 turns, head, {G + 1}; mov.u64 base, <v>;
-@turns mov.u64 base, <k>; @is_q mov.u64 base, <q>;"""
+setp.lt.u32 is_q, head, {G}; setp.lt.u32 turns, head, {G + 1};"""
+
+    def _before_rotating(self) -> str:
+        """Biases and rotations, while the tile is on its way."""
+        H = self.head
+        text = f"""{self._own_head()}
+mad.lo.u32 t0, kv, {self.group + 2}, head; mad.lo.u32 t0, t0, {H}, place; mul.wide.u32 at, t0, 2;
+add.u64 at, at, <bias>; ld.global.nc.u16 b0, [at]; ld.global.nc.u16 b1, [at + {H}];"""
         for n in self._halves:
             text += f"""
 add.u32 t0, g, {8 * n}; mad.lo.u32 t1, t0, {H // 2}, place; mul.wide.u32 at, t1, 2;
-and.pred p, turns, has{n}; mov.b32 cosine, {0x3F80}; mov.b32 sine, 0;
-add.u64 more, at, <cos>; @p ld.global.u16 cosine, [more]; shl.b32 cosine, cosine, 16;
-add.u64 more, at, <sin>; @p ld.global.u16 sine, [more]; shl.b32 sine, sine, 16;
+and.pred p, turns, has{n}; mov.b32 cosine{n}, {0x3F80}; mov.b32 sine{n}, 0;
+add.u64 more, at, <cos>; @p ld.global.u16 cosine{n}, [more];
+add.u64 more, at, <sin>; @p ld.global.u16 sine{n}, [more];"""
+        return text
+
+    def _rotate(self) -> str:
+        """For one row or two of a thread."""
+        H, G = self.head, self.group
+        K = self.outputs // (H * (G + 2))
+        text = f"""{self._own_head()} shl.b32 b0, b0, 16; shl.b32 b1, b1, 16;
+mov.u64 base, <v>; @turns mov.u64 base, <k>; @is_q mov.u64 base, <q>;"""
+        for n in self._halves:
+            text += f"""
+shl.b32 cosine{n}, cosine{n}, 16; shl.b32 sine{n}, sine{n}, 16; add.u32 t0, g, {8 * n};
 add.f32 f0, c{2 * n}, b0; add.f32 f1, c{2 * n + 1}, b1; cvt.rn.bf16x2.f32 t1, f1, f0;
 {_apart("t1", "f0", "f1")}
-mul.f32 f2, f1, sine; mul.f32 f3, f0, sine; neg.f32 f2, f2;
-fma.rn.f32 f2, f0, cosine, f2; fma.rn.f32 f3, f1, cosine, f3;
+mul.f32 f2, f1, sine{n}; mul.f32 f3, f0, sine{n}; neg.f32 f2, f2;
+fma.rn.f32 f2, f0, cosine{n}, f2; fma.rn.f32 f3, f1, cosine{n}, f3;
 mad.lo.u32 t0, t0, {K}, kv; mad.lo.u32 t1, t0, {G}, head; selp.b32 t0, t1, t0, is_q;
 mad.lo.u32 t0, t0, {H}, place; mul.wide.u32 at, t0, 2; add.u64 at, at, base;
 cvt.rn.bf16.f32 h, f2; @has{n} st.global.b16 [at], h;
 cvt.rn.bf16.f32 h, f3; @has{n} st.global.b16 [at + {H}], h;"""
         return text
 
-    def _with_bias(self) -> str:
+    def _load_bias(self) -> str:
         return f"""shl.b32 place, quad, 1; mad.lo.u32 place, unit, {TILE}, place;
-mul.wide.u32 at, place, 2; add.u64 at, at, <bias>; ld.global.nc.b32 t0, [at];
-{_apart("t0", "b0", "b1")}
+mul.wide.u32 at, place, 2; add.u64 at, at, <bias>; ld.global.nc.b32 kv, [at];
+"""
+
+    def _with_bias(self) -> str:
+        return f"""{_apart("kv", "b0", "b1")}
 add.f32 c0, c0, b0; add.f32 c1, c1, b1; add.f32 c2, c2, b0; add.f32 c3, c3, b1;
 """
+
+    def _before_adding(self) -> str:
+        text = self._load_bias()
+        for n in self._halves:
+            text += f"""add.u32 t0, g, {8 * n}; mad.lo.u32 t0, t0, {self.outputs}, place;
+mul.wide.u32 at, t0, 2; add.u64 at, at, <residual>; @has{n} ld.global.b32 residual{n}, [at];
+"""
+        return text
 
     def _add(self) -> str:
         """To the residual stream, both rounded, and their sum."""
         text = self._with_bias()
         for n in self._halves:
-            text += f"""add.u32 t0, g, {8 * n}; mad.lo.u32 t0, t0, {self.outputs}, place;
-mul.wide.u32 at, t0, 2; add.u64 more, at, <residual>; @has{n} ld.global.b32 t0, [more];
-cvt.rn.bf16x2.f32 t1, c{2 * n + 1}, c{2 * n}; {_apart("t0", "f0", "f1")} {_apart("t1", "f2", "f3")}
+            text += f"""cvt.rn.bf16x2.f32 t1, c{2 * n + 1}, c{2 * n};
+{_apart(f"residual{n}", "f0", "f1")} {_apart("t1", "f2", "f3")}
 add.f32 f0, f0, f2; add.f32 f1, f1, f3; cvt.rn.bf16x2.f32 t0, f1, f0;
+add.u32 t1, g, {8 * n}; mad.lo.u32 t1, t1, {self.outputs}, place; mul.wide.u32 at, t1, 2;
 add.u64 at, at, <out>; @has{n} st.global.b32 [at], t0;
 """
         return text
@@ -375,9 +403,9 @@ add.u64 at, at, <out>; @has{n} st.global.b32 [at], t0;
         """
         keys = range(-(-self.outputs // 32))
         text = f"""barrier.cluster.arrive; barrier.cluster.wait;
-rem.u32 unit, <block>, {self.grid}; setp.ne.u32 p, unit, 0; @p bra THEN; mov.u32 unit, warp;
+rem.u32 unit, <block>, {self.grid}; setp.ne.u32 p, unit, 0; @p bra DONE; mov.u32 unit, warp;
 ROW:
-setp.ge.u32 p, unit, {self.rows}; @p bra THEN;
+setp.ge.u32 p, unit, {self.rows}; @p bra DONE;
 mad.lo.u32 aw, unit, {4 * self.outputs}, <shared>; add.u32 aw, aw, {self._logits};
 """
         for j in keys:
@@ -412,18 +440,12 @@ sub.f32 f1, f1, f0; mul.f32 f1, f1, {literal(1.4426950408889634)}; ex2.approx.f3
 div.rn.f32 f1, f1, f0; mad.lo.u32 t0, unit, {self.choices}, lane; mul.wide.u32 at, t0, 4;
 add.u64 more, at, <experts>; @p st.global.b32 [more], place;
 add.u64 more, at, <weights>; @p st.global.f32 [more], f1;
-add.u32 unit, unit, {WARPS}; bra ROW;"""
-
-    def _bring_nearer(self) -> str:
-        """Each warp of the grid a piece of the matrix that is needed next."""
-        size = -(-self.then_bytes // (128 * self.grid * WARPS)) * 128
-        return f"""rem.u32 t0, <block>, {self.grid}; mad.lo.u32 t0, t0, {WARPS}, warp;
-mul.lo.u32 t0, t0, {size}; sub.u32 t1, {self.then_bytes}, t0; min.u32 t1, t1, {size};
-setp.lt.u32 p, t0, {self.then_bytes}; setp.eq.and.u32 p, lane, 0, p;
-cvt.u64.u32 at, t0; add.u64 at, at, <then>; @p cp.async.bulk.prefetch.L2.global [at], t1;"""
+add.u32 unit, unit, {WARPS}; bra ROW;
+DONE:"""
 
 
-_SUM_BYTES = 512 * (WARPS - 1)
+_SUM_BYTES = 512 * WARPS
+_BARRIER = 2  # Of the warp that ends first; the others' follow.
 
 
 def _apart(pair: str, low: str, high: str) -> str:
@@ -435,6 +457,6 @@ _REGISTERS = """
 .reg .pred p, in, has<2>, is_q, turns;
 .reg .b16 h;
 .reg .b32 t<2>, warp, lane, g, quad, part, unit, ahead, slot, phase, turn, bars, bar, aw, zero;
-.reg .b32 head, place, kv, cosine, sine, w<4>, b<2>, f<5>;
+.reg .b32 finisher, head, place, kv, cosine<2>, sine<2>, residual<2>, w<4>, b<2>, f<5>;
 .reg .f32 c<16>;
 .reg .b64 at, atn<2>, more, base;"""

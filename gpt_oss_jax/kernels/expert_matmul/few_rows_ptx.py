@@ -135,7 +135,6 @@ class Projection:
         text = f"""{self._registers()}
 mov.u32 warp, %tid.x; and.b32 lane, warp, 31; shr.u32 warp, warp, 5; setp.eq.u32 leads, lane, 0;
 shr.u32 g, lane, 2; and.b32 q, lane, 3; mad.lo.u32 blk, warp, 4, q;
-createpolicy.fractional.L2::evict_first.b64 once, 1.0;
 or.b32 t0, warp, lane; setp.eq.u32 p, t0, 0;
 {"".join(f"@p mbarrier.init.shared.b64 [<shared> + {at}], {n};" for at, n in full + sums)}
 @p fence.mbarrier_init.release.cluster; bar.sync 1, {32 * self.warps};
@@ -194,7 +193,7 @@ DONE:"""
 .reg .b32 finisher, bar, visit, tile, pair, row, aw, as, w0_<4>, w1_<4>, s<2>, k<2>, v0_<4>, v1_<4>;
 .reg .b32 x<{x}>, y<4>;
 .reg .f32 c<{sums}>, d<4>, b<2>, bias<2>, f<2>;
-.reg .b64 at, more, once;"""
+.reg .b64 at, more;"""
 
     @property
     def _chains(self) -> int:
@@ -224,8 +223,7 @@ setp.ne.u32 p, pair, -1; selp.u32 pair, pair, 0, p;"""
 
     def _fetch(self) -> str:
         """A lane starts to copy tile `ahead` to `slot`, if there is one."""
-        # What other launches have brought to L2 is to stay there.
-        bulk = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        bulk = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
         text = f"setp.lt.and.u32 p, ahead, last, leads; div.u32 t0, ahead, {self._tiles};"
         text += f"mul.lo.u32 t1, t0, {self._tiles}; sub.u32 t1, ahead, t1;"
         text += self._expert_of_visit() + f"mad.lo.u32 n, t0, {self._tiles}, t1;"
@@ -237,11 +235,11 @@ setp.ne.u32 p, pair, -1; selp.u32 pair, pair, 0, p;"""
         for name, size in (("blocks", 16), ("scales", 1)):
             size *= TILE * self.blocks
             text += f"mul.wide.u32 at, n, {size}; add.u64 at, at, <{name}>;"
-            text += f"@p {bulk} [t1 + {place}], [at], {size}, {bar}, once;\n"
+            text += f"@p {bulk} [t1 + {place}], [at], {size}, {bar};\n"
             place += size
         size = TILE * self.bias_bytes
         text += f"mul.wide.u32 at, n, {size}; add.u64 at, at, <bias>;"
-        return text + f"@p {bulk} [t1 + {place}], [at], {size}, {bar}, once;"
+        return text + f"@p {bulk} [t1 + {place}], [at], {size}, {bar};"
 
     def _prefetch(self) -> str:
         """In the place of a copy that is no more, one of the tiles with which `then` begins."""
