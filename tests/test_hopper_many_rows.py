@@ -23,7 +23,7 @@ from hopper_layer import (
 )
 
 from gpt_oss_jax.kernels import target
-from gpt_oss_jax.kernels.expert_matmul import many_rows, many_rows_ptx, xla
+from gpt_oss_jax.kernels.expert_matmul import many_rows, many_rows_ptx, rows, tiles, xla
 from gpt_oss_jax.quant import MXArray, mxfp4
 
 W, G, Q = np.arange(128) // 32, np.arange(128) % 32 // 4, np.arange(128) % 4
@@ -76,9 +76,24 @@ def grouped(p, w, bias, tiles, x_RK, weights_R=None):
     return jnp.asarray(memory.get(out, (len(x_RK), p.width), ml_dtypes.bfloat16))
 
 
+def launch(name, run, shape, inputs):
+    """`rows._launch`, interpreted."""
+
+    def interpret(*inputs):
+        memory = ptx.Memory()
+        places = [memory.put(np.asarray(a)) for a in inputs]
+        out = memory.put(np.full(shape, np.nan, ml_dtypes.bfloat16))
+        ptx.launch(run.ptx(), [*places, out], memory, grid=run.grid, shared_bytes=16)
+        return memory.get(out, shape, ml_dtypes.bfloat16)
+
+    out = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    return jax.pure_callback(interpret, out, *inputs)
+
+
 @pytest.fixture
 def emulated(monkeypatch):
     monkeypatch.setattr(many_rows, "grouped", grouped)
+    monkeypatch.setattr(rows, "_launch", launch)
 
 
 def wanted(x, chosen, weight, w):
@@ -101,6 +116,27 @@ def test_many_rows_equal_the_oracle(emulated, M, how, options):
     assert got.dtype == jnp.bfloat16
     want = wanted(*args)
     assert np.linalg.norm(got.astype(jnp.float32) - want) < 6e-3 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize(("M", "X", "D"), [(1, 2, 192), (9, 4, 1152), (30, 3, 2880)])
+def test_rows_are_gathered_and_added_up(emulated, M, X, D):
+    """As XLA does, bit for bit. Rows of no pair, and of experts that are elsewhere, are NaN."""
+    random, E = np.random.default_rng(M), 7
+    x = jnp.asarray(random.normal(size=(M, D)), jnp.bfloat16)
+    chosen = jnp.asarray([random.permutation(E)[:X] for _ in range(M)], jnp.int32)
+    sorted_ = tiles.sort_into_tiles(chosen.reshape(-1), E, 8)
+    got = np.asarray(rows.gather(x, sorted_, X))
+    used = 8 * int(sorted_.count)
+    np.testing.assert_array_equal(got[:used], gather_in_jax(x, sorted_, X)[:used])
+    assert np.isnan(got[used:].astype(np.float32)).all()
+
+    y = np.full((sorted_.pairs.size, D), np.nan, ml_dtypes.bfloat16)
+    y[sorted_.place_of_pair] = random.normal(size=(M * X, D))
+    for here in (None, 4):
+        if here is not None:
+            y[sorted_.place_of_pair[np.asarray(chosen.reshape(-1)) >= here]] = np.nan
+        args = jnp.asarray(y), sorted_.place_of_pair, chosen, here
+        np.testing.assert_array_equal(rows.add_up(*args), add_up_in_jax(*args))
 
 
 @pytest.mark.parametrize("own", [2, 1])
@@ -157,7 +193,7 @@ if jax.__version_info__ >= target.JAX_FOR_HOPPER:
     @pytest.mark.parametrize("M", [1, 300])
     def test_many_rows_lower_for_cuda(M):
         run = functools.partial(many_rows.many_rows, limit=7.0)
-        assert kernels_for_cuda(run, *layer(M, D=384, F=192)) == 2
+        assert kernels_for_cuda(run, *layer(M, D=384, F=192)) == 4
 
     @pytest.mark.parametrize("blocks", [1, 2])
     def test_blocks_copy_and_multiply_what_is_theirs(monkeypatch, blocks):
@@ -170,10 +206,23 @@ if jax.__version_info__ >= target.JAX_FOR_HOPPER:
         multiply_as_the_interpreter_can(monkeypatch, 3, 64, 192)
         monkeypatch.setattr(many_rows, "_decode", decode_in_jax)
         monkeypatch.setattr(many_rows, "_finish", finish_in_jax)
+        monkeypatch.setattr(many_rows, "gather", gather_in_jax)
+        monkeypatch.setattr(many_rows, "add_up", add_up_in_jax)
         args = layer(3, E=2, D=384, F=192)
         got = interpreted(many_rows.many_rows, *args, limit=7.0)
         want = wanted(*args)
         assert np.linalg.norm(got.astype(jnp.float32) - want) < 6e-3 * np.linalg.norm(want)
+
+
+def gather_in_jax(x_MD, sorted_, choices):
+    return many_rows.in_order(x_MD)[sorted_.pairs.reshape(-1) // choices]
+
+
+def add_up_in_jax(y_RD, place_of_pair, experts_MX, num_experts):
+    y_MXD = y_RD[place_of_pair].reshape(*experts_MX.shape, -1).astype(jnp.float32)
+    if num_experts is not None:
+        y_MXD = jnp.where(experts_MX[..., None] < num_experts, y_MXD, 0)
+    return y_MXD.sum(axis=1).astype(jnp.bfloat16)
 
 
 def decode_in_jax(p):

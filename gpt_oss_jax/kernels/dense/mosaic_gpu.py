@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from gpt_oss_jax.kernels.dense import xla
-from gpt_oss_jax.kernels.dense.ptx import MAX_INPUTS, MAX_ROWS, TILE, Product
+from gpt_oss_jax.kernels.dense.ptx import MAX_INPUTS, MAX_ROWS, TILE, WARPS, Product
+from gpt_oss_jax.kernels.launch import launch
 from gpt_oss_jax.kernels.target import why_not_hopper
 
 _MAX_EXPERTS = 128
@@ -134,30 +135,13 @@ def route(
 def _launch(program: Product, outs: tuple, inputs: tuple) -> tuple[jax.Array, ...]:
     if types := {str(x.dtype) for x in inputs} - {"bfloat16", "int32"}:
         raise ValueError(f"weights and rows must be bfloat16, got {', '.join(sorted(types))}.")
-    # Here, because these change from one version of JAX to the next.
-    from jax.experimental.mosaic.gpu import utils as mgpu
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    def body(*refs):
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
-        def thread(ctx, *refs):
-            del ctx
-            pointers = [mgpu.memref_ptr(ref) for ref in refs]
-            mgpu.inline_ptx(program.ptx(), mgpu.block_idx(), *pointers, convergent=True)
-
-        thread(*refs)
-
-    blocks = program.cluster
-    cluster = {"cluster": (blocks,), "cluster_names": ("part",)} if blocks > 1 else {}
-    return plgpu.kernel(
-        body,
-        out_type=outs,
-        scratch_types=[plgpu.SMEM((program.shared_bytes,), jnp.uint8)],
-        grid=(program.grid // blocks,),
-        grid_names=("block",),
-        **cluster,
-        num_threads=2,
-        thread_name="warpgroup",
-        kernel_name=f"few_rows_{program.ending}",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(*inputs)
+    return launch(
+        f"few_rows_{program.ending}",
+        program.ptx(),
+        outs,
+        inputs,
+        grid=program.grid,
+        cluster=program.cluster,
+        warpgroups=WARPS // 4,
+        shared_bytes=program.shared_bytes,
+    )

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import MAX_BLOCKS, MAX_COLUMNS, Projection
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
+from gpt_oss_jax.kernels.launch import launch
 
 MAX_ROWS = 128
 
@@ -114,31 +115,14 @@ def visits(experts_Z: jax.Array, num_experts: int, count: int, columns: int) -> 
 
 
 def _launch(program: Projection, out: jax.ShapeDtypeStruct, inputs: tuple) -> jax.Array:
-    # Here, because these change from one version of JAX to the next.
-    from jax.experimental.mosaic.gpu import utils as mgpu
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     waits = program.limit is None
-
-    def body(*refs):
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
-        def thread(ctx, *refs):
-            del ctx
-            pointers = [mgpu.memref_ptr(ref) for ref in refs]
-            mgpu.inline_ptx(program.ptx(), mgpu.block_idx(), *pointers, convergent=True)
-
-        thread(*refs)
-        if waits:
-            plgpu.griddepcontrol_wait()  # The program waits; this marks the launch as dependent.
-
-    return plgpu.kernel(
-        body,
-        out_type=out,
-        scratch_types=[plgpu.SMEM((program.shared_bytes,), jnp.uint8)],
-        grid=(program.grid,),
-        grid_names=("block",),
-        num_threads=program.warps // 4,
-        thread_name="warpgroup",
-        kernel_name="mxfp4_few_rows_" + ("down" if program.limit is None else "up"),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(*inputs)
+    return launch(
+        "mxfp4_few_rows_" + ("down" if waits else "up"),
+        program.ptx(),
+        out,
+        inputs,
+        grid=program.grid,
+        warpgroups=program.warps // 4,
+        shared_bytes=program.shared_bytes,
+        dependent=waits,
+    )

@@ -22,6 +22,7 @@ from gpt_oss_jax.kernels.expert_matmul.many_rows_ptx import (
     Projection,
     decode_block,
 )
+from gpt_oss_jax.kernels.expert_matmul.rows import add_up, gather
 from gpt_oss_jax.kernels.expert_matmul.tiles import Tiles, sort_into_tiles
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.quant import MXArray
@@ -45,7 +46,7 @@ def many_rows(
     some_elsewhere: bool = False,
     tile: int | None = None,
 ) -> jax.Array:
-    """See `mosaic_gpu.on_hopper`; for any number of rows.
+    """See `mosaic_gpu.on_hopper`; for any number of rows, of bf16.
 
     Args:
       x_MD: Rows.
@@ -54,8 +55,7 @@ def many_rows(
       w: Weights of all experts.
       limit: Clamp of gate and linear part.
       some_elsewhere: Ids past the experts add nothing.
-      tile: Rows that are multiplied at a time, 8 to 128 in powers of two; None for what suits the
-        mean number of rows of an expert.
+      tile: Rows that are multiplied at a time, 8 to 128 in powers of two; None for `tile_rows`.
 
     Raises:
       NotImplementedError: For experts whose widths are not multiples of 192.
@@ -67,15 +67,10 @@ def many_rows(
     size = tile or tile_rows(M * X, E)
     up, down = projections(w, limit)
     tiles = sort_into_tiles(experts_MX.reshape(-1), E, size)
-    pairs_R = tiles.pairs.reshape(-1)
-    h_RF = grouped(up, w.up, w.up_bias, tiles, in_order(x_MD)[pairs_R // X])
-    weights_R = weights_MX.reshape(-1).astype(jnp.float32)[pairs_R]
+    h_RF = grouped(up, w.up, w.up_bias, tiles, gather(x_MD, tiles, X))
+    weights_R = weights_MX.reshape(-1).astype(jnp.float32)[tiles.pairs.reshape(-1)]
     y_RD = grouped(down, w.down, w.down_bias, tiles, h_RF, weights_R)
-    y_MXD = y_RD[tiles.place_of_pair].reshape(M, X, -1).astype(jnp.float32)
-    if some_elsewhere:
-        # What no tile has was never written.
-        y_MXD = jnp.where(experts_MX[..., None] < E, y_MXD, 0)
-    return y_MXD.sum(axis=1).astype(x_MD.dtype)
+    return add_up(y_RD, tiles.place_of_pair, experts_MX, E if some_elsewhere else None)
 
 
 def projections(w: ExpertWeights, limit: float) -> tuple[Projection, Projection]:
@@ -87,9 +82,12 @@ def projections(w: ExpertWeights, limit: float) -> tuple[Projection, Projection]
 
 
 def tile_rows(pairs: int, experts: int) -> int:
-    """Rows of a tile: what an expert gets on average, as a power of two."""
-    mean = -(-pairs // experts)
-    return min(_MAX_TILE, max(_MIN_TILE, 1 << (mean - 1).bit_length()))
+    """Rows of a tile: as a power of two, what an expert gets on average and half as much again.
+
+    Most experts then have one tile, and their weights are decoded once.
+    """
+    most = -(-3 * pairs // (2 * experts))
+    return min(_MAX_TILE, max(_MIN_TILE, 1 << (most - 1).bit_length()))
 
 
 def in_order(x_MD: jax.Array) -> jax.Array:

@@ -1,0 +1,152 @@
+"""Gathering and summing rows around `many_rows`, as PTX for compute capability 9.0. Knows no JAX.
+
+A warp has a row, of bf16, and reads and writes 16 bytes a lane at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+_WARPS = 4
+_AT_ONCE = 3  # Pieces of each row that are on their way together.
+_START = """mov.u32 lane, %tid.x; shr.u32 row, lane, 5; and.b32 lane, lane, 31;
+rem.u32 t0, <block>, {grid}; mad.lo.u32 row, t0, {warps}, row;
+setp.ge.u32 p, row, {rows}; @p bra DONE;
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gather:
+    """Rows of x for all places of tiles, in `many_rows.in_order`.
+
+    Attributes:
+      rows: Places, of all tiles.
+      width: Of a row, a multiple of 32.
+      choices: Pairs of a row of x.
+      tile: Places of a tile.
+    """
+
+    rows: int
+    width: int
+    choices: int
+    tile: int
+
+    @property
+    def grid(self) -> int:
+        """Thread blocks."""
+        return -(-self.rows // _WARPS)
+
+    def ptx(self) -> str:
+        """The thread program. Under vmap there are several grids, one after the other.
+
+        Its operands: the thread block; pointers to x, the pairs of all places, how many tiles are
+        in use, the result and shared memory, which is not used. Places of other tiles stay as they
+        are.
+        """
+        text = f"""{{
+.reg .pred p; .reg .b32 t0, lane, row, w<4>, v<16>; .reg .b64 at, from, more;
+{_START.format(grid=self.grid, warps=_WARPS, rows=self.rows)}
+ld.global.nc.u32 t0, [$3]; mul.lo.u32 t0, t0, {self.tile};
+setp.ge.u32 p, row, t0; @p bra DONE;
+mul.wide.u32 at, row, 4; add.u64 at, at, $2; ld.global.nc.u32 t0, [at];
+div.u32 t0, t0, {self.choices}; mul.wide.u32 from, t0, {2 * self.width}; add.u64 from, from, $1;
+mul.wide.u32 at, row, {2 * self.width}; add.u64 at, at, $4;
+mul.wide.u32 more, lane, 64; add.u64 from, from, more; add.u64 at, at, more;
+"""
+        blocks = self.width // 32
+        for first in range(0, blocks, 32):
+            text += f"setp.lt.u32 p, lane, {blocks - first};\n"
+            for q in range(4):
+                words = ", ".join(f"w{i}" for i in range(4))
+                text += f"@p ld.global.nc.v4.u32 {{{words}}}, [from + {64 * first + 16 * q}];"
+                # Values four apart come together: 0 and 4, 1 and 5, 2 and 6, 3 and 7.
+                for v in range(4):
+                    halves = (0x5410, 0x7632)[v % 2]
+                    text += f"prmt.b32 v{4 * v + q}, w{v // 2}, w{v // 2 + 2}, {halves};"
+                text += "\n"
+            for v in range(4):
+                words = ", ".join(f"v{4 * v + q}" for q in range(4))
+                text += f"@p st.global.v4.u32 [at + {64 * first + 16 * v}], {{{words}}};\n"
+        return _named(text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sum:
+    """For each row the sum of some others, added in float32 one after the other.
+
+    Attributes:
+      rows: Of the result.
+      width: Of a row, a multiple of 8.
+      choices: Rows to add.
+      experts: Experts there are: a row of an expert past them is not there. None: all are.
+    """
+
+    rows: int
+    width: int
+    choices: int
+    experts: int | None = None
+
+    @property
+    def grid(self) -> int:
+        """Thread blocks."""
+        return -(-self.rows // _WARPS)
+
+    def ptx(self) -> str:
+        """The thread program. Under vmap there are several grids, one after the other.
+
+        Its operands: the thread block; pointers to the rows, which of them to add, the experts of
+        those, the result and shared memory, which is not used.
+        """
+        X, pieces = self.choices, self.width // 8
+        names = [f"y{x}_{s}_{i}" for x in range(X) for s in range(_AT_ONCE) for i in range(4)]
+        text = f"""{{
+.reg .pred p, in, has<{X}>; .reg .b32 t0, lane, row, {", ".join(names)};
+.reg .f32 f<2>, sum<2>; .reg .b64 at, from<{X}>, more;
+{_START.format(grid=self.grid, warps=_WARPS, rows=self.rows)}
+mul.wide.u32 more, lane, 16; mul.lo.u32 t0, row, {X}; mul.wide.u32 at, t0, 4;
+"""
+        text += "add.u64 from0, at, $3;"
+        for x in range(X):
+            if self.experts is None:
+                text += f"setp.eq.u32 has{x}, 0, 0;"
+            else:
+                text += f"ld.global.nc.u32 t0, [from0 + {4 * x}];"
+                text += f"setp.lt.u32 has{x}, t0, {self.experts};"
+        text += "\nadd.u64 at, at, $2;"
+        for x in reversed(range(X)):
+            text += f"ld.global.nc.u32 t0, [at + {4 * x}]; mul.wide.u32 from{x}, t0, "
+            text += f"{2 * self.width}; add.u64 from{x}, from{x}, $1;"
+            text += f"add.u64 from{x}, from{x}, more;\n"
+        text += f"mul.wide.u32 at, row, {2 * self.width}; add.u64 at, at, $4;"
+        text += "add.u64 at, at, more;\n"
+        steps = range(-(-pieces // 32))
+        for first in range(0, len(steps), _AT_ONCE):
+            group = [s for s in steps if first <= s < first + _AT_ONCE]
+            for s in group:
+                text += f"setp.lt.u32 p, lane, {pieces - 32 * s};"
+                for x in range(X):
+                    words = [f"y{x}_{s - first}_{i}" for i in range(4)]
+                    text += "".join(f"mov.u32 {word}, 0;" for word in words)
+                    text += f"and.pred in, p, has{x};"
+                    text += f"@in ld.global.nc.v4.u32 {{{', '.join(words)}}}, "
+                    text += f"[from{x} + {512 * s}];\n"
+            for s in group:
+                words = [f"y0_{s - first}_{i}" for i in range(4)]
+                for i, word in enumerate(words):
+                    text += _apart(word, "sum0", "sum1")
+                    for x in range(1, X):
+                        text += _apart(f"y{x}_{s - first}_{i}", "f0", "f1")
+                        text += "add.f32 sum0, sum0, f0; add.f32 sum1, sum1, f1;"
+                    text += f"cvt.rn.bf16x2.f32 {word}, sum1, sum0;\n"
+                text += f"setp.lt.u32 p, lane, {pieces - 32 * s};"
+                text += f"@p st.global.v4.u32 [at + {512 * s}], {{{', '.join(words)}}};\n"
+        return _named(text)
+
+
+def _named(text: str) -> str:
+    return text.replace("<block>", "$0") + "DONE:\n}"
+
+
+def _apart(pair: str, low: str, high: str) -> str:
+    """Two bf16 of a register as float32."""
+    return f"shl.b32 {low}, {pair}, 16; and.b32 {high}, {pair}, {0xFFFF0000};"

@@ -1,0 +1,62 @@
+"""Launches a thread program in PTX on Hopper, through Pallas' Mosaic GPU back end."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def launch(
+    name: str,
+    text: str,
+    outs,
+    inputs: tuple[jax.Array, ...],
+    *,
+    grid: int,
+    warpgroups: int,
+    shared_bytes: int = 16,
+    cluster: int = 1,
+    dependent: bool = False,
+):
+    """Runs a program in every thread of a grid; compiles for Hopper on any machine.
+
+    Args:
+      name: Of the kernel, in profiles.
+      text: The program. Its operands: the thread block; pointers to inputs, results and shared
+        memory.
+      outs: Shape and type of the result, or a tuple of them.
+      inputs: Arrays in device memory.
+      grid: Thread blocks.
+      warpgroups: Of a block, 128 threads each.
+      shared_bytes: Shared memory of a block.
+      cluster: Blocks of a cluster; they divide the grid.
+      dependent: The program waits for the launch before it by itself (`griddepcontrol.wait`).
+    """
+    # Here, because these change from one version of JAX to the next.
+    from jax.experimental.mosaic.gpu import utils as mgpu
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def body(*refs):
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
+        def thread(ctx, *refs):
+            del ctx
+            pointers = [mgpu.memref_ptr(ref) for ref in refs]
+            mgpu.inline_ptx(text, mgpu.block_idx(), *pointers, convergent=True)
+
+        thread(*refs)
+        if dependent:
+            plgpu.griddepcontrol_wait()  # This marks the launch as one that waits.
+
+    clusters = {"cluster": (cluster,), "cluster_names": ("part",)} if cluster > 1 else {}
+    return plgpu.kernel(
+        body,
+        out_type=outs,
+        scratch_types=[plgpu.SMEM((shared_bytes,), jnp.uint8)],
+        grid=(grid // cluster,),
+        grid_names=("block",),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        **clusters,
+    )(*inputs)
