@@ -1,9 +1,8 @@
 """The expert layer on Hopper for few rows, when the time goes into reading weights.
 
-Each expert that any row chose is read once for up to 8 of them, or 24 if they are many, in two
-launches: up projection with bias and SwiGLU, and down projection with bias and routing weight. What
-a thread does is in `few_rows_ptx`; this prepares its operands and launches it, on any machine for
-Hopper.
+Each expert that any row chose is read once for up to 8 of them, in two launches: up projection with
+bias and SwiGLU, and down projection with bias and routing weight. What a thread does is in
+`few_rows_ptx`; this prepares its operands and launches it, on any machine for Hopper.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import MAX_BLOCKS, MAX_COLUMNS, Projection
+from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import COLUMNS, MAX_BLOCKS, WARPS, Projection
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.kernels.launch import launch
 
@@ -82,8 +81,7 @@ def projections(
     """Both launches for M rows of X experts each."""
     E, F, _, D = w.up.shape
     alone = M == 1 and not some_elsewhere  # Then every pair is a visit.
-    # More columns cost registers, and with them threads: that pays only where most visits are full.
-    columns = 1 if alone else 8 if M * X <= 10 * E else MAX_COLUMNS
+    columns = 1 if alone else COLUMNS
     common = {
         "choices": X,
         "visits": M * X if alone else min(M * X, E + M * X // columns),
@@ -122,7 +120,7 @@ def _launch(program: Projection, out: jax.ShapeDtypeStruct, inputs: tuple) -> ja
         out,
         inputs,
         grid=program.grid,
-        warpgroups=program.warps // 4,
+        warpgroups=WARPS // 4,
         shared_bytes=program.shared_bytes,
         dependent=waits,
     )

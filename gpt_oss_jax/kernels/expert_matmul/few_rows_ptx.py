@@ -1,11 +1,11 @@
 """The thread program of `few_rows`, as PTX for compute capability 9.0. Knows no JAX.
 
-A tile is 16 outputs of one expert, for up to 8 rows or 24; a thread block takes a run of tiles, one
+A tile is 16 outputs of one expert, for up to 8 rows; a thread block takes a run of tiles, one
 after the other. In checkpoint order the weights of a tile lie together: the copy engine brings them
 to shared memory in one piece, some tiles ahead. The warps share out the input axis, and each keeps
 its part of x in registers for as long as the expert stays the same. A thread takes MXFP4 blocks of
 16 bytes, decodes them in registers and multiplies with `mma.sync`: weights are the matrix of 16
-rows, x one or three of 8 columns. The warps take turns at adding up what all of them have of a
+rows, x that of 8 columns. The warps take turns at adding up what all of them have of a
 tile, while the others go on.
 
 The matrix instruction does not care which element of a block is called which, as long as both sides
@@ -24,13 +24,13 @@ from gpt_oss_jax.kernels.expert_matmul.mxfp4_ptx import (
     swiglu,
 )
 
-MAX_COLUMNS = 24
+COLUMNS = 8
 MAX_BLOCKS = 128  # On the input axis.
 TILE = 16
 _MAX_STAGES = 8
-# By matrices of eight columns, as registers and shared memory allow: warps of a thread block,
-# thread blocks that a multiprocessor holds, bytes of shared memory for each.
-SHAPES = {1: (4, 3, 75_000), 3: (12, 1, 226_000)}
+WARPS = 4
+# Thread blocks that a multiprocessor holds, bytes of shared memory for each.
+_BLOCKS, _SHARED_BYTES = 3, 75_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Projection:
       blocks: MXFP4 blocks of its input axis.
       choices: Experts of a token.
       visits: Experts to visit, at most; one for each pair (row of x, choice) if columns is 1.
-      columns: Pairs of a visit, 8 or 24; 1 if every pair is a visit.
+      columns: Pairs of a visit, 8; 1 if every pair is a visit.
       bias_bytes: 2 for bfloat16, 4 for float32.
       limit: Clamp of the SwiGLU that pairs of outputs go through; None for the down projection,
         whose outputs are multiplied with the routing weight instead.
@@ -61,19 +61,9 @@ class Projection:
     then: Projection | None = None
 
     @property
-    def _groups(self) -> int:
-        """Matrices of eight columns."""
-        return -(-self.columns // 8)
-
-    @property
-    def warps(self) -> int:
-        """Warps of a thread block."""
-        return SHAPES[self._groups][0]
-
-    @property
     def grid(self) -> int:
         """Thread blocks; those for which nothing is left end at once."""
-        return min(self.visits * self._tiles, self.multiprocessors * SHAPES[self._groups][1])
+        return min(self.visits * self._tiles, self.multiprocessors * _BLOCKS)
 
     @property
     def _tiles(self) -> int:
@@ -82,7 +72,7 @@ class Projection:
     @property
     def _steps(self) -> int:
         """Of the input axis, in which every thread takes a block of two outputs."""
-        return -(-self.blocks // (4 * self.warps))
+        return -(-self.blocks // (4 * WARPS))
 
     @property
     def _stage_bytes(self) -> int:
@@ -92,12 +82,7 @@ class Projection:
     @property
     def _stages(self) -> int:
         """Tiles in shared memory or on their way."""
-        room = SHAPES[self._groups][2] - 2 * self._sum_bytes
-        return min(_MAX_STAGES, room // (self._stage_bytes + 8))
-
-    @property
-    def _sum_bytes(self) -> int:
-        return 512 * self.warps * self._groups
+        return min(_MAX_STAGES, (_SHARED_BYTES - 2 * _SUM_BYTES) // (self._stage_bytes + 8))
 
     @property
     def _sums(self) -> int:
@@ -105,7 +90,7 @@ class Projection:
 
     @property
     def _barriers(self) -> int:
-        return self._sums + 2 * self._sum_bytes
+        return self._sums + 2 * _SUM_BYTES
 
     @property
     def shared_bytes(self) -> int:
@@ -129,15 +114,13 @@ class Projection:
             "shared",
         ]
         full = [(self._barriers + 8 * i, 1) for i in range(self._stages)]
-        sums = [
-            (self._barriers + 8 * (self._stages + i), (self.warps, 1)[i // 2]) for i in range(4)
-        ]
+        sums = [(self._barriers + 8 * (self._stages + i), (WARPS, 1)[i // 2]) for i in range(4)]
         text = f"""{self._registers()}
 mov.u32 warp, %tid.x; and.b32 lane, warp, 31; shr.u32 warp, warp, 5; setp.eq.u32 leads, lane, 0;
 shr.u32 g, lane, 2; and.b32 q, lane, 3; mad.lo.u32 blk, warp, 4, q;
 or.b32 t0, warp, lane; setp.eq.u32 p, t0, 0;
 {"".join(f"@p mbarrier.init.shared.b64 [<shared> + {at}], {n};" for at, n in full + sums)}
-@p fence.mbarrier_init.release.cluster; bar.sync 1, {32 * self.warps};
+@p fence.mbarrier_init.release.cluster; bar.sync 1, {32 * WARPS};
 {self._count()}
 rem.u32 t0, <block>, {self.grid}; mul.lo.u32 unit, t0, total; div.u32 unit, unit, {self.grid};
 add.u32 t0, t0, 1; mul.lo.u32 last, t0, total; div.u32 last, last, {self.grid};
@@ -170,13 +153,14 @@ bar.warp.sync -1; @leads mbarrier.arrive.shared.b64 _, [bar + {sums[2][0]}];
 add.u32 ahead, unit, {self._stages};
 {self._fetch()}
 {self._prefetch() if self.then else ""}
-{"".join(self._finish(n, column) for n in range(self._groups) for column in range(2))}
+{self._finish(0)}
+{self._finish(1)}
 NEXT:
 add.u32 unit, unit, 1; setp.ge.u32 p, unit, last; @p bra DONE;
 add.u32 slot, slot, 1; setp.eq.u32 p, slot, {self._stages}; @p xor.b32 phase, phase, 1;
 @p mov.u32 slot, 0;
 xor.b32 turn, turn, 1; setp.eq.u32 p, turn, 0; @p xor.b32 round, round, 1;
-add.u32 finisher, finisher, 1; setp.eq.u32 p, finisher, {self.warps}; @p mov.u32 finisher, 0;
+add.u32 finisher, finisher, 1; setp.eq.u32 p, finisher, {WARPS}; @p mov.u32 finisher, 0;
 add.u32 tile, tile, 1; setp.lt.u32 p, tile, {self._tiles}; @p bra UNIT;
 mov.u32 tile, 0; add.u32 visit, visit, 1; bra VISIT;
 DONE:"""
@@ -185,20 +169,14 @@ DONE:"""
         return "{\n" + text + "\n}"
 
     def _registers(self) -> str:
-        x, sums = 16 * self._groups * self._steps, 4 * self._chains * self._groups
         return f"""
 .reg .pred p, in, leads;
 .reg .b16 h;
 .reg .b32 t<2>, warp, lane, g, q, n, blk, first, unit, last, ahead, total, slot, phase, turn, round;
 .reg .b32 finisher, bar, visit, tile, pair, row, aw, as, w0_<4>, w1_<4>, s<2>, k<2>, v0_<4>, v1_<4>;
-.reg .b32 x<{x}>, y<4>;
-.reg .f32 c<{sums}>, d<4>, b<2>, bias<2>, f<2>;
+.reg .b32 x<{16 * self._steps}>, y<4>;
+.reg .f32 c<8>, d<4>, b<2>, bias<2>, f<2>;
 .reg .b64 at, more;"""
-
-    @property
-    def _chains(self) -> int:
-        """Sums that do not wait for each other; registers are short with several matrices."""
-        return 2 if self._groups == 1 else 1
 
     def _count(self) -> str:
         """How many tiles there are. Visits that are empty come last."""
@@ -271,54 +249,45 @@ setp.ne.u32 p, pair, -1; selp.u32 pair, pair, 0, p;"""
 
     def _guard(self, step: int) -> str:
         """Empty where every thread has a block of the input axis."""
-        return "" if 4 * self.warps * (step + 1) <= self.blocks else "@in"
+        return "" if 4 * WARPS * (step + 1) <= self.blocks else "@in"
 
     def _is_in(self, step: int) -> str:
-        return f"setp.lt.u32 in, blk, {self.blocks - 4 * self.warps * step};"
+        return f"setp.lt.u32 in, blk, {self.blocks - 4 * WARPS * step};"
 
     def _load_x(self) -> str:
         """A thread's part of the rows of a visit; zeros past the input axis."""
         choice = "" if self.limit is None else f"div.u32 pair, pair, {self.choices};"
-        text = ""
-        for n in range(self._groups):
-            text += f"add.u32 n, g, {8 * n};{self._member('n')}{choice}\n"
-            text += f"mul.wide.u32 at, pair, {64 * self.blocks}; add.u64 at, at, <x>;"
-            text += "mul.wide.u32 more, blk, 64; add.u64 at, at, more;\n"
-            for step in range(self._steps):
-                guard = self._guard(step)
-                text += self._is_in(step) if guard else ""
-                for i in range(4):
-                    words = [f"y{r}" for r in range(4)]
-                    text += "".join(f"mov.u32 {word}, 0;" for word in words) if guard else ""
-                    place = 256 * self.warps * step + 16 * i
-                    text += f"{guard} ld.global.v4.u32 {{{', '.join(words)}}}, [at + {place}];\n"
-                    # As `decode` has them: 0 and 4, 1 and 5, 2 and 6, 3 and 7.
-                    for r in range(4):
-                        into, halves = self._x(n, step, i) + r, (0x5410, 0x7632)[r % 2]
-                        text += f"prmt.b32 x{into}, y{r // 2}, y{r // 2 + 2}, {halves};"
+        text = f"{self._member('g')}{choice}\n"
+        text += f"mul.wide.u32 at, pair, {64 * self.blocks}; add.u64 at, at, <x>;"
+        text += "mul.wide.u32 more, blk, 64; add.u64 at, at, more;\n"
+        for step in range(self._steps):
+            guard = self._guard(step)
+            text += self._is_in(step) if guard else ""
+            for i in range(4):
+                words = [f"y{r}" for r in range(4)]
+                text += "".join(f"mov.u32 {word}, 0;" for word in words) if guard else ""
+                place = 256 * WARPS * step + 16 * i
+                text += f"{guard} ld.global.v4.u32 {{{', '.join(words)}}}, [at + {place}];\n"
+                # As `decode` has them: 0 and 4, 1 and 5, 2 and 6, 3 and 7.
+                for r in range(4):
+                    into, halves = 16 * step + 4 * i + r, (0x5410, 0x7632)[r % 2]
+                    text += f"prmt.b32 x{into}, y{r // 2}, y{r // 2 + 2}, {halves};"
         return text
-
-    def _x(self, group: int, step: int, i: int) -> int:
-        return 16 * (self._steps * group + step) + 4 * i
-
-    def _sum(self, group: int, half: int) -> int:
-        return 4 * (self._chains * group + half % self._chains)
 
     def _products(self) -> str:
         text = f"mad.lo.u32 aw, slot, {self._stage_bytes}, <shared>;"
         text += f"mad.lo.u32 as, g, {2 * self.blocks}, blk; add.u32 as, as, aw;"
         text += f"mad.lo.u32 aw, g, {32 * self.blocks}, aw; mad.lo.u32 aw, blk, 16, aw;\n"
-        sums = 4 * self._chains * self._groups
-        text += "".join(f"mov.f32 c{i}, 0f00000000;" for i in range(sums)) + "\n"
+        text += "".join(f"mov.f32 c{i}, 0f00000000;" for i in range(8)) + "\n"
         for step in range(self._steps):
             if guard := self._guard(step):
-                text += f"setp.ge.u32 p, warp, {-(-self.blocks // 4) - self.warps * step};"
+                text += f"setp.ge.u32 p, warp, {-(-self.blocks // 4) - WARPS * step};"
                 text += f"@p bra REST_{step};{self._is_in(step)}\n"
             for row in range(2):
                 words = [f"w{row}_{i}" for i in range(4)]
                 if guard:
                     text += "".join(f"mov.u32 {word}, 0;" for word in (*words, f"s{row}"))
-                place = 64 * self.warps * step
+                place = 64 * WARPS * step
                 codes, scales = place + 16 * self.blocks * row, 16 * TILE * self.blocks
                 scales += place // 16 + self.blocks * row
                 text += f"{guard} ld.shared.v4.u32 {{{', '.join(words)}}}, [aw + {codes}];"
@@ -328,29 +297,24 @@ setp.ne.u32 p, pair, -1; selp.u32 pair, pair, 0, p;"""
             for i in range(4):
                 for row in range(2):
                     text += decode(f"w{row}_{i}", f"k{row}", f"v{row}_") + "\n"
-                for n in range(self._groups):
-                    for half in range(2):
-                        a = ", ".join(f"v{r}_{2 * half + k}" for k in range(2) for r in range(2))
-                        acc = ", ".join(f"c{self._sum(n, half) + r}" for r in range(4))
-                        x = self._x(n, step, i) + 2 * half
-                        text += (
-                            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {"
-                            f"{acc}}}, {{{a}}}, {{x{x}, x{x + 1}}}, {{{acc}}};\n"
-                        )
+                # Two sums that do not wait for each other.
+                for half in range(2):
+                    a = ", ".join(f"v{r}_{2 * half + k}" for k in range(2) for r in range(2))
+                    acc = ", ".join(f"c{4 * half + r}" for r in range(4))
+                    x = 16 * step + 4 * i + 2 * half
+                    text += (
+                        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {"
+                        f"{acc}}}, {{{a}}}, {{x{x}, x{x + 1}}}, {{{acc}}};\n"
+                    )
             if guard:
                 text += f"REST_{step}:\n"
-        if self._chains == 2:
-            text += "".join(f"add.f32 c{r}, c{r}, c{r + 4};" for r in range(4))
-        return text
+        return text + "".join(f"add.f32 c{r}, c{r}, c{r + 4};" for r in range(4))
 
     def _hand_over(self) -> str:
         """A warp's sums to their place."""
-        text = f"mad.lo.u32 t0, turn, {self._sum_bytes}, <shared>; mad.lo.u32 t0, lane, 16, t0;"
-        text += f"mad.lo.u32 t0, warp, {512 * self._groups}, t0;\n"
-        for n in range(self._groups):
-            acc = ", ".join(f"c{self._sum(n, 0) + r}" for r in range(4))
-            text += f"st.shared.v4.f32 [t0 + {self._sums + 512 * n}], {{{acc}}};\n"
-        return text
+        text = f"mad.lo.u32 t0, turn, {_SUM_BYTES}, <shared>; mad.lo.u32 t0, lane, 16, t0;"
+        text += "mad.lo.u32 t0, warp, 512, t0;"
+        return text + f"st.shared.v4.f32 [t0 + {self._sums}], {{c0, c1, c2, c3}};"
 
     def _load_bias(self) -> str:
         """Of a thread's two outputs; float32."""
@@ -364,24 +328,18 @@ setp.ne.u32 p, pair, -1; selp.u32 pair, pair, 0, p;"""
 
     def _take_over(self) -> str:
         """The sums of all warps."""
-        text = f"mad.lo.u32 t0, turn, {self._sum_bytes}, <shared>; mad.lo.u32 t0, lane, 16, t0;\n"
-        for n in range(self._groups):
-            acc = [f"c{self._sum(n, 0) + r}" for r in range(4)]
-            for warp in range(self.warps):
-                into = [f"d{r}" for r in range(4)] if warp else acc
-                place = self._sums + 512 * (warp * self._groups + n)
-                text += f"ld.shared.v4.f32 {{{', '.join(into)}}}, [t0 + {place}];"
-                if warp:
-                    text += "".join(f"add.f32 {acc[r]}, {acc[r]}, d{r};" for r in range(4))
-                text += "\n"
+        text = f"mad.lo.u32 t0, turn, {_SUM_BYTES}, <shared>; mad.lo.u32 t0, lane, 16, t0;\n"
+        text += f"ld.shared.v4.f32 {{c0, c1, c2, c3}}, [t0 + {self._sums}];\n"
+        for warp in range(1, WARPS):
+            text += f"ld.shared.v4.f32 {{d0, d1, d2, d3}}, [t0 + {self._sums + 512 * warp}];"
+            text += "".join(f"add.f32 c{r}, c{r}, d{r};" for r in range(4)) + "\n"
         return text
 
-    def _finish(self, group: int, column: int) -> str:
-        """Bias, then SwiGLU or routing weight, for one of a thread's two columns of a group."""
-        text = f"shl.b32 n, q, 1; add.u32 n, n, {8 * group + column}; {self._member('n')}"
+    def _finish(self, column: int) -> str:
+        """Bias, then SwiGLU or routing weight, for one of a thread's two columns."""
+        text = f"shl.b32 n, q, 1; add.u32 n, n, {column}; {self._member('n')}"
         for r in range(2):
-            acc = f"c{self._sum(group, 0) + 2 * r + column}"
-            text += f"fma.rn.f32 f{r}, {acc}, {literal(LAST_FACTOR)}, bias{r};"
+            text += f"fma.rn.f32 f{r}, c{2 * r + column}, {literal(LAST_FACTOR)}, bias{r};"
         text += "\n"
         if self.limit is None:
             text += "shl.b32 row, tile, 3; add.u32 row, row, g; shl.b32 row, row, 1;"
@@ -395,6 +353,9 @@ setp.ne.u32 p, pair, -1; selp.u32 pair, pair, 0, p;"""
         text += f"mad.lo.u32 t0, pair, {self.rows // 2}, t0;"
         text += "mul.wide.u32 at, t0, 2; add.u64 at, at, <out>;"
         return text + "@p st.global.b16 [at], h;\n"
+
+
+_SUM_BYTES = 512 * WARPS
 
 
 def _wait(label: str, barrier: int, parity: str) -> str:

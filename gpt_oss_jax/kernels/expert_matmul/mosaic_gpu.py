@@ -93,5 +93,7 @@ def on_hopper(
     if biases not in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float32)}):
         names = " and ".join(sorted(map(str, biases)))
         raise NotImplementedError(f"biases are {names}, not all bfloat16 or all float32")
-    kernel = few_rows if x_MD.shape[0] <= MAX_ROWS else many_rows
+    # From ten rows an expert on, decoding and multiplying take longer than reading.
+    few = x_MD.shape[0] <= MAX_ROWS and experts_MX.size <= 10 * w.up.shape[0]
+    kernel = few_rows if few else many_rows
     return kernel(x_MD, experts_MX, weights_MX, w, limit=limit, some_elsewhere=some_elsewhere)
