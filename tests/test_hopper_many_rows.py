@@ -118,6 +118,26 @@ def test_many_rows_equal_the_oracle(emulated, M, how, options):
     assert np.linalg.norm(got.astype(jnp.float32) - want) < 6e-3 * np.linalg.norm(want)
 
 
+@pytest.mark.parametrize(("pairs", "size"), [(1, 8), (40, 4), (200, 16)])
+def test_pairs_are_sorted_alike_by_comparing_and_by_sorting(monkeypatch, pairs, size):
+    """Pairs of the last expert are elsewhere; one expert has none."""
+    E = 5
+    chosen = jnp.asarray(np.random.default_rng(pairs).integers(0, E + 1, pairs), jnp.int32)
+    chosen = jnp.where(chosen == 2, 3, chosen)
+    compared = tiles.sort_into_tiles(chosen, E, size)
+    monkeypatch.setattr(tiles, "_FEW", 0)
+    by_sorting = tiles.sort_into_tiles(chosen, E, size)
+    here = np.asarray(chosen < E)
+    places = compared.place_of_pair[here]
+    np.testing.assert_array_equal(places, by_sorting.place_of_pair[here])
+    used = slice(int(compared.count))
+    assert compared.count == by_sorting.count
+    np.testing.assert_array_equal(compared.expert_of_tile[used], by_sorting.expert_of_tile[used])
+    for sorted_ in (compared, by_sorting):
+        np.testing.assert_array_equal(sorted_.pairs.reshape(-1)[places], np.flatnonzero(here))
+        assert sorted_.pairs.shape == (pairs // size + E, size)
+
+
 @pytest.mark.parametrize(("M", "X", "D"), [(1, 2, 192), (9, 4, 1152), (30, 3, 2880)])
 def test_rows_are_gathered_and_added_up(emulated, M, X, D):
     """As XLA does, bit for bit. Rows of no pair, and of experts that are elsewhere, are NaN."""

@@ -25,6 +25,10 @@ class Tiles:
     count: jax.Array
 
 
+# Pairs that are compared with each other, all with all: a few small programs instead of a sort's.
+_FEW = 1024
+
+
 def sort_into_tiles(chosen: jax.Array, num_experts: int, size: int) -> Tiles:
     """Sorts pairs by expert.
 
@@ -35,6 +39,8 @@ def sort_into_tiles(chosen: jax.Array, num_experts: int, size: int) -> Tiles:
     """
     pairs, E = chosen.shape[0], num_experts
     num_tiles = pairs // size + E  # Every expert may leave one tile part empty.
+    if pairs <= _FEW:
+        return _compared(chosen, E, size, num_tiles)
     order = jnp.argsort(chosen, stable=True)
     rank = jnp.zeros_like(order).at[order].set(jnp.arange(pairs, dtype=order.dtype))
     size_E = jnp.bincount(chosen, length=E)
@@ -51,5 +57,22 @@ def sort_into_tiles(chosen: jax.Array, num_experts: int, size: int) -> Tiles:
         expert_of_tile=expert_of_tile,
         pairs=order[rows],
         place_of_pair=first_tile_E[chosen] * size + rank - start_E[chosen],
+        count=last_tile_E[-1],
+    )
+
+
+def _compared(chosen: jax.Array, E: int, size: int, num_tiles: int) -> Tiles:
+    pairs, experts = jnp.arange(chosen.shape[0], dtype=jnp.int32), jnp.arange(E)
+    rank = ((chosen[:, None] == chosen) & (pairs[:, None] > pairs)).sum(axis=1)
+    tiles_E = -(-(chosen[:, None] == experts).sum(axis=0) // size)
+    last_tile_E = jnp.where(experts[:, None] >= experts, tiles_E, 0).sum(axis=1)
+    first_of_pair = jnp.where(chosen[:, None] > experts, tiles_E, 0).sum(axis=1)
+    place = jnp.where(chosen < E, first_of_pair * size + rank, -1)
+    there = place == jnp.arange(num_tiles * size)[:, None]
+    tiles = jnp.arange(num_tiles)
+    return Tiles(
+        expert_of_tile=jnp.minimum((tiles[:, None] >= last_tile_E).sum(axis=1), E - 1),
+        pairs=jnp.where(there, pairs, 0).max(axis=1).reshape(num_tiles, size),
+        place_of_pair=place,
         count=last_tile_E[-1],
     )
