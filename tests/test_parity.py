@@ -181,6 +181,34 @@ def test_what_is_not_a_number_is_over(model, reference):
     assert (report.first, report.ops[0].judged.ok) == ("layers.1.mlp_norm", True)
 
 
+def test_rows_of_zeros_are_no_divergence_unless_one_side_has_them(model):
+    """Rotation is allowed nothing there."""
+    model = copy(model)
+    for layer in model.layers:
+        for variable in (layer.attention.qkv.weight, layer.attention.qkv.bias):
+            variable[...] = jnp.zeros_like(variable[...])
+    reference = arrays_of(model)
+    assert_parity(model, reference, TOKENS)
+    name = "layers.1.attention.k_rope"
+    assert compare(model, reference | {name: reference[name] + 1e-3}, TOKENS).first == name
+
+
+def test_logits_masked_by_minus_infinity_have_a_divergence(model, reference):
+    """Some write that for ids that are no tokens; warnings are errors here."""
+    masked = np.where(np.arange(CONFIG.vocab_size) == 100, -np.inf, reference["logits"])
+    report = compare(model, {"logits": masked}, TOKENS)
+    assert report.first == "logits"
+    assert np.isfinite(report.predictions.kl_T).all() and report.predictions.kl_T.max() > 1e-4
+    masked[:, 100] = np.inf
+    assert np.isnan(compare(model, {"logits": masked}, TOKENS).predictions.kl_T).all()
+
+
+def test_logits_in_bfloat16_are_named(model, reference):
+    coarse = {"logits": np.asarray(reference["logits"].astype(jnp.bfloat16), np.float32)}
+    said = "the reference computes this in bfloat16"
+    assert said in compare(model, coarse, TOKENS).sentence
+
+
 def test_a_flip_that_rounding_explains_is_allowed(model):
     """Two experts that the router cannot tell apart; the reference chooses the other one."""
     model = copy(model)
@@ -234,6 +262,7 @@ def test_streamed_is_the_model(tmp_path):
             "real numbers, got complex",
         ),
         ({"layers.0.attention.q": np.full((24, 210), "x")}, TOKENS, "real numbers, got <U1"),
+        ({"logits": [[1.0, 2.0], [3.0]]}, TOKENS, "logits of the reference must be an array"),
         *(
             ({"layers.0.mlp.experts": np.tile(x, (24, 1))}, TOKENS, "different ints below")
             for x in ([0, 99], [0, -1], [1, 1], [0.0, 1.0])
@@ -247,3 +276,8 @@ def test_streamed_is_the_model(tmp_path):
 def test_bad_arrays_are_refused(model, reference, change, tokens, said):
     with pytest.raises(ValueError, match=said):
         compare(model, reference | change, tokens)
+
+
+def test_what_is_no_reference_is_refused(model):
+    with pytest.raises(ValueError, match="golden file that was loaded, got str"):
+        compare(model, "window-7-hf.npz", TOKENS)

@@ -1,6 +1,7 @@
 """`gpt-oss-jax parity`: where the numbers part from a reference; exit code 1 if they do."""
 
 import argparse
+import dataclasses
 from functools import partial
 from pathlib import Path
 
@@ -59,9 +60,9 @@ def run(args: argparse.Namespace) -> int:
     """Compare, print and write what is asked for."""
     if args.save and (args.golden or args.reference.endswith(".npz")):
         raise ValueError("--save keeps what official, hf or a checkpoint computes, nothing saved.")
-    for path in filter(None, (args.save, args.html)):
-        if not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{path} must lie in a folder that exists.")
+    for path in (args.save, args.html):
+        if path is not None:
+            _check_writable(Path(path))
     reference, tokens = None, None
     if args.golden:
         reference = golden.load(args.golden)
@@ -71,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
     given = [x for x in ("text", "ids", "length", "seed") if getattr(args, x) is not None]
     if tokens is not None and given:
         raise ValueError(f"the file of the reference brings its tokens; leave out --{given[0]}.")
+    if args.seed is not None and (args.text is not None or args.ids is not None):
+        raise ValueError("--seed is of random tokens; leave it out with --text and --ids.")
     source = open_source(args.model)
     if tokens is None:
         tokens = _tokens(args, source.config.vocab_size)
@@ -97,6 +100,14 @@ def run(args: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+def _check_writable(path: Path) -> None:
+    """Said before the comparison, which may take an hour, not after."""
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{path} must lie in a folder that exists.")
+    if path.is_dir():
+        raise ValueError(f"a file to write is wanted, but {path} is a folder.")
+
+
 def _decode(token: int) -> str:
     return token_bytes(token).decode("utf-8", "replace")
 
@@ -105,8 +116,10 @@ def _reference(name: str, source, step):
     if name in _PYTORCH:
         return pytorch.reference(name, source, step)
     other = open_source(name)
-    if other.config != source.config:
-        raise ValueError(f"{name} must have the config of the model it is compared with.")
+    if odd := golden.unlike(source.config, dataclasses.asdict(other.config)):
+        raise ValueError(
+            f"{name} must have the config of the model it is compared with, which has {odd}."
+        )
     return partial(values, Streamed(other, jnp.float32, step=step))
 
 
@@ -136,6 +149,8 @@ def _ids(text: str) -> np.ndarray:
 
 def _arrays(path: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
     arrays = golden.read(path)
+    if "provenance" in arrays:
+        raise ValueError(f"{path} is a golden file: --golden {path} compares with it.")
     if "tokens" not in arrays:
         raise ValueError(f"{path} must hold tokens, ids [T], beside the arrays.")
     return arrays, arrays.pop("tokens")

@@ -39,8 +39,13 @@ def by_stage(reference: Reference, tokens_T: np.ndarray, config: Config) -> Iter
     if isinstance(reference, Mapping):
         _check_names(reference, config)
         given = iter([reference] * len(table))
-    else:
+    elif callable(reference):
         given = iter(reference(tokens_T))
+    else:
+        raise ValueError(
+            "the reference must be arrays by name, a function that yields them, or a golden file "
+            f"that was loaded, got {type(reference).__name__}."
+        )
     for prefix, ops in table:
         arrays = next(given, None)
         if arrays is None:
@@ -92,7 +97,7 @@ def _check_names(arrays: Arrays, config: Config) -> None:
 def _checked(name: str, array, op: Op, config: Config, length: int) -> Values:
     try:
         array = np.asarray(array)
-    except (TypeError, RuntimeError) as error:  # a tensor on a device, or one with a gradient
+    except (TypeError, RuntimeError, ValueError) as error:  # on a device, with a gradient, ragged
         raise ValueError(f"{name} of the reference must be an array: {error}") from error
     if not (jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.kind in "iu"):
         raise ValueError(f"{name} of the reference must hold real numbers, got {array.dtype}.")

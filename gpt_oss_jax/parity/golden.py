@@ -67,9 +67,8 @@ class Golden:
         Raises:
           ValueError: Naming what differs.
         """
-        ours, theirs = dataclasses.asdict(config), self.provenance["config"]
-        if odd := [f"{x} {ours[x]}, not {theirs.get(x)}" for x in ours if ours[x] != theirs.get(x)]:
-            raise ValueError(f"the golden file is of another model; this one has {', '.join(odd)}.")
+        if odd := unlike(config, self.provenance["config"]):
+            raise ValueError(f"the golden file is of another model; this one has {odd}.")
         if not np.array_equal(tokens_T, self.tokens_T):
             raise ValueError("the golden file is of other tokens; leave them out to use its own.")
         known = {prefix + op.name for prefix, ops in stages(config) for op in ops}
@@ -126,6 +125,12 @@ def provenance(reference: str, source: Source) -> dict[str, Any]:
         "config_sha256": digest,
         "checkpoint": fingerprint(source),
     }
+
+
+def unlike(config: Config, other: Mapping[str, Any]) -> str:
+    """What a config has that another one, as a dict, has not; empty if they are equal."""
+    ours = dataclasses.asdict(config)
+    return ", ".join(f"{x} {ours[x]}, not {other.get(x)}" for x in ours if ours[x] != other.get(x))
 
 
 def fingerprint(source: Source) -> str:

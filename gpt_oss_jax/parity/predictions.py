@@ -82,13 +82,16 @@ def predictions(
 
 def _logsumexp(x: np.ndarray) -> float:
     x = x.astype(np.float64)
-    return float(x.max() + np.log(np.exp(x - x.max()).sum()))
+    with np.errstate(invalid="ignore"):  # Infinity among them: the result is no number.
+        return float(x.max() + np.log(np.exp(x - x.max()).sum()))
 
 
 def _kl(ours_V: np.ndarray, theirs_V: np.ndarray) -> float:
     p = theirs_V.astype(np.float64) - _logsumexp(theirs_V)
     q = ours_V.astype(np.float64) - _logsumexp(ours_V)
-    return float((np.exp(p) * (p - q)).sum())
+    with np.errstate(invalid="ignore"):
+        # Some write minus infinity for tokens that there are not; those add nothing.
+        return float(np.where(p == -np.inf, 0, np.exp(p) * (p - q)).sum())
 
 
 def _kl_of_top(ours_V: np.ndarray, top: TopLogits, t: int) -> float:

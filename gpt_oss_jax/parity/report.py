@@ -32,8 +32,11 @@ class Difference:
     def excess_T(self) -> np.ndarray:
         """Difference over tolerance of each position; 0 where not judged or not known."""
         known = self.judged_T & ~np.isnan(self.relative_T)
-        with np.errstate(invalid="ignore"):
-            excess_T = np.where(known, self.relative_T / self.tolerance_T, 0.0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            # A row of zeros is allowed nothing, and needs nothing.
+            excess_T = np.where(
+                known & (self.relative_T != 0), self.relative_T / self.tolerance_T, 0.0
+            )
         # No rounding makes what is not a number, whatever else it may do.
         return np.where(known & np.isinf(self.relative_T), np.inf, excess_T)
 
