@@ -83,7 +83,9 @@ def test_a_product_is_added(interpreter, M, inputs, outputs):
     close(mosaic_gpu.add_product(*arrays), xla.add_product(*arrays))
 
 
-@pytest.mark.parametrize(("M", "E", "X", "tie"), [(1, 32, 4, 0), (3, 128, 4, 1), (11, 8, 2, 1)])
+@pytest.mark.parametrize(
+    ("M", "E", "X", "tie"), [(1, 32, 4, 0), (3, 128, 4, 1), (2, 96, 4, 0), (11, 8, 2, 1)]
+)
 def test_experts_are_chosen(interpreter, M, E, X, tie):
     """With `tie`, all experts have a twin: of equal logits the lower id goes first."""
     x, scale, weight, bias = random(M, (M, 96), (96,), (E, 96), (E,))
