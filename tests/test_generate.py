@@ -14,6 +14,7 @@ from random_model import random_model
 from sizes import SHARDABLE, TINY
 
 from gpt_oss_jax.generate import Completion, device, generate, generate_batch, loop
+from gpt_oss_jax.kernels import dispatch
 from gpt_oss_jax.sampling import SamplingParams, sample
 from gpt_oss_jax.sharding import make_mesh
 
@@ -248,7 +249,9 @@ def test_a_sharded_model_generates_the_same_and_compiles_once(caplog):
     assert k.shape == (2, 64, 4 * 10) and k.sharding.shard_shape(k.shape) == (1, 64, 2 * 10)
 
 
-def test_xla_knows_what_the_loop_asks_for_on_a_gpu(monkeypatch):
+@pytest.mark.parametrize("tight", [False, True])
+def test_xla_knows_what_the_loop_asks_for_on_a_gpu(monkeypatch, caplog, tight):
+    """Where memory is tight it makes no copies of weights to try out its products on."""
     asked = []
 
     def jit(*args, compiler_options=None, **more):
@@ -258,11 +261,15 @@ def test_xla_knows_what_the_loop_asks_for_on_a_gpu(monkeypatch):
     real = jax.jit
     monkeypatch.setattr(device, "platform", lambda: "gpu")
     monkeypatch.setattr(device.jax, "jit", jit)
+    monkeypatch.setattr(device, "memory", lambda leaves: 10**6 if tight else 10**9)
     device._decode_program.cache_clear()
+    dispatch.say_once.cache_clear()
     model = random_model(SMALL)
     (completion,) = generate_batch(model, PROMPTS[:1], max_tokens=8, sampling=SAMPLED)
     assert completion.tokens == plain_loop(model, PROMPTS[0], 8, SAMPLED)[0]
-    assert any("WHILE" in (o or {}).get("xla_gpu_enable_command_buffer", "") for o in asked)
+    (options,) = [o for o in asked if "WHILE" in (o or {}).get("xla_gpu_enable_command_buffer", "")]
+    assert options.get("xla_gpu_autotune_level") == (0 if tight else None)
+    assert ("little memory is free" in caplog.text) == tight
 
 
 def test_bfloat16_is_bfloat16_in_the_cache():

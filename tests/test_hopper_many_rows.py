@@ -23,7 +23,7 @@ from hopper_layer import (
 )
 
 from gpt_oss_jax.kernels import target
-from gpt_oss_jax.kernels.expert_matmul import many_rows, many_rows_ptx, rows, tiles, xla
+from gpt_oss_jax.kernels.expert_matmul import many_rows, many_rows_ptx, rows, tiles, tuning, xla
 from gpt_oss_jax.quant import MXArray, mxfp4
 
 W, G, Q = np.arange(128) // 32, np.arange(128) % 32 // 4, np.arange(128) % 4
@@ -102,17 +102,17 @@ def wanted(x, chosen, weight, w):
 
 
 @pytest.mark.parametrize(
-    ("M", "how", "options"),
+    ("M", "tile", "options"),
     [
-        (3, {}, {"bias": ml_dtypes.bfloat16}),
-        (20, {"tile": 16}, {"same": True}),
-        (2, {}, {"E": 2, "D": 384}),
+        (3, 8, {"bias": ml_dtypes.bfloat16}),
+        (20, 16, {"same": True}),
+        (2, 8, {"E": 2, "D": 384}),
     ],
     ids=["bfloat16 biases", "the same experts, two tiles each", "two steps"],
 )
-def test_many_rows_equal_the_oracle(emulated, M, how, options):
+def test_many_rows_equal_the_oracle(emulated, M, tile, options):
     args = layer(M, **{"E": 3, "D": 192, "F": 192} | options)
-    got = many_rows.many_rows(*args, limit=7.0, **how)
+    got = many_rows.many_rows(*args, limit=7.0, tile=tile)
     assert got.dtype == jnp.bfloat16
     want = wanted(*args)
     assert np.linalg.norm(got.astype(jnp.float32) - want) < 6e-3 * np.linalg.norm(want)
@@ -165,7 +165,7 @@ def test_ids_past_the_experts_add_nothing(emulated, own):
     x, chosen, weight, w = layer(5, E=3, D=192, F=192)
     some = jax.tree.map(lambda a: a[:own], w)
     ours = jnp.minimum(chosen, own)
-    got = many_rows.many_rows(x, ours, weight, some, limit=7.0, some_elsewhere=True)
+    got = many_rows.many_rows(x, ours, weight, some, limit=7.0, some_elsewhere=True, tile=8)
     want = wanted(x, chosen, jnp.where(chosen < own, weight, 0), w)
     scale = np.linalg.norm(wanted(x, chosen, weight, w))
     assert np.linalg.norm(got.astype(jnp.float32) - want) < 6e-3 * scale
@@ -196,7 +196,7 @@ def output(slot, up):
 @pytest.mark.parametrize("pairs", [1, 32 * 9, 32 * 1024])
 @pytest.mark.parametrize("width", [192, 2880])
 def test_tiles_fit_into_shared_memory(pairs, width):
-    size = many_rows.tile_rows(pairs, 32)
+    size = tuning.tile_rows(pairs, 32)
     p = many_rows_ptx.Projection(outputs=width, blocks=width // 32, bias_bytes=2)
     stages = many_rows.stages(p, size)
     assert stages == 1 if width == 192 else stages >= 3
@@ -205,14 +205,14 @@ def test_tiles_fit_into_shared_memory(pairs, width):
 
 def test_other_widths_are_refused():
     with pytest.raises(NotImplementedError, match="widths"):
-        many_rows.many_rows(*layer(2, D=96), limit=7.0)
+        many_rows.many_rows(*layer(2, D=96), limit=7.0, tile=8)
 
 
 if jax.__version_info__ >= target.JAX_FOR_HOPPER:
 
     @pytest.mark.parametrize("M", [1, 300])
     def test_many_rows_lower_for_cuda(M):
-        run = functools.partial(many_rows.many_rows, limit=7.0)
+        run = functools.partial(many_rows.many_rows, limit=7.0, tile=16)
         assert kernels_for_cuda(run, *layer(M, D=384, F=192)) == 4
 
     @pytest.mark.parametrize("blocks", [1, 2])
@@ -222,14 +222,14 @@ if jax.__version_info__ >= target.JAX_FOR_HOPPER:
         It runs no PTX, so JAX stands in for the pieces of the threads; and it multiplies no
         registers, so the left operand goes through shared memory.
         """
-        monkeypatch.setattr(many_rows, "_MULTIPROCESSORS", blocks)
+        monkeypatch.setattr(many_rows, "multiprocessors", lambda: blocks)
         multiply_as_the_interpreter_can(monkeypatch, 3, 64, 192)
         monkeypatch.setattr(many_rows, "_decode", decode_in_jax)
         monkeypatch.setattr(many_rows, "_finish", finish_in_jax)
         monkeypatch.setattr(many_rows, "gather", gather_in_jax)
         monkeypatch.setattr(many_rows, "add_up", add_up_in_jax)
         args = layer(3, E=2, D=384, F=192)
-        got = interpreted(many_rows.many_rows, *args, limit=7.0)
+        got = interpreted(many_rows.many_rows, *args, limit=7.0, tile=8)
         want = wanted(*args)
         assert np.linalg.norm(got.astype(jnp.float32) - want) < 6e-3 * np.linalg.norm(want)
 

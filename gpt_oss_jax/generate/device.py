@@ -14,6 +14,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 from gpt_oss_jax.config import Config
+from gpt_oss_jax.kernels.dispatch import say_once
 from gpt_oss_jax.kernels.target import platform
 from gpt_oss_jax.model import Cache, Transformer, init_cache
 from gpt_oss_jax.sampling import sample
@@ -155,20 +156,31 @@ def decode(leaves, state, sampling, stops_K, steps, skeleton):
       The new state, and a block: tokens int32 [B, STEPS], -1 where there is none, their
       log-probabilities, and whether any row still runs.
     """
-    run = _decode_program(platform() == "gpu" and skeleton.mesh is None)
+    one_gpu = platform() == "gpu" and skeleton.mesh is None
+    run = _decode_program(one_gpu, one_gpu and _is_tight(leaves, state))
     return run(leaves, state, sampling, stops_K, steps, skeleton)
 
 
+def _is_tight(leaves, state) -> bool:
+    """Whether there is no room for the copies of a weight with which XLA tries out its products."""
+    sizes = [x.nbytes for x in leaves]
+    held = sum(sizes) + sum(x.nbytes for x in jax.tree.leaves(state))
+    return memory(leaves) - held < 2 * max(sizes)
+
+
 @functools.cache
-def _decode_program(whole_loop_is_a_graph: bool):
+def _decode_program(whole_loop_is_a_graph: bool, tight: bool):
     """`_decode`, compiled; where XLA leaves the loop to the host, 0.2 ms go by between steps."""
-    options = {"xla_gpu_enable_command_buffer": _IN_GRAPHS, "xla_gpu_graph_min_graph_size": 1}
-    return jax.jit(
-        _decode,
-        static_argnums=5,
-        donate_argnums=1,
-        compiler_options=options if whole_loop_is_a_graph else None,
-    )
+    options = {}
+    if whole_loop_is_a_graph:
+        options = {"xla_gpu_enable_command_buffer": _IN_GRAPHS, "xla_gpu_graph_min_graph_size": 1}
+    if tight:
+        say_once(
+            "little memory is free beside the model, so XLA compiles decoding without trying out "
+            "its products on the device; several rows at once may be slower for that"
+        )
+        options["xla_gpu_autotune_level"] = 0
+    return jax.jit(_decode, static_argnums=5, donate_argnums=1, compiler_options=options or None)
 
 
 def _decode(leaves, state, sampling, stops_K, steps, skeleton):

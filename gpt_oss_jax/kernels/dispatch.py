@@ -14,7 +14,8 @@ _PLATFORMS = {"mosaic_gpu": "gpu", "mosaic_tpu": "tpu"}
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """Logs a warning, however often it is called with it."""
     _log.warning(message)
 
 
@@ -57,6 +58,6 @@ def dispatch(
             reasons.append(f"{name}: {error}")
             continue
         if reasons:
-            _say_once(f"{operation} runs on {name} ({'; '.join(reasons)})")
+            say_once(f"{operation} runs on {name} ({'; '.join(reasons)})")
         return result
     raise NotImplementedError(f"no implementation of {operation}: {'; '.join(reasons)}.")

@@ -21,6 +21,11 @@ def platform() -> str:
     return "tpu" if device_kind().startswith("TPU") else jax.default_backend()
 
 
+def multiprocessors() -> int:
+    """Of the GPU that is there; elsewhere as many as an H100 or H200 of the SXM kind has."""
+    return getattr(jax.devices()[0], "core_count", None) or 132
+
+
 def why_not_hopper() -> str:
     """Why kernels for Hopper cannot run here; "" if they can."""
     if jax.__version_info__ < JAX_FOR_HOPPER:

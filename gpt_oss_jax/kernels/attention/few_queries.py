@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from gpt_oss_jax.kernels.attention.few_queries_ptx import HEAD, MAX_QUERIES, TILE, Program
+from gpt_oss_jax.kernels.target import multiprocessors
 
-_MULTIPROCESSORS = 132
 _MAX_CLUSTER = 16
 _WARPS = 8
 
@@ -103,16 +103,16 @@ def program(shape: tuple[int, ...], slots: int, window: int | None, sink_bytes: 
     Clusters fill the device, two blocks to a multiprocessor, if there are tiles for all warps.
     """
     B, T, K, G, _ = shape
-    tiles = -(-slots // TILE)
+    tiles, there = -(-slots // TILE), multiprocessors()
     blocks = 1
     while (
         2 * blocks <= _MAX_CLUSTER
         and 2 * blocks * _WARPS <= tiles
-        and 2 * blocks * B * K <= 2 * _MULTIPROCESSORS
+        and 2 * blocks * B * K <= 2 * there
     ):
         blocks *= 2
     # A block that is alone on its multiprocessor has as many loads on their way as two would.
-    alone = B * K * blocks <= _MULTIPROCESSORS and 2 * blocks * _WARPS <= tiles
+    alone = B * K * blocks <= there and 2 * blocks * _WARPS <= tiles
     warps = 2 * _WARPS if alone else _WARPS
     return Program(B, T, K, G, slots, window, blocks, warps, sink_bytes)
 

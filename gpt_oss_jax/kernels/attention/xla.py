@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from gpt_oss_jax.kernels.blocks import map_blocks
 from gpt_oss_jax.kernels.contract import einsum
 
 _SCORE_BYTES = 1 << 27  # Most that one block of scores may take.
@@ -79,7 +80,7 @@ def attention(
         q, q_pos = args
         return _attend(q, k_BSKH, v_BSKH, sinks_KG, q_pos, k_pos_BS, window)
 
-    out = jax.lax.map(one, (blocks(q_BTKGH, 0), blocks(q_pos_BT, -1)))
+    out = map_blocks(one, (blocks(q_BTKGH, 0), blocks(q_pos_BT, -1)), after=q_BTKGH)
     return jnp.moveaxis(out, 0, 1).reshape(B, -1, *q_BTKGH.shape[2:])[:, :T]
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from gpt_oss_jax.kernels.dense import xla
 from gpt_oss_jax.kernels.dense.ptx import MAX_INPUTS, MAX_ROWS, TILE, WARPS, Product
 from gpt_oss_jax.kernels.launch import launch
-from gpt_oss_jax.kernels.target import why_not_hopper
+from gpt_oss_jax.kernels.target import multiprocessors, why_not_hopper
 
 _MAX_EXPERTS = 128
 
@@ -92,7 +92,7 @@ def queries_keys_values(
     M, D = x_MD.shape
     H = 2 * cos_Mh.shape[1]
     K = weight_OD.shape[0] // (H * (group + 2))
-    program = Product(M, D, weight_OD.shape[0], "rotate", epsilon=epsilon, head=H, group=group)
+    program = _product(M, D, weight_OD.shape[0], "rotate", epsilon=epsilon, head=H, group=group)
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
     outs = (shape(M, K, group, H), shape(M, K, H), shape(M, K, H))
     return _launch(program, outs, (x_MD, weight_OD, bias_O, scale_D, cos_Mh, sin_Mh))
@@ -103,7 +103,7 @@ def add_product(
     x_MI: jax.Array, weight_OI: jax.Array, bias_O: jax.Array, residual_MO: jax.Array
 ) -> jax.Array:
     """Residual stream [M, O] plus the product, both rounded first."""
-    program = Product(*x_MI.shape, weight_OI.shape[0], "add")
+    program = _product(*x_MI.shape, weight_OI.shape[0], "add")
     out = jax.ShapeDtypeStruct(residual_MO.shape, jnp.bfloat16)
     return _launch(program, (out,), (x_MI, weight_OI, bias_O, residual_MO))[0]
 
@@ -120,13 +120,17 @@ def route(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalised rows [M, D], their experts, int32 [M, X], and float32 weights [M, X]."""
     (M, D), E = x_MD.shape, weight_ED.shape[0]
-    program = Product(M, D, E, "route", epsilon=epsilon, choices=choices)
+    program = _product(M, D, E, "route", epsilon=epsilon, choices=choices)
     outs = (
         jax.ShapeDtypeStruct((M, D), jnp.bfloat16),
         jax.ShapeDtypeStruct((M, choices), jnp.int32),
         jax.ShapeDtypeStruct((M, choices), jnp.float32),
     )
     return _launch(program, outs, (x_MD, weight_ED, bias_E, scale_D))
+
+
+def _product(*sizes, **options) -> Product:
+    return Product(*sizes, **options, multiprocessors=multiprocessors())
 
 
 # One function of a program: in line, each layer's kernels would be different ones to the compiler,

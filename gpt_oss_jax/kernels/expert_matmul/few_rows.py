@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import COLUMNS, MAX_BLOCKS, WARPS, Projection
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.kernels.launch import launch
-
-MAX_ROWS = 128
+from gpt_oss_jax.kernels.target import multiprocessors
 
 
 def few_rows(
@@ -26,7 +25,7 @@ def few_rows(
     limit: float,
     some_elsewhere: bool = False,
 ) -> jax.Array:
-    """See `mosaic_gpu.on_hopper`; for up to `MAX_ROWS` rows.
+    """See `mosaic_gpu.on_hopper`; for few rows to an expert.
 
     Raises:
       NotImplementedError: For experts that are too wide.
@@ -87,6 +86,7 @@ def projections(
         "visits": M * X if alone else min(M * X, E + M * X // columns),
         "columns": columns,
         "bias_bytes": w.up_bias.dtype.itemsize,
+        "multiprocessors": multiprocessors(),
     }
     down = Projection(rows=D, blocks=F // 32, **common)
     return Projection(rows=2 * F, blocks=D // 32, limit=limit, then=down, **common), down

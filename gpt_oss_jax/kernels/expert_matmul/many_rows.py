@@ -25,15 +25,14 @@ from gpt_oss_jax.kernels.expert_matmul.many_rows_ptx import (
 from gpt_oss_jax.kernels.expert_matmul.rows import add_up, gather
 from gpt_oss_jax.kernels.expert_matmul.tiles import Tiles, sort_into_tiles
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
+from gpt_oss_jax.kernels.target import multiprocessors
 from gpt_oss_jax.quant import MXArray
 
 _WARPGROUPS = 3
 _BLOCK_OUTPUTS = _WARPGROUPS * OUTPUTS
-_MIN_TILE, _MAX_TILE = 8, 128
 _COPY_REGISTERS = 40
 _SHARED_BYTES = 220 << 10
 _MAX_STAGES = 6
-_MULTIPROCESSORS = 132  # It runs with any number.
 
 
 def many_rows(
@@ -44,7 +43,7 @@ def many_rows(
     *,
     limit: float,
     some_elsewhere: bool = False,
-    tile: int | None = None,
+    tile: int,
 ) -> jax.Array:
     """See `mosaic_gpu.on_hopper`; for any number of rows, of bf16.
 
@@ -55,7 +54,7 @@ def many_rows(
       w: Weights of all experts.
       limit: Clamp of gate and linear part.
       some_elsewhere: Ids past the experts add nothing.
-      tile: Rows that are multiplied at a time, 8 to 128 in powers of two; None for `tile_rows`.
+      tile: Rows that are multiplied at a time, 8 to 128 in powers of two.
 
     Raises:
       NotImplementedError: For experts whose widths are not multiples of 192.
@@ -64,9 +63,8 @@ def many_rows(
     E, F, _, D = w.up.shape
     if D % _BLOCK_OUTPUTS or F % _BLOCK_OUTPUTS:
         raise NotImplementedError(f"takes widths of {_BLOCK_OUTPUTS} n, got experts {w.up.shape}")
-    size = tile or tile_rows(M * X, E)
     up, down = projections(w, limit)
-    tiles = sort_into_tiles(experts_MX.reshape(-1), E, size)
+    tiles = sort_into_tiles(experts_MX.reshape(-1), E, tile)
     h_RF = grouped(up, w.up, w.up_bias, tiles, gather(x_MD, tiles, X))
     weights_R = weights_MX.reshape(-1).astype(jnp.float32)[tiles.pairs.reshape(-1)]
     y_RD = grouped(down, w.down, w.down_bias, tiles, h_RF, weights_R)
@@ -79,15 +77,6 @@ def projections(w: ExpertWeights, limit: float) -> tuple[Projection, Projection]
     size = w.up_bias.dtype.itemsize
     up = Projection(outputs=2 * F, blocks=D // 32, bias_bytes=size, limit=limit)
     return up, Projection(outputs=D, blocks=F // 32, bias_bytes=size)
-
-
-def tile_rows(pairs: int, experts: int) -> int:
-    """Rows of a tile: as a power of two, what an expert gets on average and half as much again.
-
-    Most experts then have one tile, and their weights are decoded once.
-    """
-    most = -(-3 * pairs // (2 * experts))
-    return min(_MAX_TILE, max(_MIN_TILE, 1 << (most - 1).bit_length()))
 
 
 def in_order(x_MD: jax.Array) -> jax.Array:
@@ -218,7 +207,7 @@ def grouped(
         shared = pipeline().get_allocations(blocks, x)
         pl.run_scoped(run, shared, collective_axes="warpgroup")
 
-    num_blocks = min(_MULTIPROCESSORS, T * stripes)
+    num_blocks = min(multiprocessors(), T * stripes)
     return plgpu.kernel(
         block,
         out_type=jax.ShapeDtypeStruct((T * P, p.width), jnp.bfloat16),

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt_oss_jax.kernels.expert_matmul import xla
-from gpt_oss_jax.kernels.expert_matmul.few_rows import MAX_ROWS, few_rows
+from gpt_oss_jax.kernels.expert_matmul.few_rows import few_rows
 from gpt_oss_jax.kernels.expert_matmul.many_rows import many_rows
+from gpt_oss_jax.kernels.expert_matmul.tuning import expert_tile
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
-from gpt_oss_jax.kernels.target import why_not_hopper
+from gpt_oss_jax.kernels.target import multiprocessors, why_not_hopper
 from gpt_oss_jax.quant import MXArray
 
 
@@ -93,7 +94,7 @@ def on_hopper(
     if biases not in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float32)}):
         names = " and ".join(sorted(map(str, biases)))
         raise NotImplementedError(f"biases are {names}, not all bfloat16 or all float32")
-    # From ten rows an expert on, decoding and multiplying take longer than reading.
-    few = x_MD.shape[0] <= MAX_ROWS and experts_MX.size <= 10 * w.up.shape[0]
-    kernel = few_rows if few else many_rows
+    (M, X), (E, F, _, D) = experts_MX.shape, w.up.shape
+    tile = expert_tile(M, (E, D, F), X, multiprocessors())
+    kernel = few_rows if tile is None else functools.partial(many_rows, tile=tile)
     return kernel(x_MD, experts_MX, weights_MX, w, limit=limit, some_elsewhere=some_elsewhere)

@@ -13,6 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from gpt_oss_jax.kernels.blocks import map_blocks
 from gpt_oss_jax.kernels.contract import einsum
 from gpt_oss_jax.kernels.expert_matmul.tiles import sort_into_tiles
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights, in_checkpoint_order
@@ -111,9 +112,9 @@ def _grouped(x_MD, experts_MX, w: ExpertWeights, limit, *, skip_empty):
     of_tiles = (tiles.expert_of_tile, tiles.pairs)
     if skip_empty:
         numbers = jnp.arange(len(tiles.expert_of_tile))
-        y_TPD = jax.lax.map(one_that_exists, (numbers, *of_tiles))
+        y_TPD = map_blocks(one_that_exists, (numbers, *of_tiles), after=x_MD)
     else:
-        y_TPD = jax.lax.map(lambda args: one_tile(*args), of_tiles)
+        y_TPD = map_blocks(lambda args: one_tile(*args), of_tiles, after=x_MD)
     y_ZD = y_TPD.reshape(-1, y_TPD.shape[-1])[tiles.place_of_pair]
     return y_ZD.reshape(M, X, -1).astype(jnp.float32)
 
