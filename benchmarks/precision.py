@@ -16,8 +16,8 @@ from gpt_oss_jax.model import init_cache
 
 BEFORE, AFTER = 300, 20
 # Implementation, rows of a call, tokens of a call behind the prompt.
-WAYS = [("xla", 8, 20), ("xla", 8, 1), ("mosaic_gpu", 8, 20), ("mosaic_gpu", 8, 1)]
-WAYS += [("mosaic_gpu", 1, 1), ("mosaic_gpu", 64, 1)]
+WAYS = [("xla", 8, 20), ("xla", 8, 1)]
+WAYS += [("mosaic_gpu", 8, 20), ("mosaic_gpu", 8, 1), ("mosaic_gpu", 64, 1)]
 
 
 @jax.jit
@@ -38,6 +38,24 @@ def divergence(wanted_BTV, got_BTV):
     return kl_BT, wanted_BTV.argmax(-1) == got_BTV.argmax(-1)
 
 
+def calmed(model):
+    """A model whose blocks add an eighth of what they did.
+
+    In one with random weights every block adds as much as there is, and rounding grows from layer
+    to layer until nothing is left of the first choice; in a trained one it does not.
+    """
+
+    def less(path, x):
+        path = jax.tree_util.keystr(path)
+        if ".down.scales" in path:
+            return x - jnp.uint8(3)  # Powers of two.
+        if ".down.bias" in path or ".attention.out." in path:
+            return x / 8
+        return x
+
+    return jax.tree_util.tree_map_with_path(less, model)
+
+
 def logprobs(model, tokens_BT, call):
     """Of the tokens behind the prompt, [B, call, V] each."""
     B = tokens_BT.shape[0]
@@ -55,7 +73,7 @@ def main():
     parser.add_argument("model")
     parser.add_argument("--prompts", type=int, default=64)
     args = parser.parse_args()
-    model = load(args.model, dtype=jnp.bfloat16)
+    model = calmed(load(args.model, dtype=jnp.bfloat16))
     wide = lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
     exact = jax.tree.map(wide, model)
     exact.implementation = "xla"
