@@ -222,7 +222,7 @@ def distinct_experts(model: Transformer, tokens_RS: np.ndarray, start: int) -> n
     """
     rows, length = tokens_RS.shape
     size = bucket(rows)
-    call = min(1024, max(1, _COUNTED // size))
+    call = min(1024, bucket(length), max(1, _COUNTED // size))
     skeleton, leaves = device.split(model)
     cache = device.empty_cache(leaves, skeleton, size, bucket(length, MIN_SLOTS))
     shape = (size, -(-length // call) * call)

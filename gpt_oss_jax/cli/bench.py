@@ -116,8 +116,8 @@ def _line(found: Measurement) -> str:
             f"{_number(least)}..{_number(most)}",
             f"{found.decode_experts:.2f}",
             f"{found.decode_experts_if_uniform:.2f}",
-            f"{found.decode_gb_per_step:.4g}",
-            f"{found.decode_gflop_per_step:.4g}",
+            _number(found.decode_gb_per_step, 3),
+            _number(found.decode_gflop_per_step, 3),
             f"{found.decode_limit} {found.decode_percent_of_limit:.0f}%",
         )
     )
@@ -128,8 +128,8 @@ def _aligned(cells: Sequence[str]) -> str:
     return " ".join(f"{x:>{width}}" for x, width in zip(cells, widths, strict=True)) + "\n"
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+def _number(value: float, digits: int = 4) -> str:
+    return f"{value:,.0f}" if value >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
 def _several(text: str) -> list[int]:
