@@ -154,12 +154,13 @@ def test_what_is_timed_is_what_generates(shardable):
 
 @pytest.fixture
 def measured(tiny, monkeypatch):
-    """Measures with the times and limits given: two rows, prompts of 10, 5 new tokens."""
+    """Measures with times and limits given: two rows, prompts of 10, 5 new tokens, 3 experts."""
 
     def measure(*seconds, **reached):
         times = iter([(50.0, 50.0), *seconds])
         text = tokens(tiny, 2, 5)
         monkeypatch.setattr(bench, "_timed", lambda *args: (*next(times), text))
+        monkeypatch.setattr(bench, "distinct_experts", lambda *args: np.array([[2, 4], [3, 3]]))
         monkeypatch.setattr(limits, "measure", lambda *args: limits.Limits(**reached))
         options = {"new_tokens": 5, "repeats": len(seconds)}
         (found,) = bench.measure(random_model(tiny), [(2, 10)], **options)
@@ -169,30 +170,32 @@ def measured(tiny, monkeypatch):
 
 
 def test_speeds_are_medians_beside_their_range(measured):
-    times = (0.1, 2.0), (0.3, 0.4), (0.2, 0.8)
+    times = (0.1, 2.0), (0.3, 0.4), (0.25, 0.8)
     found = measured(*times, gb_per_second=1e-3, tflop_per_second=1e-6)
-    assert found.first_token_ms == 200 and found.first_token_ms_range == (100, 300)
-    assert found.prefill_tokens_per_second == 2 * 10 / 0.2
+    assert found.first_token_ms == 250 and found.first_token_ms_range == (100, 300)
+    assert found.prefill_tokens_per_second == 2 * 10 / 0.25
     assert found.decode_tokens_per_second == 2 * 4 / 0.8 and found.decode_ms_per_step == 200
     assert found.decode_tokens_per_second_range == (2 * 4 / 2.0, 2 * 4 / 0.4)
-    assert found.compile_seconds == 99 and found.repeats == 3
+    assert found.compile_seconds == pytest.approx(98.95, abs=0.01) and found.repeats == 3
+    assert found.decode_experts == 3
+    assert found.decode_experts_if_uniform == pytest.approx(11 * (1 - (9 / 11) ** 2), rel=1e-3)
 
 
 def test_percentages_are_of_the_smaller_limit(measured, tiny):
-    times = [(0.2, 0.8)]
-    size, flops = bench.decode_cost(random_model(tiny), 2, 10, 5, 11)
-    slow_memory = measured(*times, gb_per_second=1e-3, tflop_per_second=1.0)
-    assert slow_memory.decode_limit == "memory"
-    assert slow_memory.decode_gb_per_step <= size / 1e9
-    seconds = slow_memory.decode_gb_per_step / 1e-3
-    assert slow_memory.decode_tokens_per_second_limit == pytest.approx(2 / seconds, rel=1e-3)
-    assert slow_memory.decode_percent_of_limit == pytest.approx(100 * seconds / 0.2, rel=1e-3)
-    slow_products = measured(*times, gb_per_second=1e3, tflop_per_second=1e-4)
-    assert slow_products.decode_limit == "products"
-    assert slow_products.decode_gflop_per_step == pytest.approx(flops / 1e9, rel=1e-3)
-    assert slow_products.decode_percent_of_limit == pytest.approx(flops / 1e8 / 0.2 * 100, rel=1e-3)
-    prompts = 2 * bench.prefill_flops(tiny, 10) / 1e8
-    assert slow_products.prefill_percent_of_limit == pytest.approx(prompts / 0.2 * 100, rel=1e-3)
+    size, flops = bench.decode_cost(random_model(tiny), 2, 10, 5, 3)
+    found = measured((0.2, 0.8), gb_per_second=1e-3, tflop_per_second=1.0)
+    assert found.decode_limit == "memory"
+    assert found.decode_gb_per_step == pytest.approx(size / 1e9, rel=1e-3)
+    assert found.decode_tokens_per_second_limit == pytest.approx(2 / (size / 1e6), rel=1e-3)
+    assert found.decode_percent_of_limit == pytest.approx(100 * size / 1e6 / 0.2, rel=1e-3)
+    found = measured((0.2, 0.8), gb_per_second=1e3, tflop_per_second=1e-4)
+    assert found.decode_limit == "products"
+    assert found.decode_gflop_per_step == pytest.approx(flops / 1e9, rel=1e-3)
+    assert found.decode_tokens_per_second_limit == pytest.approx(2 / (flops / 1e8), rel=1e-3)
+    assert found.decode_percent_of_limit == pytest.approx(100 * flops / 1e8 / 0.2, rel=1e-3)
+    prompts = bench.prefill_flops(tiny, 10)
+    assert found.prefill_gflop_per_token == pytest.approx(prompts / 1e10, rel=1e-3)
+    assert found.prefill_percent_of_limit == pytest.approx(100 * 2 * prompts / 1e8 / 0.2, rel=1e-3)
 
 
 def test_what_makes_no_sense_is_refused_before_anything_is_timed(tiny):
