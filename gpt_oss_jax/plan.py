@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from gpt_oss_jax import cost
 from gpt_oss_jax.config import Config
-from gpt_oss_jax.generate.loop import prompt_chunk
+from gpt_oss_jax.generate.loop import prompt_calls
 from gpt_oss_jax.model import Transformer, init_cache
 from gpt_oss_jax.model.cache import MIN_SLOTS, bucket
 from gpt_oss_jax.model.moe import can_use_words
@@ -297,7 +297,8 @@ class _Count:
         """
         c, b = self.config, self.dtype.itemsize
         rows = math.ceil(bucket(batch) / mesh.shape["data"])
-        tokens = rows * prompt_chunk(context, bucket(batch), self.kind.platform)
+        memory = self.kind.memory_gib * GIB
+        tokens = rows * max(prompt_calls(context, bucket(batch), self.kind.platform, memory))
         D, F, X = c.hidden_size, c.intermediate_size, c.experts_per_token
         experts = math.ceil(c.num_experts / mesh.shape["expert"])
         tile = min(256, max(16, 1 << (max(1, -(-tokens * X // c.num_experts)) - 1).bit_length()))

@@ -32,8 +32,7 @@ def model():
 @pytest.fixture(autouse=True)
 def small_sizes(monkeypatch):
     """Chunks and caches so small that every path is taken within a few dozen tokens."""
-    monkeypatch.setattr(loop, "_SHORT_CHUNK", 16)
-    monkeypatch.setattr(loop, "_LONG_CHUNK", 16)
+    monkeypatch.setattr(loop, "_CALLS", (4, 16))
     monkeypatch.setattr(loop, "_MIN_SLOTS", 64)
     monkeypatch.setattr(loop, "_ROOM", 16)
 
@@ -129,7 +128,7 @@ def prefills(monkeypatch):
 def test_many_rows_are_read_in_shorter_chunks(model, monkeypatch, prefills):
     monkeypatch.setattr(loop, "_MAX_CALL", 32)
     out = generate_batch(model, PROMPTS, max_tokens=12, sampling=GREEDY)
-    assert prefills == [(4, 8)] * 5
+    assert prefills == [(4, 8)] * 4 + [(4, 4)]
     assert out[3].tokens == plain_loop(model, PROMPTS[3], 12, GREEDY)[0]
 
 

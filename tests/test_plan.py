@@ -9,7 +9,7 @@ from gpt_oss_jax import cli
 from gpt_oss_jax.checkpoint import load, loading, synthetic
 from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B
 from gpt_oss_jax.generate import device, generate_batch
-from gpt_oss_jax.generate.loop import prompt_chunk
+from gpt_oss_jax.generate.loop import prompt_calls
 from gpt_oss_jax.plan import KINDS, Kind, parse_device, plan
 from gpt_oss_jax.sampling import SamplingParams
 from gpt_oss_jax.sharding import make_mesh
@@ -149,18 +149,24 @@ def test_the_command(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("longest", "rows", "kind", "chunk"),
+    ("longest", "rows", "kind", "memory", "calls"),
     [
-        (512, 1, "gpu", 128),
-        (513, 1, "cpu", 1024),
-        (4096, 1, "gpu", 1024),
-        (4097, 1, "gpu", 4096),
-        (4097, 1, "tpu", 1024),
-        (8192, 4, "gpu", 4096),
-        (8192, 8, "gpu", 1024),
-        (8192, 32, "gpu", 128),
-        (8192, 1024, "gpu", 16),
+        (0, 1, "gpu", 75, []),
+        (1, 1, "tpu", 16, [128]),
+        (640, 1, "gpu", 75, [128] * 5),
+        (641, 1, "cpu", 0, [1024]),
+        (1025, 1, "gpu", 75, [1024, 128]),
+        (4095, 1, "gpu", 75, [4096]),
+        (4095, 1, "tpu", 31, [1024] * 4),
+        (4097, 1, "gpu", 75, [4096, 128]),
+        (8191, 1, "gpu", 75, [8192]),
+        (8191, 1, "gpu", 15, [4096] * 2),
+        (9000, 1, "gpu", 75, [8192, 1024]),
+        (8191, 2, "gpu", 75, [8192]),
+        (8191, 4, "gpu", 75, [4096] * 2),
+        (1000, 32, "gpu", 75, [512] * 2),
+        (40, 1024, "gpu", 75, [16] * 3),
     ],
 )
-def test_long_prompts_go_in_few_calls_that_fit(longest, rows, kind, chunk):
-    assert prompt_chunk(longest, rows, kind) == chunk
+def test_long_prompts_go_in_few_calls_that_fit(longest, rows, kind, memory, calls):
+    assert prompt_calls(longest, rows, kind, memory * 2**30) == calls

@@ -21,8 +21,7 @@ def model():
 
 @pytest.fixture(autouse=True)
 def small_sizes(monkeypatch):
-    monkeypatch.setattr(loop, "_SHORT_CHUNK", 16)
-    monkeypatch.setattr(loop, "_LONG_CHUNK", 16)
+    monkeypatch.setattr(loop, "_CALLS", (16,))
     monkeypatch.setattr(loop, "_MIN_SLOTS", 64)
 
 

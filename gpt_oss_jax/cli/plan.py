@@ -12,7 +12,7 @@ from gpt_oss_jax.checkpoint.experts import model_kind
 from gpt_oss_jax.checkpoint.hub import ALIASES
 from gpt_oss_jax.cli.terminal import mesh_axes, positive, remark, write
 from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B, Config
-from gpt_oss_jax.generate.loop import prompt_chunk
+from gpt_oss_jax.generate.loop import prompt_calls
 from gpt_oss_jax.plan import GIB, KINDS, POOL, Plan, parse_device, plan
 from gpt_oss_jax.sharding import make_mesh
 
@@ -140,7 +140,8 @@ def _ask_compiler(config: Config, found: Plan, dtype) -> None:
         **found.mesh, devices=aot.devices(found.kind.name, math.prod(found.mesh.values()))
     )
     arguments, temporaries = 0, {}
-    chunk = prompt_chunk(found.context, found.batch, found.kind.platform)
+    memory = found.kind.memory_gib * GIB
+    chunk = max(prompt_calls(found.context, found.batch, found.kind.platform, memory))
     for name, tokens in (("decode", 1), ("prefill", min(found.context, chunk))):
         remark(f"compiling {name} for {found.kind.name}")
         program = aot.compile_step(

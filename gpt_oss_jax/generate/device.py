@@ -93,6 +93,11 @@ def split(model: Transformer) -> tuple[Skeleton, tuple[jax.Array, ...]]:
     return _skeleton(treedef, model.config, mesh), tuple(leaves)
 
 
+def memory(leaves: tuple[jax.Array, ...]) -> int:
+    """Bytes that JAX can have of a device of the weights; 0 if it does not say."""
+    return (min(leaves[0].devices(), key=lambda d: d.id).memory_stats() or {}).get("bytes_limit", 0)
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def empty_cache(leaves, skeleton, rows, slots):
     """An empty cache, on the mesh of the weights."""

@@ -16,8 +16,9 @@ from gpt_oss_jax.model.cache import MIN_SLOTS as _MIN_SLOTS, bucket
 from gpt_oss_jax.sampling import SamplingParams
 
 # Prompt tokens a row and call. GPUs have memory for more, and fewer calls are faster there.
-_SHORT_CHUNK, _LONG_CHUNK, _GPU_CHUNK = 128, 1024, 4096
-_MAX_CALL = 16 * _LONG_CHUNK  # Prompt tokens a call, all rows: bounds the memory of activations.
+_CALLS, _GPU_CALLS, _LARGE_GPU_CALLS = (128, 1024), (4096,), (8192,)
+_LARGE_GPU = 20 * 2**30  # Bytes that JAX can have.
+_MAX_CALL = 16 * 1024  # Prompt tokens a call, all rows: bounds the memory of activations.
 _ROOM = 512  # Slots beyond the prompt to begin with; more are added when they are needed.
 
 
@@ -56,7 +57,8 @@ def score(model: Transformer, ids: np.ndarray, chunk: int) -> np.ndarray:
     skeleton, leaves = device.split(model)
     cache = device.empty_cache(leaves, skeleton, 1, bucket(len(ids), _MIN_SLOTS))
     logprobs = [np.zeros((1, 0), np.float32)]
-    for tokens_BT, positions_BT, next_BT in _chunks([ids[:-1]], [ids[1:]], chunk):
+    calls = itertools.repeat(chunk, -(-(len(ids) - 1) // chunk))
+    for tokens_BT, positions_BT, next_BT in _chunks([ids[:-1]], [ids[1:]], calls):
         logprobs_BT, cache = device.score_chunk(
             leaves, cache, tokens_BT, positions_BT, next_BT, skeleton
         )
@@ -100,9 +102,9 @@ def _prefilled(leaves, skeleton, slots, prompts, lasts, n, seed) -> device.Decod
     """Reads all but the last token of every prompt, once, and sets up `n` rows for each."""
     before = [prompt[:-1] for prompt in prompts]
     longest, size = max(map(len, before)), bucket(len(prompts))
-    chunk = prompt_chunk(longest, size, platform())
+    calls = prompt_calls(longest, size, platform(), device.memory(leaves))
     cache = device.empty_cache(leaves, skeleton, size, slots)
-    for tokens_BT, positions_BT, _ in _chunks(before, before, chunk):
+    for tokens_BT, positions_BT, _ in _chunks(before, before, calls):
         cache = device.prefill(leaves, cache, tokens_BT, positions_BT, skeleton)
 
     rows, size = n * len(prompts), bucket(n * len(prompts))
@@ -124,29 +126,38 @@ def _prefilled(leaves, skeleton, slots, prompts, lasts, n, seed) -> device.Decod
     )
 
 
-def prompt_chunk(longest: int, rows: int, kind: str) -> int:
-    """Prompt tokens that each row gives to a call; a prompt is padded by a quarter at most.
+def prompt_calls(longest: int, rows: int, kind: str, memory: float) -> list[int]:
+    """Prompt tokens that each row gives to one call after the other: few calls, few sizes.
+
+    A call has up to three eighths of its places empty where that is faster than smaller calls.
 
     Args:
       longest: Tokens of the longest prompt.
       rows: Of a call.
       kind: "cpu", "gpu" or "tpu".
+      memory: Bytes of a device.
     """
-    sizes = _SHORT_CHUNK, _LONG_CHUNK, *([_GPU_CHUNK] if kind == "gpu" else [])
-    fit = [b for a, b in itertools.pairwise(sizes) if longest > 4 * a and rows * b <= _MAX_CALL]
-    return min([_SHORT_CHUNK, *fit][-1], max(1, _MAX_CALL // rows))
+    sizes = _CALLS
+    if kind == "gpu":
+        sizes += _GPU_CALLS + (_LARGE_GPU_CALLS if memory >= _LARGE_GPU else ())
+    sizes = [min(size, max(1, _MAX_CALL // rows)) for size in sizes]
+    calls = []
+    while longest > 0:
+        calls.append(max((size for size in sizes if 8 * longest > 5 * size), default=sizes[0]))
+        longest -= calls[-1]
+    return calls
 
 
-def _chunks(prompts, targets, chunk):
-    """Cuts padded prompts into calls: int32 [B, chunk] of tokens, positions (-1 pads), targets."""
-    longest = max(map(len, prompts))
-    shape = (bucket(len(prompts)), -(-longest // chunk) * chunk)
+def _chunks(prompts, targets, calls):
+    """Cuts padded prompts into calls: int32 [B, call] of tokens, positions (-1 pads), targets."""
+    calls = list(calls)
+    shape = (bucket(len(prompts)), sum(calls))
     tokens, wanted = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     positions = np.full(shape, -1, np.int32)
     for row, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
         tokens[row, : len(prompt)] = prompt
         positions[row, : len(prompt)] = np.arange(len(prompt))
         wanted[row, : len(prompt)] = target
-    for start in range(0, longest, chunk):
-        part = np.s_[:, start : start + chunk]
+    for end, size in zip(itertools.accumulate(calls), calls, strict=True):
+        part = np.s_[:, end - size : end]
         yield tokens[part], positions[part], wanted[part]

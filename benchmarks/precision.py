@@ -1,0 +1,90 @@
+"""How far bfloat16 logits are from the float32 model's, on the kernels and on XLA: needs a Hopper.
+
+Random prompts, logits at the tokens behind the 300th, as one chunk and step by step. From the root:
+python benchmarks/precision.py synthetic:20b
+"""
+
+import argparse
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt_oss_jax import load
+from gpt_oss_jax.model import init_cache
+
+BEFORE, AFTER = 300, 20
+# Implementation, rows of a call, tokens of a call behind the prompt.
+WAYS = [("xla", 8, 20), ("xla", 8, 1), ("mosaic_gpu", 8, 20), ("mosaic_gpu", 8, 1)]
+WAYS += [("mosaic_gpu", 1, 1), ("mosaic_gpu", 64, 1)]
+
+
+@jax.jit
+def forward(model, tokens_BT, positions_BT, cache):
+    logits_BTV, cache = model.forward(tokens_BT, positions_BT, cache)
+    return jax.nn.log_softmax(logits_BTV), cache
+
+
+@jax.jit
+def read(model, tokens_BT, positions_BT, cache):
+    return model.forward(tokens_BT, positions_BT, cache)[1]
+
+
+@jax.jit
+def divergence(wanted_BTV, got_BTV):
+    """KL to the float32 model in nats [B, T], and whether both have the same greatest logit."""
+    kl_BT = (jnp.exp(wanted_BTV) * (wanted_BTV - got_BTV)).sum(-1)
+    return kl_BT, wanted_BTV.argmax(-1) == got_BTV.argmax(-1)
+
+
+def logprobs(model, tokens_BT, call):
+    """Of the tokens behind the prompt, [B, call, V] each."""
+    B = tokens_BT.shape[0]
+    at = np.broadcast_to(np.arange(BEFORE + AFTER, dtype=np.int32), tokens_BT.shape)
+    cache = init_cache(model.config, B, 512, model.dtype)
+    cache = read(model, tokens_BT[:, :BEFORE], at[:, :BEFORE], cache)
+    for i in range(BEFORE, BEFORE + AFTER, call):
+        part = np.s_[:, i : i + call]
+        out, cache = forward(model, tokens_BT[part], at[part], cache)
+        yield out
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--prompts", type=int, default=64)
+    args = parser.parse_args()
+    model = load(args.model, dtype=jnp.bfloat16)
+    wide = lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
+    exact = jax.tree.map(wide, model)
+    exact.implementation = "xla"
+    size = args.prompts, BEFORE + AFTER
+    tokens = np.random.default_rng().integers(model.config.vocab_size, size=size, dtype=np.int32)
+
+    start = time.perf_counter()
+    groups = np.split(tokens, args.prompts // 8)
+    # On the host: 1 GB for every row of a thousand.
+    wanted = np.concatenate([np.asarray(next(logprobs(exact, g, AFTER))) for g in groups])
+    print(f"float32: {time.perf_counter() - start:.0f} s", flush=True)
+    for implementation, rows, call in WAYS:
+        start = time.perf_counter()
+        model.implementation = implementation
+        kls, same = [], []
+        for first in range(0, args.prompts if rows > 1 else 8, rows):
+            group = slice(first, first + rows)
+            for i, got in enumerate(logprobs(model, tokens[group], call)):
+                kl, equal = divergence(wanted[group, i * call : (i + 1) * call], got)
+                kls.append(np.asarray(kl).ravel())
+                same.append(np.asarray(equal).ravel())
+        kl, same = np.concatenate(kls), np.concatenate(same)
+        print(
+            f"{implementation:<10} {rows:2} rows, {call:2} tokens a call: KL {kl.mean():.3e} +- "
+            f"{kl.std() / len(kl) ** 0.5:.1e} nats, largest {kl.max():.2e}, the same first choice "
+            f"{100 * same.mean():.2f}%, {len(kl)} tokens, {time.perf_counter() - start:.0f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
