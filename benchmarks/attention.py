@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt_oss_jax import limits
 from gpt_oss_jax.kernels import attention
 from gpt_oss_jax.kernels.attention import xla
 from gpt_oss_jax.kernels.attention.few_queries import (
@@ -176,21 +177,6 @@ def microseconds(loop, q, sinks, caches) -> float:
     return statistics.median(times) / (loops * len(caches)) * 1e6
 
 
-def copy_bytes_per_second() -> float:
-    """Read and written, of 4 GB; best of several."""
-    x = jnp.zeros(2**30, jnp.float32)
-    copy = jax.jit(lambda x: x + 1)
-    jax.block_until_ready(copy(x))
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(4):
-            y = copy(x)
-        jax.block_until_ready(y)
-        times.append((time.perf_counter() - start) / 4)
-    return 2 * x.nbytes / min(times)
-
-
 def plans(shape, S, window, kernel, blocks, warps):
     """Name and call for every way to spread the work that was asked for."""
     if kernel == "xla":
@@ -265,7 +251,7 @@ def main():
                 name = f"check {name}, queries {list(shape)}, slots {S}, window {window}"
                 say(name, check, kernel, call, (q, k, v, sinks), where, window)
 
-    speed = copy_bytes_per_second()
+    speed = limits.copy_bandwidth(jax.devices()[0])
     print(f"copying reads and writes {speed / 1e12:.3g} TB/s", flush=True)
     for B, S, used, window in TIMED:
         if args.rows and B not in args.rows or args.slots and S not in args.slots:

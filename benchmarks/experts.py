@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt_oss_jax import config
+from gpt_oss_jax import config, limits
 from gpt_oss_jax.kernels import expert_mlp
 from gpt_oss_jax.kernels.expert_matmul.few_rows import few_rows
 from gpt_oss_jax.kernels.expert_matmul.many_rows import many_rows
@@ -72,25 +72,16 @@ def routing(sizes: config.Config, M: int, skew: float) -> tuple[np.ndarray, np.n
     return chosen.astype(np.int32), random.dirichlet(np.ones(X), M).astype(np.float32)
 
 
-def fastest_seconds(function, *args) -> float:
-    """Of a call among eight that are queued together, best of several."""
-    jax.block_until_ready(function(*args))
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        for _ in range(8):
-            y = function(*args)
-        jax.block_until_ready(y)
-        times.append((time.perf_counter() - start) / 8)
-    return min(times)
-
-
 def device_limits() -> tuple[float, float]:
-    """Bytes read and written a second by copying 4 GB, FLOPs a second of a bf16 product."""
-    x = jnp.zeros(2**30, jnp.float32)
-    bandwidth = 2 * x.nbytes / fastest_seconds(jax.jit(lambda x: x + 1), x)
-    a = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
-    return bandwidth, 2 * 8192**3 / fastest_seconds(jax.jit(lambda a: a @ a), a)
+    """Bytes read and written a second by copying, FLOPs a second of a bf16 product."""
+    device = jax.devices()[0]
+    return limits.copy_bandwidth(device), limits.matrix_rate(device, jnp.bfloat16)
+
+
+def roofline(size: float, flops: float, bandwidth: float, rate: float, us: float) -> dict:
+    """The time that bytes and FLOPs allow at these limits, and the share of it that is reached."""
+    limit = max(size / bandwidth, flops / rate) * 1e6
+    return {"limit_microseconds": limit, "percent_of_limit": 100 * limit / us}
 
 
 @jax.jit
@@ -188,8 +179,8 @@ def measure(kernel: str, model: str, counts: list[int], skews: dict[str, float])
                 "loop_microseconds": empty,
                 "gb_per_second": size / us / 1e3,
                 "tflop_per_second": flops / us / 1e6,
-                "percent_of_limit": 100 * max(size / bandwidth, flops / rate) / us * 1e6,
             }
+            | roofline(size, flops, bandwidth, rate, us)
         )
         say(done[-1])
     print(json.dumps([rounded(result) for result in done]), flush=True)

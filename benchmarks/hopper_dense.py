@@ -4,8 +4,10 @@ Sizes of 20b. `python benchmarks/hopper_dense.py`, under a minute; a line as soo
 Three launches a layer (`gpt_oss_jax/kernels/dense`), one after the other as in a layer: queries,
 keys and values; output projection; router. Weights rotate over several sets, too large for L2.
 
-Limits at 4.2 TB/s: 29.5 MB, 7.0 us; 23.6 MB, 5.6 us; 0.2 MB in one block, 1.6 us at 64 bytes a
-clock. Expected with one row: 8.3, 7.0 and 3.8 us, together 19; with eight 21. Plain XLA: 29, 45.
+Each time stands beside the one that its weights allow, at the copy bandwidth and matrix rate that
+are measured first. At 4.2 TB/s: 29.5 MB, 7.0 us; 23.6 MB, 5.6 us; 0.2 MB in one block, 1.6 us at 64
+bytes a clock. Expected with one row: 8.3, 7.0 and 3.8 us, together 19; with eight 21. Plain XLA:
+29, 45.
 """
 
 import functools
@@ -14,11 +16,13 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from experts import device_limits, roofline
 
 from gpt_oss_jax.kernels.dense import mosaic_gpu, xla
 
 D, K, G, H, EPSILON = 2880, 8, 8, 64, 1e-5
 SETS, TIMES = 4, 40
+PRODUCTS = "qkv", "out", "router"
 
 
 def weights(seed, E=32):
@@ -98,9 +102,15 @@ def rounds(step, times):
     return jax.jit(run)
 
 
-def timed(name, step, x, *rest):
-    """Prints the time of one of many steps."""
-    sets = [weights(i) for i in range(SETS)]
+def cost(w, only, M) -> tuple[int, int]:
+    """Bytes of the weights of some products, and FLOPs of M rows."""
+    parts = jax.tree.leaves([w[name] for name in only])
+    return sum(x.nbytes for x in parts), 2 * M * sum(x.size for x in parts if x.ndim > 1)
+
+
+def timed(name, of, x, *rest, reached, only=PRODUCTS):
+    """Prints the time of one of many steps, and the time that the limits allow."""
+    sets, step = [weights(i) for i in range(SETS)], layer(of, only)
     start = time.perf_counter()
     run = rounds(step, TIMES).lower(x, sets, *rest).compile()
     compiling = time.perf_counter() - start
@@ -110,12 +120,16 @@ def timed(name, step, x, *rest):
         start = time.perf_counter()
         jax.block_until_ready(run(x, sets, *rest))
         seconds.append((time.perf_counter() - start) / (TIMES * SETS))
+    us = 1e6 * np.median(seconds)
+    roof = roofline(*cost(sets[0], only, len(x)), *reached, us)
     print(
-        f"{name:44} {1e6 * np.median(seconds):6.2f} us  (compiled in {compiling:.1f} s)", flush=True
+        f"{name:24} {us:6.2f} us, {roof['percent_of_limit']:5.1f}% of the limit, "
+        f"{roof['limit_microseconds']:6.2f} us  (compiled in {compiling:.1f} s)",
+        flush=True,
     )
 
 
-def layer(of, only=("qkv", "out", "router")):
+def layer(of, only):
     """Some of the three products, one after the other."""
 
     def step(x, w, heads, cos, sin):
@@ -137,14 +151,19 @@ def main():
     print(jax.devices()[0].device_kind, "JAX", jax.__version__)
     for M in (1, 3, 8, 13, 16):
         check(M, 128 if M == 3 else 32)
+    reached = device_limits()
+    print(f"copying reaches {reached[0] / 1e12:.3g} TB/s, products {reached[1] / 1e12:.3g} TFLOP/s")
     for M in (1, 8, 16):
-        timed(f"all three, {M} rows", layer(OURS), *rows(M))
+        timed(f"all three, {M} rows", OURS, *rows(M), reached=reached)
         if M == 1:
-            timed("out + router", layer(OURS, ("out", "router")), *rows(M))
-            timed("qkv + copy", layer(OURS, ("qkv",)), *rows(M))
-            timed("router", layer(OURS, ("router",)), *rows(M))
+            for name, *only in (
+                ("out + router", "out", "router"),
+                ("qkv + copy", "qkv"),
+                ("router", "router"),
+            ):
+                timed(name, OURS, *rows(M), reached=reached, only=tuple(only))
     for M in (1, 8):
-        timed(f"all three in XLA, {M} rows", layer(XLA), *rows(M))
+        timed(f"all three in XLA, {M} rows", XLA, *rows(M), reached=reached)
 
 
 if __name__ == "__main__":

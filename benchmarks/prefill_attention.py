@@ -18,7 +18,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from experts import device_limits, rounded, say
+from experts import device_limits, roofline, rounded, say
 
 from gpt_oss_jax.kernels.attention import xla
 from gpt_oss_jax.kernels.attention.many_queries import many_queries
@@ -241,8 +241,8 @@ def main():
                 "microseconds": us,
                 "tflop_per_second": flops / us / 1e6,
                 "percent_of_bf16_rate": 100 * flops / rate / us * 1e6,
-                "percent_of_limit": 100 * max(size / bandwidth, flops / rate) / us * 1e6,
             }
+            | roofline(size, flops, bandwidth, rate, us)
         )
         say(done[-1])
     say({"seconds_in_all": time.perf_counter() - started})

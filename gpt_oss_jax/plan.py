@@ -10,13 +10,14 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
+from gpt_oss_jax import cost
 from gpt_oss_jax.config import Config
 from gpt_oss_jax.generate.loop import prompt_calls
 from gpt_oss_jax.model import Transformer, init_cache
@@ -84,7 +85,7 @@ class Plan:
       cache: Of keys and values.
       workspace: Of what a step makes on the way: the larger of prefill's and decode's.
       decode_bytes: That one decode step reads on each device at a full context.
-      prefill_flops: That one prompt token costs on each device.
+      prefill_flops: That a token of a prompt which fills the context costs on each device.
       largest_context: At this batch; 0: none fits.
       largest_batch: At this context; 0: none fits.
     """
@@ -185,7 +186,7 @@ def plan(
     if context > config.max_context:
         raise ValueError(f"the model's context is {config.max_context:,} tokens, got {context:,}.")
     dtype = jnp.dtype(dtype)
-    count = _Count(config, kind, dtype, _variables(config, dtype, experts))
+    count = _Count(config, kind, dtype, variables(config, dtype, experts))
     if mesh is None:
         # Whole experts, which kernels for TPU want, unless they leave much undivided.
         sizes = [(count.weights(_abstract(m)), m) for m in _meshes(devices)]
@@ -210,33 +211,15 @@ def plan(
         cache=count.cache(on, context, batch),
         workspace=count.workspace(on, context, batch),
         decode_bytes=count.decode_bytes(on, context, batch),
-        prefill_flops=count.prefill_flops(on),
+        prefill_flops=count.prefill_flops(on, context),
         largest_context=_largest(MIN_SLOTS, config.max_context, lambda n: fits(n, batch)),
         largest_batch=_largest(1, 4096, lambda n: fits(context, n)),
     )
 
 
-def weights_of_a_step(config: Config, sizes: Mapping[tuple, int], rows: int) -> float:
-    """Bytes of weights that a decode step reads: all but unchosen experts and the embedding.
-
-    Rows are taken to choose their experts independently and evenly. Of the embedding one row each
-    is read, which does not count.
-
-    Args:
-      config: Sizes of the model.
-      sizes: Bytes of each variable, by its path.
-      rows: Of the batch.
-    """
-    share = 1 - (1 - config.experts_per_token / config.num_experts) ** rows
-    total = 0.0
-    for path, size in sizes.items():
-        if path[0] != "embedding":
-            total += size * share if {"up", "down"} & set(path) else size
-    return total
-
-
 @functools.cache
-def _variables(config: Config, dtype, experts: str) -> dict[tuple, nnx.Variable]:
+def variables(config: Config, dtype, experts: str) -> dict[tuple, nnx.Variable]:
+    """Shapes and axes of a model's variables, by their paths, as checkpoints have them."""
     model = nnx.eval_shape(
         lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype, experts=experts)
     )
@@ -326,18 +309,18 @@ class _Count:
     def decode_bytes(self, mesh: AbstractMesh, context: int, batch: int) -> float:
         """Weights once, chosen experts only, and every row's cache."""
         rows = math.ceil(batch / mesh.shape["data"])
-        weights = weights_of_a_step(self.config, self._weights(mesh), rows)
+        experts = cost.expected_experts(self.config, rows)
+        weights = cost.weight_bytes(self.config, self._weights(mesh), experts)
         return weights + self.cache(mesh, context, batch)
 
-    def prefill_flops(self, mesh: AbstractMesh) -> float:
-        """Two for each weight that a token meets; attention's own are left out."""
-        c = self.config
-        share = c.experts_per_token / c.num_experts
-        total = 0.0
-        for path, x in self.variables.items():
-            if path[0] in ("embedding", "unembedding") or path[-1] == "scales":
-                continue
-            shape = named_sharding(mesh, x.axes, x.shape).shard_shape(x.shape)
-            values = 2 if path[-1] == "blocks" else 1
-            total += 2 * values * math.prod(shape) * (share if {"up", "down"} & set(path) else 1)
-        return total
+    def prefill_flops(self, mesh: AbstractMesh, context: int) -> float:
+        """Of the mean token of a prompt that fills the context; only its last one has logits."""
+        shapes = {
+            path: named_sharding(mesh, x.axes, x.shape).shard_shape(x.shape)
+            for path, x in self.variables.items()
+        }
+        heads = (self.config.num_key_value_heads,)
+        (here,) = named_sharding(mesh, ("kv_heads",), heads).shard_shape(heads)
+        pairs = cost.visible_pairs(self.config, 0, context) / context * here / heads[0]
+        weights = cost.weight_flops(self.config, shapes, logits=1 / context)
+        return weights + cost.attention_flops(self.config, pairs)

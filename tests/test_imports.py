@@ -17,7 +17,7 @@ LAYERS = [
     {"compile_cache", "config", "quant", "sampling", "sharding", "distributed", "harmony"},
     {"kernels"},
     {"model"},
-    {"checkpoint", "generate", "aot"},
+    {"checkpoint", "generate", "aot", "cost", "limits"},
     {"parity", "plan", "tools"},
     {"chat"},
     {"__init__"},

@@ -127,7 +127,7 @@ def _table(found: Plan) -> str:
             f"At most {found.decode_tokens_per_second:,.0f} tokens/s when decoding at a full "
             f"context, by {found.decode_bytes / 1e9:.2f} GB a step at "
             f"{found.kind.bandwidth_gb:,.0f} GB/s;\n"
-            f"at most {found.prefill_tokens_per_second:,.0f} tokens/s of prompts, by "
+            f"at most {found.prefill_tokens_per_second:,.0f} tokens/s of prompts that fill it, by "
             f"{found.prefill_flops / 1e9:.2f} GFLOP a token at {found.kind.tflops:,.0f} TFLOP/s."
         )
     else:

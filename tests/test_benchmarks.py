@@ -1,0 +1,55 @@
+"""The scripts in benchmarks/, as far as they go without the GPU that they measure."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a script by its name, as if it were run from its folder."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    for path in FOLDER.glob("*.py"):
+        monkeypatch.delitem(sys.modules, path.stem, raising=False)
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("name", ["attention", "experts", "prefill_attention"])
+def test_options_are_explained(name, script, monkeypatch, capsys):
+    main = script(name).main
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 0 and f"usage: {name}.py" in capsys.readouterr().out
+
+
+def test_the_roofline_is_the_slower_of_memory_and_matrix_unit(script):
+    roofline = script("experts").roofline
+    slow_memory = roofline(8e6, 1e9, 4e12, 8e14, us=4.0)
+    assert slow_memory == {"limit_microseconds": 2.0, "percent_of_limit": 50.0}
+    assert roofline(8e6, 4e9, 4e12, 8e14, us=10.0)["percent_of_limit"] == pytest.approx(50)
+
+
+def test_dense_products_cost_what_their_weights_say(script):
+    dense = script("hopper_dense")
+    w = jax.eval_shape(dense.weights, 0)
+    w = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), w)
+    size, flops = dense.cost(w, ("qkv", "out"), 8)
+    matrices = 5120 * 2880 + 2880 * 4096
+    assert flops == 2 * 8 * matrices and size == 2 * (matrices + 2880 + 5120 + 2880)
+
+
+def test_dense_products_are_timed(script, monkeypatch, capsys):
+    """Those of XLA, which run anywhere, and a limit of which they reach next to nothing."""
+    dense = script("hopper_dense")
+    monkeypatch.setattr(dense, "SETS", 1)
+    monkeypatch.setattr(dense, "TIMES", 2)
+    dense.timed("router", dense.XLA, *dense.rows(1), reached=(4e12, 8e14), only=("router",))
+    out = capsys.readouterr().out
+    assert out.startswith("router ") and "0.05 us" in out and "% of the limit" in out
