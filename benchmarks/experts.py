@@ -138,8 +138,9 @@ def measure(kernel: str, model: str, counts: list[int], skews: dict[str, float])
     E, X, D = sizes.num_experts, sizes.experts_per_token, sizes.hidden_size
     size_of_expert = 3 * D * sizes.intermediate_size
     w = weights(sizes)
-    call = functools.partial(KERNELS[kernel], limit=LIMIT)
-    jitted, loop, empty_loop = jax.jit(call), in_a_loop(call), in_a_loop(lambda x, *_: x)
+    # Compiled once, however often the loop has it.
+    call = jax.jit(functools.partial(KERNELS[kernel], limit=LIMIT))
+    loop, empty_loop = in_a_loop(call), in_a_loop(lambda x, *_: x)
     results = []
     for M in counts:
         x = jax.random.normal(jax.random.key(M), (M, D), jnp.bfloat16)
@@ -147,7 +148,7 @@ def measure(kernel: str, model: str, counts: list[int], skews: dict[str, float])
             args = x, *map(jnp.asarray, routing(sizes, M, skew))
             result = {"kernel": kernel, "model": model, "rows": M, "routing": name}
             try:
-                norm, largest = errors(jitted, *args, w)
+                norm, largest = errors(call, *args, w)
             except Exception as error:  # Whatever it is, the next one is to be tried.
                 say(result | {"failed": f"{type(error).__name__}: {str(error)[:300]}"})
                 continue

@@ -43,9 +43,9 @@ def decode_calls(monkeypatch):
     """The cache length of every call of the device loop, as they are made."""
     calls, decode = [], device.decode
 
-    def spy(leaves, state, *rest):
+    def spy(leaves, state, *rest, **options):
         calls.append(state.cache.max_len)
-        return decode(leaves, state, *rest)
+        return decode(leaves, state, *rest, **options)
 
     monkeypatch.setattr(device, "decode", spy)
     return calls

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -149,23 +150,28 @@ def grown(state, skeleton, slots):
     return skeleton.placed(dataclasses.replace(state, cache=jax.tree.map(into, new, old)))
 
 
-def decode(leaves, state, sampling, stops_K, steps, skeleton):
+def spare_bytes(leaves: tuple[jax.Array, ...]) -> int:
+    """Memory beside the weights and the copies of one with which XLA tries out its products.
+
+    Where nothing is known of the memory, it is taken to be large.
+    """
+    sizes = [x.nbytes for x in leaves]
+    return (memory(leaves) or sys.maxsize) - sum(sizes) - 2 * max(sizes)
+
+
+def decode(leaves, state, sampling, stops_K, steps, skeleton, *, spare: int = 0):
     """Up to `steps` tokens for every row that is not done, fewer when all are.
+
+    Where the state takes more than the `spare_bytes`, XLA tries out nothing.
 
     Returns:
       The new state, and a block: tokens int32 [B, STEPS], -1 where there is none, their
       log-probabilities, and whether any row still runs.
     """
     one_gpu = platform() == "gpu" and skeleton.mesh is None
-    run = _decode_program(one_gpu, one_gpu and _is_tight(leaves, state))
+    tight = one_gpu and sum(x.nbytes for x in jax.tree.leaves(state)) > spare
+    run = _decode_program(one_gpu, tight)
     return run(leaves, state, sampling, stops_K, steps, skeleton)
-
-
-def _is_tight(leaves, state) -> bool:
-    """Whether there is no room for the copies of a weight with which XLA tries out its products."""
-    sizes = [x.nbytes for x in leaves]
-    held = sum(sizes) + sum(x.nbytes for x in jax.tree.leaves(state))
-    return memory(leaves) - held < 2 * max(sizes)
 
 
 @functools.cache

@@ -77,6 +77,7 @@ def _dispatched(model, prompts, lasts, n, sampling, stops):
     state = _prefilled(leaves, skeleton, slots, prompts, lasts, n, sampling.seed)
     padding = bucket(len(stops), 4) - len(stops)
     stops_K = np.array([*stops, *[-1] * padding], np.int32)
+    spare = device.spare_bytes(leaves)
 
     taken, steps, block = 0, 1, ()
     try:
@@ -86,7 +87,7 @@ def _dispatched(model, prompts, lasts, n, sampling, stops):
                 slots = bucket(needed)
                 state = device.grown(state, skeleton, slots)
             state, block = device.decode(
-                leaves, state, sampling, stops_K, np.int32(steps), skeleton
+                leaves, state, sampling, stops_K, np.int32(steps), skeleton, spare=spare
             )
             for x in block:
                 x.copy_to_host_async()
