@@ -119,7 +119,7 @@ def grouped(
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
     def block(experts, count, blocks, scales, x, bias, *rest):
-        *weights, out, scales_smem, arrived = rest
+        *weights, out, scales_smem, arrived, turns = rest
         first, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         products = count[0] * stripes
 
@@ -139,8 +139,12 @@ def grouped(
 
         def step(indices, w_smem, x_smem, sums):
             own = w_smem.at[pl.ds(warpgroup * OUTPUTS, OUTPUTS)]
+            # One warpgroup decodes while the matrix unit has the others' work; left alone they all
+            # decode and then all wait for it.
+            plgpu.barrier_wait(turns.at[warpgroup])
             decoded = _decode(p)(own, scales_smem.at[warpgroup], indices[0])
             plgpu.wgmma(sums, decoded, x_smem.transpose((1, 0)))
+            plgpu.barrier_arrive(turns.at[lax.rem(warpgroup + 1, _WARPGROUPS)])
             plgpu.wgmma_wait(0)
             return sums
 
@@ -200,9 +204,17 @@ def grouped(
             def _():
                 fetch_scales(first)
 
+            @pl.when(warpgroup == _WARPGROUPS - 1)
+            def _():
+                plgpu.barrier_arrive(turns.at[0])
+
             @pl.loop(first, products, step=num_blocks)
             def _(product):
                 pipeline(product)(blocks, x, allocations=allocations)
+
+            @pl.when(warpgroup == 0)
+            def _():
+                plgpu.barrier_wait(turns.at[0])
 
         shared = pipeline().get_allocations(blocks, x)
         pl.run_scoped(run, shared, collective_axes="warpgroup")
@@ -213,6 +225,7 @@ def grouped(
         out_type=jax.ShapeDtypeStruct((T * P, p.width), jnp.bfloat16),
         scratch_types=[
             plgpu.SMEM((_WARPGROUPS, scale_rows, _BLOCK_OUTPUTS), jnp.uint8),
+            plgpu.Barrier(num_barriers=_WARPGROUPS),
             plgpu.Barrier(num_barriers=_WARPGROUPS),
         ],
         grid=(num_blocks,),
