@@ -9,6 +9,8 @@ does by itself is in `many_rows_ptx`.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,6 +117,7 @@ def grouped(
     stripes = p.outputs // _BLOCK_OUTPUTS
     # The scales of a warpgroup are one piece, cut so that the copy engine takes it.
     scale_rows = OUTPUTS * p.blocks // _BLOCK_OUTPUTS
+    step_slots, scale_slots = stages(p, P)
     more = () if weights_R is None else (weights_R,)
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
@@ -128,21 +131,24 @@ def grouped(
             t = product // stripes
             return t, experts[t], product % stripes
 
-        def fetch_scales(product):
-            _, expert, n = place(product)
-            at = ((expert * stripes + n) * _WARPGROUPS + warpgroup) * scale_rows
-            plgpu.copy_gmem_to_smem(
-                scales.at[pl.ds(at, scale_rows)],
-                scales_smem.at[warpgroup],
-                arrived.at[warpgroup],
-            )
+        def scales_of(product):
+            """A warpgroup's, and the barrier that they arrive at."""
+            slot = lax.rem((product - first) // num_blocks, scale_slots)
+            return scales_smem.at[slot, warpgroup], arrived.at[slot * _WARPGROUPS + warpgroup]
 
-        def step(indices, w_smem, x_smem, sums):
+        def fetch_scales(product):
+            @pl.when(product < products)
+            def _():
+                _, expert, n = place(product)
+                at = ((expert * stripes + n) * _WARPGROUPS + warpgroup) * scale_rows
+                plgpu.copy_gmem_to_smem(scales.at[pl.ds(at, scale_rows)], *scales_of(product))
+
+        def step(own_scales, indices, w_smem, x_smem, sums):
             own = w_smem.at[pl.ds(warpgroup * OUTPUTS, OUTPUTS)]
             # One warpgroup decodes while the matrix unit has the others' work; left alone they all
             # decode and then all wait for it.
             plgpu.barrier_wait(turns.at[warpgroup])
-            decoded = _decode(p)(own, scales_smem.at[warpgroup], indices[0])
+            decoded = _decode(p)(own, own_scales, indices[0])
             plgpu.wgmma(sums, decoded, x_smem.transpose((1, 0)))
             plgpu.barrier_arrive(turns.at[lax.rem(warpgroup + 1, _WARPGROUPS)])
             plgpu.wgmma_wait(0)
@@ -153,7 +159,7 @@ def grouped(
 
             def compute(run):
                 t, expert, n = place(product)
-                plgpu.barrier_wait(arrived.at[warpgroup])
+                plgpu.barrier_wait(scales_of(product)[1])
 
                 def scoped(sums):
                     run(sums)
@@ -162,10 +168,7 @@ def grouped(
                 sums = pl.run_scoped(scoped, plgpu.ACC((OUTPUTS, P), jnp.float32))
                 plgpu.commit_smem()  # All have read their scales.
 
-                @pl.when(product + num_blocks < products)
-                def _():
-                    fetch_scales(product + num_blocks)
-
+                fetch_scales(product + scale_slots * num_blocks)
                 own = n * _WARPGROUPS + warpgroup
                 width = p.width * OUTPUTS // p.outputs
                 _finish(p, len(weights))(
@@ -185,12 +188,12 @@ def grouped(
                 state = jnp.where(product + num_blocks < products, at.STEADY, at.STOP)
                 state = jnp.where(product == first, at.START, state)
             return plgpu.emit_pipeline_warp_specialized(
-                step,
+                functools.partial(step, None if product is None else scales_of(product)[0]),
                 grid=(p.blocks // BLOCKS,),
                 memory_registers=_COPY_REGISTERS,
                 wg_axis="warpgroup",
                 num_compute_wgs=_WARPGROUPS,
-                max_concurrent_steps=stages(p, P),
+                max_concurrent_steps=step_slots,
                 compute_context=compute,
                 pipeline_state=state,
                 in_specs=[
@@ -200,9 +203,10 @@ def grouped(
             )
 
         def run(allocations):
-            @pl.when((warpgroup < _WARPGROUPS) & (first < products))
+            @pl.when(warpgroup < _WARPGROUPS)
             def _():
-                fetch_scales(first)
+                for i in range(scale_slots):
+                    fetch_scales(first + i * num_blocks)
 
             @pl.when(warpgroup == _WARPGROUPS - 1)
             def _():
@@ -224,8 +228,8 @@ def grouped(
         block,
         out_type=jax.ShapeDtypeStruct((T * P, p.width), jnp.bfloat16),
         scratch_types=[
-            plgpu.SMEM((_WARPGROUPS, scale_rows, _BLOCK_OUTPUTS), jnp.uint8),
-            plgpu.Barrier(num_barriers=_WARPGROUPS),
+            plgpu.SMEM((scale_slots, _WARPGROUPS, scale_rows, _BLOCK_OUTPUTS), jnp.uint8),
+            plgpu.Barrier(num_barriers=scale_slots * _WARPGROUPS),
             plgpu.Barrier(num_barriers=_WARPGROUPS),
         ],
         grid=(num_blocks,),
@@ -245,14 +249,17 @@ def grouped(
     )
 
 
-def stages(p: Projection, tile: int) -> int:
-    """Steps that are in shared memory or on their way."""
+def stages(p: Projection, tile: int) -> tuple[int, int]:
+    """Steps, and scales of products, that are in shared memory or on their way."""
     step = _BLOCK_OUTPUTS * 16 * BLOCKS + tile * STEP * 2
-    room = _SHARED_BYTES - _BLOCK_OUTPUTS * p.blocks
-    most = min(_MAX_STAGES, room // step)
     steps = p.blocks // BLOCKS
-    # A part of the whole, so that every product begins at the same one.
-    return max(n for n in range(1, most + 1) if steps % n == 0)
+
+    def beside(scales: int) -> int:
+        most = min(_MAX_STAGES, (_SHARED_BYTES - scales * _BLOCK_OUTPUTS * p.blocks) // step)
+        # A part of the whole, so that every product begins at the same one.
+        return max(n for n in range(1, most + 1) if steps % n == 0)
+
+    return beside(1), 2 if beside(2) == beside(1) else 1
 
 
 def _decode(p: Projection):
