@@ -15,6 +15,7 @@ import numpy as np
 import oracle
 import ptx
 import pytest
+from jax.experimental import pallas as pl
 from hopper_layer import (
     interpreted,
     kernels_for_cuda,
@@ -38,13 +39,13 @@ def left(program, weights, scales, step):
     shared = np.concatenate([np.asarray(a).reshape(-1) for a in (weights, scales)])
     run = functools.partial(ptx.piece, memory=ptx.Memory(), shared=shared)
     decoded = np.full((64, 192), np.nan, np.float32)
-    loaded = run(program.load(), 18, [0, weights.size, step])
-    for h, i in itertools.product(range(2), range(6)):
-        word, pair = loaded[6 * h + i], loaded[12 + 3 * h + i // 2]
-        values = run(many_rows_ptx.decode_block(bool(i % 2)), 4, [word, pair])
-        for v, e in itertools.product(range(4), range(2)):
+    loaded = run(program.load(), 18, [0, weights.size, step, *run(program.places(), 2, [])])
+    for h, i in itertools.product(range(2), range(3)):
+        words = loaded[6 * h + 2 * i : 6 * h + 2 * i + 2]
+        values = run(many_rows_ptx.decode_half(), 8, [*words, loaded[12 + 3 * h + i]])
+        for v, e in itertools.product(range(8), range(2)):
             value = (values[v] >> np.uint64(16 * e)).astype(np.uint16)
-            columns = 32 * i + 8 * v + 2 * Q + e
+            columns = 64 * i + 8 * v + 2 * Q + e
             decoded[16 * W + G + 8 * h, columns] = value.view(ml_dtypes.bfloat16)
     return decoded
 
@@ -66,8 +67,9 @@ def grouped(p, w, bias, tiles, x_RK, weights_R=None):
         for n in range(p.outputs // 64):
             sums = sum(lefts(e, n, k) @ x[t, :, k].T for k in range(p.blocks // 6))
             own_bias = biases + (e * p.outputs + 64 * n) * p.bias_bytes
-            own_out = out + 2 * (t * P * p.width + n * 64 * p.width // p.outputs)
-            started = run(p.start(), 3, [own_bias, own_out])
+            sharing = p.outputs // p.width
+            own_out = out + 2 * (t * P * p.width + n // sharing * 64)
+            started = run(p.start(), 3, [own_bias, own_out, n % sharing])
             for group in range(P // 8):
                 columns = [8 * group + 2 * Q + i for i in range(2)]
                 own = [bits(sums[16 * W + G + 8 * h, c]) for h in range(2) for c in columns]
@@ -190,7 +192,7 @@ def output(slot, up):
     w, h, g = slot // 16, slot // 8 % 2, slot % 8
     if not up:
         return slot
-    return 32 * (w // 2) + 4 * (w % 2) + 16 * (g // 4) + g % 4 + 8 * h
+    return 32 * (g // 4) + 16 * (w // 2) + 8 * h + 4 * (w % 2) + g % 4
 
 
 @pytest.mark.parametrize("pairs", [1, 32 * 9, 32 * 1024])
@@ -224,6 +226,7 @@ if jax.__version_info__ >= target.JAX_FOR_HOPPER:
         """
         monkeypatch.setattr(many_rows, "multiprocessors", lambda: blocks)
         multiply_as_the_interpreter_can(monkeypatch, 3, 64, 192)
+        monkeypatch.setattr(many_rows, "_places_of_thread", lambda p: lambda: ())
         monkeypatch.setattr(many_rows, "_decode", decode_in_jax)
         monkeypatch.setattr(many_rows, "_finish", finish_in_jax)
         monkeypatch.setattr(many_rows, "gather", gather_in_jax)
@@ -258,12 +261,15 @@ def decode_in_jax(p):
 
 
 def finish_in_jax(p, weights):
-    def finish(sums, bias, out, *routing):
+    def finish(sums, half, bias, out, *routing):
         y = sums + bias[...].astype(jnp.float32)[:, None]
         if p.limit is None:
-            y = (y * routing[0][...]).T
-        else:
-            y = many_rows.in_order(xla.swiglu(y[0::2], y[1::2], p.limit).T)
-        out[...] = y.astype(jnp.bfloat16)
+            out[...] = (y * routing[0][...]).T.astype(jnp.bfloat16)
+            return
+        y = xla.swiglu(y[0::2], y[1::2], p.limit).T.astype(jnp.bfloat16)
+        # Places of a half's own, in fours.
+        y = many_rows.in_order(jnp.concatenate([y, y], axis=1))
+        for k in range(8):
+            out[:, pl.ds(8 * k + 4 * half, 4)] = y[:, 8 * k : 8 * k + 4]
 
     return finish

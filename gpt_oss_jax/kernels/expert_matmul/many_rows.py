@@ -22,7 +22,7 @@ from gpt_oss_jax.kernels.expert_matmul.many_rows_ptx import (
     OUTPUTS,
     STEP,
     Projection,
-    decode_block,
+    decode_half,
 )
 from gpt_oss_jax.kernels.expert_matmul.rows import add_up, gather
 from gpt_oss_jax.kernels.expert_matmul.tiles import Tiles, sort_into_tiles
@@ -82,13 +82,14 @@ def projections(w: ExpertWeights, limit: float) -> tuple[Projection, Projection]
 
 
 def in_order(x_MD: jax.Array) -> jax.Array:
-    """Rows in the order in which the matrix unit meets the weights of each MXFP4 block.
+    """Rows in the order in which the matrix unit meets the weights of two MXFP4 blocks each.
 
-    Value 8 q + 4 b + v of 32 comes to place 8 v + 2 q + b: a word of eight codes, decoded, is four
-    pairs of values four apart, and a column quad holds two pairs of every 16 columns.
+    Value 16 q + 8 t + 4 e + v of 64 comes to place 32 t + 8 v + 2 q + e: a word of eight codes,
+    decoded, is four pairs of values four apart, and a column quad holds two pairs of every 16
+    columns.
     """
     M, D = x_MD.shape
-    return x_MD.reshape(M, D // 32, 4, 2, 4).transpose(0, 1, 4, 2, 3).reshape(M, D)
+    return x_MD.reshape(M, D // 64, 4, 2, 2, 4).transpose(0, 1, 3, 5, 2, 4).reshape(M, D)
 
 
 def grouped(
@@ -125,6 +126,7 @@ def grouped(
         *weights, out, scales_smem, arrived, turns = rest
         first, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         products = count[0] * stripes
+        places = _places_of_thread(p)()
 
         def place(product):
             """Its tile of rows, expert and stripe of outputs."""
@@ -148,7 +150,7 @@ def grouped(
             # One warpgroup decodes while the matrix unit has the others' work; left alone they all
             # decode and then all wait for it.
             plgpu.barrier_wait(turns.at[warpgroup])
-            decoded = _decode(p)(own, own_scales, indices[0])
+            decoded = _decode(p)(own, own_scales, indices[0], *places)
             plgpu.wgmma(sums, decoded, x_smem.transpose((1, 0)))
             plgpu.barrier_arrive(turns.at[lax.rem(warpgroup + 1, _WARPGROUPS)])
             plgpu.wgmma_wait(0)
@@ -170,11 +172,13 @@ def grouped(
 
                 fetch_scales(product + scale_slots * num_blocks)
                 own = n * _WARPGROUPS + warpgroup
-                width = p.width * OUTPUTS // p.outputs
+                # Of 64 hidden values two warpgroups have every other four.
+                sharing = p.outputs // p.width
                 _finish(p, len(weights))(
                     sums,
+                    own % sharing,
                     bias.at[expert, pl.ds(own * OUTPUTS, OUTPUTS)],
-                    out.at[pl.ds(t * P, P), pl.ds(own * width, width)],
+                    out.at[pl.ds(t * P, P), pl.ds(own // sharing * OUTPUTS, OUTPUTS)],
                     *(a.at[pl.ds(t * P, P)] for a in weights),
                 )
 
@@ -262,6 +266,34 @@ def stages(p: Projection, tile: int) -> tuple[int, int]:
     return beside(1), 2 if beside(2) == beside(1) else 1
 
 
+def _places_of_thread(p: Projection):
+    """What a thread needs to know of itself for `_decode`, found once."""
+    from jax.experimental.mosaic import gpu as mgpu
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxlib.mlir import ir
+
+    threads = plgpu.Layout.WG_STRIDED((128,), vec_size=1)
+    one = plgpu.ShapeDtypeStruct((128,), jnp.int32, threads)
+
+    @plgpu.inline_mgpu(return_type=(one, one))
+    def places(ctx):
+        del ctx
+        word = ir.IntegerType.get_signless(32)
+        found = mgpu.utils.inline_ptx(p.places(), result_types=[word] * 2)
+        layout = mgpu.WGStridedFragLayout((128,), 1)
+        alone = ir.VectorType.get((1,), word)
+        return tuple(
+            mgpu.FragmentedArray(
+                _registers=np.asarray([mgpu.utils.bitcast(x, alone)], dtype=object),
+                _layout=layout,
+                _is_signed=True,
+            )
+            for x in found
+        )
+
+    return places
+
+
 def _decode(p: Projection):
     """A step's weights and all scales, in shared memory -> left operand."""
     from jax.experimental.mosaic import gpu as mgpu
@@ -271,10 +303,15 @@ def _decode(p: Projection):
     shape = (OUTPUTS, STEP)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT(())),
+        arg_types=(
+            plgpu.RefType(),
+            plgpu.RefType(),
+            plgpu.Layout.WG_SPLAT(()),
+            *(plgpu.Layout.WG_STRIDED((128,), vec_size=1),) * 2,
+        ),
         return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, plgpu.Layout.WGMMA),
     )
-    def decode(ctx, w, scales, step):
+    def decode(ctx, w, scales, step, *places):
         del ctx
         word, half = (ir.IntegerType.get_signless(bits) for bits in (32, 16))
         pair = ir.VectorType.get((2,), ir.BF16Type.get())
@@ -283,22 +320,23 @@ def _decode(p: Projection):
             p.load(),
             *pointers,
             step.registers.item(),
+            *(mgpu.utils.bitcast(x.registers.item(), word) for x in places),
             result_types=[word] * (3 * BLOCKS),
             has_side_effects=True,
         )
         registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape(shape), dtype=object)
         place = _places(registers.shape)
         for h in range(2):
-            for i in range(BLOCKS):
-                scales = loaded[2 * BLOCKS + BLOCKS // 2 * h + i // 2]
+            for i in range(BLOCKS // 2):
+                first = BLOCKS * h + 2 * i
                 values = mgpu.utils.inline_ptx(
-                    decode_block(bool(i % 2)),
-                    loaded[BLOCKS * h + i],
-                    scales,
-                    result_types=[word] * 4,
+                    decode_half(),
+                    *loaded[first : first + 2],
+                    loaded[2 * BLOCKS + BLOCKS // 2 * h + i],
+                    result_types=[word] * 8,
                 )
                 for v, value in enumerate(values):
-                    registers[place(4 * i + v, h)] = mgpu.utils.bitcast(value, pair)
+                    registers[place(8 * i + v, h)] = mgpu.utils.bitcast(value, pair)
         return mgpu.FragmentedArray(
             _registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None
         )
@@ -314,14 +352,23 @@ def _finish(p: Projection, weights: int):
     from jaxlib.mlir.dialects import vector
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA, *(plgpu.RefType(),) * (2 + weights)),
+        arg_types=(
+            plgpu.Layout.WGMMA,
+            plgpu.Layout.WG_SPLAT(()),
+            *(plgpu.RefType(),) * (2 + weights),
+        ),
     )
-    def finish(ctx, sums, *refs):
+    def finish(ctx, sums, half, *refs):
         del ctx
         bias, out, *rest = (mgpu.utils.memref_ptr(ref) for ref in refs)
         f32, i64 = ir.F32Type.get(), ir.IntegerType.get_signless(64)
         started = mgpu.utils.inline_ptx(
-            p.start(), bias, out, result_types=[i64, f32, f32], has_side_effects=True
+            p.start(),
+            bias,
+            out,
+            half.registers.item(),
+            result_types=[i64, f32, f32],
+            has_side_effects=True,
         )
         place = _places(sums.registers.shape)
         for group in range(sums.shape[1] // 8):

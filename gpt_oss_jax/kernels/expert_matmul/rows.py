@@ -14,10 +14,10 @@ from gpt_oss_jax.kernels.launch import launch
 
 
 def gather(x_MD: jax.Array, tiles: Tiles, choices: int) -> jax.Array:
-    """Rows of all places of tiles, bf16 [R, D], each 32 values `many_rows.in_order`.
+    """Rows of all places of tiles, bf16 [R, D], each 64 values `many_rows.in_order`.
 
     Args:
-      x_MD: bf16 rows, D a multiple of 32.
+      x_MD: bf16 rows, D a multiple of 64.
       tiles: Where pairs of row and expert lie; past `tiles.count` nothing is written.
       choices: Pairs of a row.
     """

@@ -21,7 +21,7 @@ class Gather:
 
     Attributes:
       rows: Places, of all tiles.
-      width: Of a row, a multiple of 32.
+      width: Of a row, a multiple of 64.
       choices: Pairs of a row of x.
       tile: Places of a tile.
     """
@@ -51,14 +51,16 @@ setp.ge.u32 p, row, t0; @p bra DONE;
 mul.wide.u32 at, row, 4; add.u64 at, at, $2; ld.global.nc.u32 t0, [at];
 div.u32 t0, t0, {self.choices}; mul.wide.u32 from, t0, {2 * self.width}; add.u64 from, from, $1;
 mul.wide.u32 at, row, {2 * self.width}; add.u64 at, at, $4;
-mul.wide.u32 more, lane, 64; add.u64 from, from, more; add.u64 at, at, more;
+mul.wide.u32 more, lane, 64; add.u64 at, at, more;
+and.b32 t0, lane, 1; mul.lo.u32 t0, t0, 16; shr.u32 row, lane, 1; mad.lo.u32 t0, row, 128, t0;
+cvt.u64.u32 more, t0; add.u64 from, from, more;
 """
         blocks = self.width // 32
         for first in range(0, blocks, 32):
             text += f"setp.lt.u32 p, lane, {blocks - first};\n"
             for q in range(4):
                 words = ", ".join(f"w{i}" for i in range(4))
-                text += f"@p ld.global.nc.v4.u32 {{{words}}}, [from + {64 * first + 16 * q}];"
+                text += f"@p ld.global.nc.v4.u32 {{{words}}}, [from + {64 * first + 32 * q}];"
                 # Values four apart come together: 0 and 4, 1 and 5, 2 and 6, 3 and 7.
                 for v in range(4):
                     halves = (0x5410, 0x7632)[v % 2]
