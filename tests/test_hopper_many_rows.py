@@ -227,6 +227,7 @@ if jax.__version_info__ >= target.JAX_FOR_HOPPER:
         monkeypatch.setattr(many_rows, "multiprocessors", lambda: blocks)
         multiply_as_the_interpreter_can(monkeypatch, 3, 64, 192)
         monkeypatch.setattr(many_rows, "_places_of_thread", lambda p: lambda: ())
+        monkeypatch.setattr(many_rows, "_load", lambda p: lambda *loaded: loaded)
         monkeypatch.setattr(many_rows, "_decode", decode_in_jax)
         monkeypatch.setattr(many_rows, "_finish", finish_in_jax)
         monkeypatch.setattr(many_rows, "gather", gather_in_jax)
@@ -249,7 +250,8 @@ def add_up_in_jax(y_RD, place_of_pair, experts_MX, num_experts):
 
 
 def decode_in_jax(p):
-    def decode(w, scales, step):
+    def decode(loaded):
+        w, scales, step = loaded
         nibbles = w[...].reshape(64, 6, 16)
         codes = jnp.stack([nibbles & jnp.uint8(15), nibbles >> jnp.uint8(4)], axis=-1)
         own = jax.lax.dynamic_slice(scales[...].reshape(64, p.blocks), (0, 6 * step), (64, 6))

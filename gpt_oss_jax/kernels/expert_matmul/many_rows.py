@@ -147,11 +147,11 @@ def grouped(
 
         def step(own_scales, indices, w_smem, x_smem, sums):
             own = w_smem.at[pl.ds(warpgroup * OUTPUTS, OUTPUTS)]
+            loaded = _load(p)(own, own_scales, indices[0], *places)
             # One warpgroup decodes while the matrix unit has the others' work; left alone they all
             # decode and then all wait for it.
             plgpu.barrier_wait(turns.at[warpgroup])
-            decoded = _decode(p)(own, own_scales, indices[0], *places)
-            plgpu.wgmma(sums, decoded, x_smem.transpose((1, 0)))
+            plgpu.wgmma(sums, _decode(p)(loaded), x_smem.transpose((1, 0)))
             plgpu.barrier_arrive(turns.at[lax.rem(warpgroup + 1, _WARPGROUPS)])
             plgpu.wgmma_wait(0)
             return sums
@@ -280,50 +280,74 @@ def _places_of_thread(p: Projection):
         del ctx
         word = ir.IntegerType.get_signless(32)
         found = mgpu.utils.inline_ptx(p.places(), result_types=[word] * 2)
-        layout = mgpu.WGStridedFragLayout((128,), 1)
-        alone = ir.VectorType.get((1,), word)
-        return tuple(
-            mgpu.FragmentedArray(
-                _registers=np.asarray([mgpu.utils.bitcast(x, alone)], dtype=object),
-                _layout=layout,
-                _is_signed=True,
-            )
-            for x in found
-        )
+        return tuple(_of_threads([x]) for x in found)
 
     return places
 
 
-def _decode(p: Projection):
-    """A step's weights and all scales, in shared memory -> left operand."""
+def _load(p: Projection):
+    """A step's weights and all scales, in shared memory -> what a thread has of them."""
     from jax.experimental.mosaic import gpu as mgpu
     from jax.experimental.pallas import mosaic_gpu as plgpu
     from jaxlib.mlir import ir
 
-    shape = (OUTPUTS, STEP)
+    of_thread = plgpu.Layout.WG_STRIDED((128,), vec_size=1)
+    shape = (128 * 3 * BLOCKS,)
 
     @plgpu.inline_mgpu(
-        arg_types=(
-            plgpu.RefType(),
-            plgpu.RefType(),
-            plgpu.Layout.WG_SPLAT(()),
-            *(plgpu.Layout.WG_STRIDED((128,), vec_size=1),) * 2,
+        arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT(()), *(of_thread,) * 2),
+        return_type=plgpu.ShapeDtypeStruct(
+            shape, jnp.int32, plgpu.Layout.WG_STRIDED(shape, vec_size=1)
         ),
-        return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, plgpu.Layout.WGMMA),
     )
-    def decode(ctx, w, scales, step, *places):
+    def load(ctx, w, scales, step, *places):
         del ctx
-        word, half = (ir.IntegerType.get_signless(bits) for bits in (32, 16))
-        pair = ir.VectorType.get((2,), ir.BF16Type.get())
-        pointers = [mgpu.utils.memref_ptr(ref) for ref in (w, scales)]
+        word = ir.IntegerType.get_signless(32)
         loaded = mgpu.utils.inline_ptx(
             p.load(),
-            *pointers,
+            *(mgpu.utils.memref_ptr(ref) for ref in (w, scales)),
             step.registers.item(),
             *(mgpu.utils.bitcast(x.registers.item(), word) for x in places),
             result_types=[word] * (3 * BLOCKS),
             has_side_effects=True,
         )
+        return _of_threads(loaded)
+
+    return load
+
+
+def _of_threads(words):
+    """So many words of each thread, as an array."""
+    from jax.experimental.mosaic import gpu as mgpu
+    from jaxlib.mlir import ir
+
+    alone = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
+    return mgpu.FragmentedArray(
+        _registers=np.asarray([mgpu.utils.bitcast(x, alone) for x in words], dtype=object),
+        _layout=mgpu.WGStridedFragLayout((128 * len(words),), 1),
+        _is_signed=True,
+    )
+
+
+def _decode(p: Projection):
+    """What `_load` gives -> left operand."""
+    del p
+    from jax.experimental.mosaic import gpu as mgpu
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxlib.mlir import ir
+
+    shape = (OUTPUTS, STEP)
+    of_threads = plgpu.Layout.WG_STRIDED((128 * 3 * BLOCKS,), vec_size=1)
+
+    @plgpu.inline_mgpu(
+        arg_types=(of_threads,),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, plgpu.Layout.WGMMA),
+    )
+    def decode(ctx, loaded):
+        del ctx
+        word = ir.IntegerType.get_signless(32)
+        pair = ir.VectorType.get((2,), ir.BF16Type.get())
+        loaded = [mgpu.utils.bitcast(x, word) for x in loaded.registers]
         registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape(shape), dtype=object)
         place = _places(registers.shape)
         for h in range(2):

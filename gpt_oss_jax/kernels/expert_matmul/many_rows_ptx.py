@@ -105,7 +105,9 @@ class Projection:
                 text += f"ld.global.nc.f32 ${1 + i}, [at + {place}];\n"
         if self.limit is not None:
             # Where `in_order` has hidden value `t0 / 2` of the half.
-            text += "shr.u32 t0, w, 1; shl.b32 t0, t0, 5; and.b32 t1, w, 1; mad.lo.u32 t0, t1, 16, t0;"
+            text += (
+                "shr.u32 t0, w, 1; shl.b32 t0, t0, 5; and.b32 t1, w, 1; mad.lo.u32 t0, t1, 16, t0;"
+            )
             text += "and.b32 t1, g, 2; mad.lo.u32 t0, t1, 4, t0; shr.u32 t1, g, 2;"
             text += "mad.lo.u32 t0, t1, 2, t0; and.b32 t1, g, 1; add.u32 t0, t0, t1;"
             text += "mad.lo.u32 t0, $5, 4, t0;\n"
