@@ -15,13 +15,13 @@ import numpy as np
 import oracle
 import ptx
 import pytest
-from jax.experimental import pallas as pl
 from hopper_layer import (
     interpreted,
     kernels_for_cuda,
     layer,
     multiply_as_the_interpreter_can,
 )
+from jax.experimental import pallas as pl
 
 from gpt_oss_jax.kernels import target
 from gpt_oss_jax.kernels.expert_matmul import many_rows, many_rows_ptx, rows, tiles, tuning, xla
