@@ -123,7 +123,7 @@ def grouped(
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
     def block(experts, count, blocks, scales, x, bias, *rest):
-        *weights, out, scales_smem, arrived, turns = rest
+        *weights, out, scales_smem, arrived = rest
         first, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         products = count[0] * stripes
         places = _places_of_thread(p)()
@@ -148,12 +148,11 @@ def grouped(
         def step(own_scales, indices, w_smem, x_smem, sums):
             own = w_smem.at[pl.ds(warpgroup * OUTPUTS, OUTPUTS)]
             loaded = _load(p)(own, own_scales, indices[0], *places)
-            # One warpgroup decodes while the matrix unit has the others' work; left alone they all
-            # decode and then all wait for it.
-            plgpu.barrier_wait(turns.at[warpgroup])
-            plgpu.wgmma(sums, _decode(p)(loaded), x_smem.transpose((1, 0)))
-            plgpu.barrier_arrive(turns.at[lax.rem(warpgroup + 1, _WARPGROUPS)])
-            plgpu.wgmma_wait(0)
+            for i in range(BLOCKS // 2):
+                # The matrix unit has one pair of blocks while the next is decoded.
+                x_pair = x_smem.at[:, pl.ds(64 * i, 64)].transpose((1, 0))
+                plgpu.wgmma(sums, _decode(p, i)(loaded), x_pair)
+                plgpu.wgmma_wait(int(i < BLOCKS // 2 - 1))
             return sums
 
         def pipeline(product=None):
@@ -212,17 +211,9 @@ def grouped(
                 for i in range(scale_slots):
                     fetch_scales(first + i * num_blocks)
 
-            @pl.when(warpgroup == _WARPGROUPS - 1)
-            def _():
-                plgpu.barrier_arrive(turns.at[0])
-
             @pl.loop(first, products, step=num_blocks)
             def _(product):
                 pipeline(product)(blocks, x, allocations=allocations)
-
-            @pl.when(warpgroup == 0)
-            def _():
-                plgpu.barrier_wait(turns.at[0])
 
         shared = pipeline().get_allocations(blocks, x)
         pl.run_scoped(run, shared, collective_axes="warpgroup")
@@ -234,7 +225,6 @@ def grouped(
         scratch_types=[
             plgpu.SMEM((scale_slots, _WARPGROUPS, scale_rows, _BLOCK_OUTPUTS), jnp.uint8),
             plgpu.Barrier(num_barriers=scale_slots * _WARPGROUPS),
-            plgpu.Barrier(num_barriers=_WARPGROUPS),
         ],
         grid=(num_blocks,),
         grid_names=("block",),
@@ -329,14 +319,14 @@ def _of_threads(words):
     )
 
 
-def _decode(p: Projection):
-    """What `_load` gives -> left operand."""
+def _decode(p: Projection, i: int):
+    """What `_load` gives -> left operand of the pair of blocks i of a step."""
     del p
     from jax.experimental.mosaic import gpu as mgpu
     from jax.experimental.pallas import mosaic_gpu as plgpu
     from jaxlib.mlir import ir
 
-    shape = (OUTPUTS, STEP)
+    shape = (OUTPUTS, 64)
     of_threads = plgpu.Layout.WG_STRIDED((128 * 3 * BLOCKS,), vec_size=1)
 
     @plgpu.inline_mgpu(
@@ -351,16 +341,15 @@ def _decode(p: Projection):
         registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape(shape), dtype=object)
         place = _places(registers.shape)
         for h in range(2):
-            for i in range(BLOCKS // 2):
-                first = BLOCKS * h + 2 * i
-                values = mgpu.utils.inline_ptx(
-                    decode_half(),
-                    *loaded[first : first + 2],
-                    loaded[2 * BLOCKS + BLOCKS // 2 * h + i],
-                    result_types=[word] * 8,
-                )
-                for v, value in enumerate(values):
-                    registers[place(8 * i + v, h)] = mgpu.utils.bitcast(value, pair)
+            first = BLOCKS * h + 2 * i
+            values = mgpu.utils.inline_ptx(
+                decode_half(),
+                *loaded[first : first + 2],
+                loaded[2 * BLOCKS + BLOCKS // 2 * h + i],
+                result_types=[word] * 8,
+            )
+            for v, value in enumerate(values):
+                registers[place(v, h)] = mgpu.utils.bitcast(value, pair)
         return mgpu.FragmentedArray(
             _registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None
         )
