@@ -30,6 +30,7 @@ def few_rows(
     *,
     limit: float,
     some_elsewhere: bool = False,
+    room: jax.Array | None = None,
 ) -> jax.Array:
     """See `mosaic_gpu.on_hopper`; for few rows to an expert.
 
@@ -47,7 +48,9 @@ def few_rows(
         members = visits(experts, w.up.shape[0], program.visits, program.columns)
     weights = weights_MX.reshape(-1).astype(jnp.float32)
     up, down = (w.up.blocks, w.up.scales, w.up_bias), (w.down.blocks, w.down.scales, w.down_bias)
-    y_ZD = _launch(program, x_MD, experts, members, weights, *up, *down)
+    if room is None:
+        room = jnp.full(M * X * program.hidden // 2, EMPTY, jnp.int32)
+    y_ZD = _launch(program, x_MD, experts, members, weights, *up, *down, room)
     y_MXD = y_ZD.reshape(M, X, -1)
     if some_elsewhere:
         # What no visit has was never written.
@@ -94,17 +97,15 @@ def visits(experts_Z: jax.Array, num_experts: int, count: int, columns: int) -> 
 
 
 def _launch(program: Layer, *inputs: jax.Array) -> jax.Array:
-    Z = inputs[1].size
-
     # What is written in place has no batching rule.
     @jax.custom_batching.sequential_vmap
-    def run(*inputs):
-        hidden = jax.new_ref(jnp.full((Z, program.hidden // 2), EMPTY, jnp.uint32))
+    def run(x_MD, experts_Z, *inputs):
+        *inputs, room = inputs
         return launch(
             "mxfp4_few_rows",
             program.ptx(),
-            jax.ShapeDtypeStruct((Z, program.inputs), jnp.float32),
-            (*inputs, hidden),
+            jax.ShapeDtypeStruct((experts_Z.size, program.inputs), jnp.float32),
+            (x_MD, experts_Z, *inputs, jax.new_ref(room)),
             grid=program.grid,
             warpgroups=WARPS // 4,
             shared_bytes=program.shared_bytes,

@@ -1,16 +1,17 @@
 """The thread program of `few_rows`, as PTX for compute capability 9.0. Knows no JAX.
 
-A tile is 16 outputs of one expert, for up to 8 rows; a thread block takes a run of tiles of the up
-projection, one after the other, then one of the down projection. In checkpoint order the weights
-of a tile lie together: the copy engine brings them to shared memory in one piece, some tiles ahead,
-those of the down projection while the up projection ends. The warps share out the input axis, and
-each keeps its part of x in registers for as long as the expert stays the same. A thread takes MXFP4
-blocks of 16 bytes, decodes them in registers and multiplies with `mma.sync`: weights are the matrix
-of 16 rows, x that of 8 columns. The warps take turns at adding up what all of them have of a tile,
-while the others go on.
+A tile is 16 outputs of one expert, for up to 8 rows; a thread block takes a run of tiles of one of
+the projections, one after the other. In checkpoint order the weights of a tile lie together: the
+copy engine brings them to shared memory in one piece, some tiles ahead. The warps share out the
+input axis, and each keeps its part of x in registers for as long as the expert stays the same. A
+thread takes MXFP4 blocks of 16 bytes, decodes them in registers and multiplies with `mma.sync`:
+weights are the matrix of 16 rows, x that of 8 columns. The warps take turns at adding up what all
+of them have of a tile, while the others go on.
 
-All blocks run at the same time, so one may wait for another's hidden values: it reads them again
-until none is `EMPTY`, which they were before the launch and no value can be.
+Blocks of the down projection come after those of the up projection, as multiprocessors become free,
+and begin with their weights. For hidden values they wait: they read them again until none is
+`EMPTY`, which all were before the launch and none can become. Blocks start in the order of their
+numbers, so nobody keeps one from starting that he waits for.
 
 The matrix instruction does not care which element of a block is called which, as long as both sides
 agree: x is put into the order in which the decoding leaves the weights.
@@ -31,7 +32,7 @@ from gpt_oss_jax.kernels.expert_matmul.mxfp4_ptx import (
 COLUMNS = 8
 MAX_BLOCKS = 128  # On an input axis.
 TILE = 16
-EMPTY = 0xFFFFFFFF  # Two bf16 that are no results: a NaN comes as 0x7FFF.
+EMPTY = -1  # Two bf16 that are no results: a NaN comes as 0x7FFF.
 _MAX_STAGES = 8
 WARPS = 4
 # Thread blocks that a multiprocessor holds, bytes of shared memory for each.
@@ -103,9 +104,11 @@ class Layer:
 
     @property
     def grid(self) -> int:
-        """Thread blocks, no more than there is room for at the same time."""
-        most = self.visits * max(self.up.tiles, self.down.tiles)
-        return min(most, self.multiprocessors * _BLOCKS)
+        """Thread blocks, of the up projection and then of the down projection."""
+        return self._blocks(self.up) + self._blocks(self.down)
+
+    def _blocks(self, p: Projection) -> int:
+        return min(self.visits * p.tiles, self.multiprocessors * _BLOCKS)
 
     def _tile_bytes(self, p: Projection) -> int:
         """Packed blocks, scales and biases."""
@@ -142,7 +145,7 @@ class Layer:
         return self._barriers + 8 * (self._stages + 4)
 
     def ptx(self) -> str:
-        """The thread program. Under vmap there are several grids, one after the other.
+        """The thread program.
 
         Its operands: the thread block; pointers to x, experts, members of the visits and routing
         weights; of either projection packed blocks, scales and bias; hidden values, `EMPTY`
@@ -157,32 +160,31 @@ or.b32 t0, warp, lane; setp.eq.u32 p, t0, 0;
 {"".join(f"@p mbarrier.init.shared.b64 [<shared> + {at}], {n};" for at, n in inits)}
 @p fence.mbarrier_init.release.cluster; bar.sync 1, {32 * WARPS};
 {self._count()}
-{self._share(self.up)}
-{self._share(self.down)}
-mov.u32 unit, first_up;
-setp.ne.u32 p, warp, 0; @p bra READY; mov.u32 slot, 0;
-FILL:
-add.u32 n, unit, slot;
-{self._fetch("FILL", self.up)}
-add.u32 slot, slot, 1; setp.lt.u32 p, slot, {self._stages}; @p bra FILL;
-READY:
-mov.u32 slot, 0; mov.u32 phase, 0; mov.u32 done, 0;
-{self._all_tiles(self.up)}
-{self._all_tiles(self.down)}"""
+setp.ge.u32 p, <block>, {self._blocks(self.up)}; @p bra DOWN;
+{self._run(self.up)}
+bra DONE;
+DOWN:
+{self._run(self.down)}
+DONE:"""
         for i, name in enumerate(_OPERANDS):
             text = text.replace(f"<{name}>", f"${i}")
         return "{\n" + text + "\n}"
 
-    def _share(self, p: Projection) -> str:
-        """Which of all tiles of a projection are the block's."""
-        text = f"rem.u32 t0, <block>, {self.grid}; mul.lo.u32 n, total, {p.tiles};"
-        text += f"mul.lo.u32 t1, t0, n; div.u32 first_{p.name}, t1, {self.grid};"
-        return text + f"add.u32 t1, t1, n; div.u32 last_{p.name}, t1, {self.grid};"
-
-    def _all_tiles(self, p: Projection) -> str:
+    def _run(self, p: Projection) -> str:
+        """What the blocks of a projection do."""
+        first = 0 if p.name == "up" else self._blocks(self.up)
         label = lambda name: f"{p.name.upper()}_{name}"
-        return f"""{"mov.u32 unit, first_down;" if p.name == "down" else ""}
-setp.ge.u32 p, unit, last_{p.name}; @p bra {label("DONE")};
+        return f"""sub.u32 t0, <block>, {first}; mul.lo.u32 total, total, {p.tiles};
+mul.lo.u32 t0, t0, total; div.u32 unit, t0, {self._blocks(p)};
+add.u32 t0, t0, total; div.u32 last, t0, {self._blocks(p)};
+setp.ge.u32 p, unit, last; @p bra DONE;
+setp.ne.u32 p, warp, 0; @p bra {label("READY")}; mov.u32 slot, 0;
+{label("FILL")}:
+add.u32 n, unit, slot;
+{self._fetch(p)}
+add.u32 slot, slot, 1; setp.lt.u32 p, slot, {self._stages}; @p bra {label("FILL")};
+{label("READY")}:
+mov.u32 slot, 0; mov.u32 phase, 0; mov.u32 done, 0;
 div.u32 visit, unit, {p.tiles}; mul.lo.u32 t0, visit, {p.tiles}; sub.u32 tile, unit, t0;
 {label("VISIT")}:
 {self._load_rows(p)}
@@ -201,25 +203,23 @@ and.b32 t0, done, {WARPS - 1}; setp.ne.u32 p, warp, t0; @p bra {label("NEXT")};
 {self._take_over()}
 bar.warp.sync -1; @leads mbarrier.arrive.shared.b64 _, [bar + {self._free[0]}];
 add.u32 n, unit, {self._stages};
-{self._fetch(label("FETCH"), p)}
+{self._fetch(p)}
 {self._finish(p, 0)}
 {self._finish(p, 1)}
 {label("NEXT")}:
 add.u32 done, done, 1;
 add.u32 slot, slot, 1; setp.eq.u32 p, slot, {self._stages}; @p xor.b32 phase, phase, 1;
 @p mov.u32 slot, 0;
-add.u32 unit, unit, 1; setp.ge.u32 p, unit, last_{p.name}; @p bra {label("DONE")};
+add.u32 unit, unit, 1; setp.ge.u32 p, unit, last; @p bra DONE;
 add.u32 tile, tile, 1; setp.lt.u32 p, tile, {p.tiles}; @p bra {label("UNIT")};
-mov.u32 tile, 0; add.u32 visit, visit, 1; bra {label("VISIT")};
-{label("DONE")}:"""
+mov.u32 tile, 0; add.u32 visit, visit, 1; bra {label("VISIT")};"""
 
     def _registers(self) -> str:
         steps = max(self.up.steps, self.down.steps)
         return f"""
 .reg .pred p, in, leads;
 .reg .b16 h;
-.reg .b32 t<2>, warp, lane, g, q, n, blk, unit, total, slot, phase, turn, round, done;
-.reg .b32 first_up, last_up, first_down, last_down;
+.reg .b32 t<2>, warp, lane, g, q, n, blk, unit, last, total, slot, phase, turn, round, done;
 .reg .b32 bar, visit, tile, pair, row, aw, as, w0_<4>, w1_<4>, s<2>, k<2>, v0_<4>, v1_<4>;
 .reg .b32 x<{16 * steps}>, y<4>;
 .reg .f32 c<8>, d<4>, b<2>, bias<2>, f<2>;
@@ -247,25 +247,13 @@ add.u64 more, more, <members>; mul.wide.u32 at, {column}, 4; add.u64 at, at, mor
 ld.global.nc.u32 pair, [at]; ld.global.nc.u32 t0, [more];
 setp.ne.u32 p, pair, -1; selp.u32 pair, pair, t0, p;"""
 
-    def _fetch(self, label: str, p: Projection) -> str:
-        """A lane starts to copy tile `n` of a projection to `slot`, if it is the block's.
-
-        Those past the last of the up projection are the first of the down projection.
-        """
+    def _fetch(self, p: Projection) -> str:
+        """A lane starts to copy tile `n` of all to `slot`, if it is the block's."""
+        bulk = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
         text = f"mad.lo.u32 row, slot, {self._stage_bytes}, <shared>;"
         text += f"mad.lo.u32 bar, slot, 8, <shared>; add.u32 bar, bar, {self._barriers};\n"
-        if p.name == "up":
-            text += f"setp.ge.u32 p, n, last_up; @p bra {label}_DOWN;"
-            text += f"mov.pred p, leads;{self._copy(self.up)}"
-            text += f"bra {label}_BEGUN;\n{label}_DOWN:\n"
-            text += "sub.u32 n, n, last_up; add.u32 n, n, first_down;"
-        text += f"setp.lt.and.u32 p, n, last_down, leads;{self._copy(self.down)}"
-        return text + f"{label}_BEGUN:" * (p.name == "up")
-
-    def _copy(self, p: Projection) -> str:
-        """Tile `n` of all, if `p`."""
-        bulk = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-        text = f"div.u32 t0, n, {p.tiles}; mul.lo.u32 t1, t0, {p.tiles}; sub.u32 t1, n, t1;"
+        text += f"setp.lt.and.u32 p, n, last, leads; div.u32 t0, n, {p.tiles};"
+        text += f"mul.lo.u32 t1, t0, {p.tiles}; sub.u32 t1, n, t1;"
         if self.columns > 1:
             text += f"mul.wide.u32 at, t0, {4 * self.columns}; add.u64 at, at, <members>;"
             text += "mov.u32 t0, 0; @p ld.global.nc.u32 t0, [at];"
