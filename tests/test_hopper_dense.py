@@ -91,21 +91,22 @@ def test_experts_are_chosen(interpreter, M, E, X, tie):
     x, scale, weight, bias = random(M, (M, 96), (96,), (E, 96), (E,))
     if tie:
         weight, bias = (a.at[1::2].set(a[::2]) for a in (weight, bias))
-    options = {"epsilon": EPSILON, "choices": X}
+    options = {"epsilon": EPSILON, "choices": X, "room": 2324 * M}
     got = mosaic_gpu.route(x, scale, weight, bias, **options)
     want = xla.route(x, scale, weight, bias, **options)
     close(got[0], want[0])
     np.testing.assert_array_equal(got[1], want[1])
     np.testing.assert_allclose(got[2], want[2], rtol=3e-3)
+    np.testing.assert_array_equal(got[3], want[3])
 
 
 def test_gradients_are_those_of_xla(interpreter):
     """Of every argument; experts have none."""
     inputs = random(0, (1, 64), (64,), (8, 64), (8,))
-    options = {"epsilon": EPSILON, "choices": 2}
+    options = {"epsilon": EPSILON, "choices": 2, "room": 4}
 
     def loss(module, *inputs):
-        h, _, weights = module.route(*inputs, **options)
+        h, _, weights, _ = module.route(*inputs, **options)
         return (weights[:, 0] ** 2).sum() + h.astype(jnp.float32).sum()
 
     got = jax.grad(functools.partial(loss, mosaic_gpu), argnums=range(4))(*inputs)
@@ -124,7 +125,7 @@ if not OLD:
             kernels_for_cuda(mosaic_gpu.add_product, *random(0, (2, 64), (8, 64), (8,), (2, 8)))
             == 1
         )
-        run = functools.partial(mosaic_gpu.route, epsilon=EPSILON, choices=2)
+        run = functools.partial(mosaic_gpu.route, epsilon=EPSILON, choices=2, room=4)
         assert kernels_for_cuda(run, *random(0, (2, 64), (64,), (8, 64), (8,))) == 1
 
 

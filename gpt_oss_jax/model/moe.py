@@ -116,9 +116,14 @@ class MoE(nnx.Module):
         return tap(f"{name}.out", self.through(x_BTD, experts_BTX, weights_BTX, context))
 
     def through(
-        self, x_BTD: jax.Array, experts_BTX: jax.Array, weights_BTX: jax.Array, context: Context
+        self,
+        x_BTD: jax.Array,
+        experts_BTX: jax.Array,
+        weights_BTX: jax.Array,
+        context: Context,
+        room: jax.Array | None = None,
     ) -> jax.Array:
-        """The weighted sum of these experts' outputs, [B, T, D]."""
+        """The weighted sum of these experts' outputs, [B, T, D]; `room` as in `expert_mlp`."""
         y_MD = expert_mlp(
             x_BTD.reshape(-1, x_BTD.shape[-1]),
             experts_BTX.reshape(-1, self.experts_per_token),
@@ -127,5 +132,6 @@ class MoE(nnx.Module):
             limit=self.limit,
             implementation=context.implementation,
             mesh=context.mesh,
+            room=room,
         )
         return y_MD.reshape(x_BTD.shape)

@@ -71,15 +71,17 @@ class Block(nnx.Module):
         x_MD = dense.add_product(
             heads_BTKGH.reshape(M, -1), attention.out.matrix, attention.out.bias[...], rows(x_BTD)
         )
-        h_MD, experts_MX, weights_MX = dense.route(
+        h_MD, experts_MX, weights_MX, room = dense.route(
             x_MD,
             self.mlp_norm.scale[...],
             mlp.router.matrix,
             mlp.router.bias[...],
             epsilon=self.mlp_norm.epsilon,
             choices=mlp.experts_per_token,
+            room=M * mlp.experts_per_token * mlp.up.bias.shape[1] // 2,
         )
-        y_BTD = mlp.through(apart(h_MD), apart(experts_MX), apart(weights_MX), context)
+        routed = apart(h_MD), apart(experts_MX), apart(weights_MX)
+        y_BTD = mlp.through(*routed, context, room)
         return apart(x_MD) + y_BTD, k_new, v_new
 
 

@@ -117,14 +117,20 @@ def route(
     *,
     epsilon: float,
     choices: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normalised rows [M, D], their experts, int32 [M, X], and float32 weights [M, X]."""
+    room: int,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Normalised rows, their experts and weights; and -1 so many times, for `expert_mlp`.
+
+    Returns:
+      bf16 [M, D], int32 [M, X], float32 [M, X], int32 [room].
+    """
     (M, D), E = x_MD.shape, weight_ED.shape[0]
-    program = _product(M, D, E, "route", epsilon=epsilon, choices=choices)
+    program = _product(M, D, E, "route", epsilon=epsilon, choices=choices, room=room)
     outs = (
         jax.ShapeDtypeStruct((M, D), jnp.bfloat16),
         jax.ShapeDtypeStruct((M, choices), jnp.int32),
         jax.ShapeDtypeStruct((M, choices), jnp.float32),
+        jax.ShapeDtypeStruct((room,), jnp.int32),
     )
     return _launch(program, outs, (x_MD, weight_ED, bias_E, scale_D))
 

@@ -23,7 +23,7 @@ _MAX_CLUSTER = 16
 _OPERANDS = {
     "rotate": ("scale", "cos", "sin", "q", "k", "v"),
     "add": ("residual", "out"),
-    "route": ("scale", "normed", "experts", "weights"),
+    "route": ("scale", "normed", "experts", "weights", "room"),
 }
 
 
@@ -41,6 +41,7 @@ class Product:
       head: Width of a head, a multiple of 8.
       group: Query heads to a key head.
       choices: Experts of a row.
+      room: Words to fill with -1, a multiple of 4.
       multiprocessors: Of the device; it runs with any number.
     """
 
@@ -52,6 +53,7 @@ class Product:
     head: int = 8
     group: int = 0
     choices: int = 0
+    room: int = 0
     multiprocessors: int = 132
 
     @property
@@ -146,6 +148,7 @@ FILL:
 {self._fetch("FILLED")}
 add.u32 slot, slot, 1; setp.lt.u32 p, slot, {self._stages}; @p bra FILL;
 READY:
+{self._empty_room() if routes else ""}
 {self._rows()}
 {"barrier.cluster.wait;" if routes else ""}
 mov.u32 slot, 0; mov.u32 phase, 0; mov.u32 turn, 0; mov.u32 finisher, 0;
@@ -184,6 +187,17 @@ add.u32 unit, unit, {self.grid}; setp.lt.u32 p, unit, {self._tiles}; @p bra UNIT
         ]
         names += [f"n{s}_{i}" for s in range(self._steps) for i in range(4)]
         return f"{_REGISTERS}\n.reg .b32 {', '.join(names)}, key<{-(-self.outputs // 32)}>;"
+
+    def _empty_room(self) -> str:
+        """16 bytes a thread at a time."""
+        threads, pieces = 32 * WARPS * self.grid, self.room // 4
+        text = f"rem.u32 t0, <block>, {self.grid}; mad.lo.u32 t0, t0, {WARPS}, warp;"
+        text += "mad.lo.u32 t0, t0, 32, lane; mul.wide.u32 at, t0, 16; add.u64 at, at, <room>;"
+        text += "mov.b32 t1, -1;\n"
+        for first in range(0, pieces, threads):
+            text += f"setp.lt.u32 p, t0, {pieces - first};"
+            text += f"@p st.global.v4.b32 [at + {16 * first}], {{t1, t1, t1, t1}};\n"
+        return text
 
     def _guard(self, step: int) -> str:
         """Says in `in` whether the warp has a chunk in this step; "" where all have."""
