@@ -35,14 +35,15 @@ def bits(x):
 
 
 def left(program, weights, scales, step):
-    """What a warpgroup makes of a step's weights [64, 96] and all its scales: [64, 192]."""
+    """What a warpgroup makes of a step's weights and all its scales: [64, 32 program.step]."""
+    B = program.step
     shared = np.concatenate([np.asarray(a).reshape(-1) for a in (weights, scales)])
     run = functools.partial(ptx.piece, memory=ptx.Memory(), shared=shared)
-    decoded = np.full((64, 192), np.nan, np.float32)
-    loaded = run(program.load(), 18, [0, weights.size, step, *run(program.places(), 2, [])])
-    for h, i in itertools.product(range(2), range(3)):
-        words = loaded[6 * h + 2 * i : 6 * h + 2 * i + 2]
-        values = run(many_rows_ptx.decode_half(), 8, [*words, loaded[12 + 3 * h + i]])
+    decoded = np.full((64, 32 * B), np.nan, np.float32)
+    loaded = run(program.load(), 3 * B, [0, weights.size, step, *run(program.places(), 2, [])])
+    for h, i in itertools.product(range(2), range(B // 2)):
+        words = loaded[B * h + 2 * i : B * h + 2 * i + 2]
+        values = run(many_rows_ptx.decode_half(), 8, [*words, loaded[2 * B + B // 2 * h + i]])
         for v, e in itertools.product(range(8), range(2)):
             value = (values[v] >> np.uint64(16 * e)).astype(np.uint16)
             columns = 64 * i + 8 * v + 2 * Q + e
@@ -52,10 +53,10 @@ def left(program, weights, scales, step):
 
 def grouped(p, w, bias, tiles, x_RK, weights_R=None):
     """`many_rows.grouped`, warpgroup by warpgroup."""
-    E, P = bias.shape[0], tiles.pairs.shape[1]
-    blocks = np.asarray(w.blocks).reshape(E, -1, 64, p.blocks // 6, 96)
+    E, P, steps = bias.shape[0], tiles.pairs.shape[1], p.blocks // p.step
+    blocks = np.asarray(w.blocks).reshape(E, -1, 64, steps, 16 * p.step)
     scales = np.asarray(w.scales).reshape(E, -1, 64, p.blocks)
-    x = np.asarray(x_RK, np.float32).reshape(-1, P, p.blocks // 6, 192)
+    x = np.asarray(x_RK, np.float32).reshape(-1, P, steps, 32 * p.step)
     memory = ptx.Memory()
     biases = memory.put(np.asarray(bias).reshape(E, p.outputs))
     routing = [] if weights_R is None else [memory.put(np.asarray(weights_R))]
@@ -65,7 +66,7 @@ def grouped(p, w, bias, tiles, x_RK, weights_R=None):
     for t in range(int(tiles.count)):
         e = int(tiles.expert_of_tile[t])
         for n in range(p.outputs // 64):
-            sums = sum(lefts(e, n, k) @ x[t, :, k].T for k in range(p.blocks // 6))
+            sums = sum(lefts(e, n, k) @ x[t, :, k].T for k in range(steps))
             own_bias = biases + (e * p.outputs + 64 * n) * p.bias_bytes
             sharing = p.outputs // p.width
             own_out = out + 2 * (t * P * p.width + n // sharing * 64)
@@ -109,8 +110,9 @@ def wanted(x, chosen, weight, w):
         (3, 8, {"bias": ml_dtypes.bfloat16}),
         (20, 16, {"same": True}),
         (2, 8, {"E": 2, "D": 384}),
+        (2, 8, {"E": 2, "D": 960}),
     ],
-    ids=["bfloat16 biases", "the same experts, two tiles each", "two steps"],
+    ids=["bfloat16 biases", "the same experts, two tiles each", "two steps", "wide steps"],
 )
 def test_many_rows_equal_the_oracle(emulated, M, tile, options):
     args = layer(M, **{"E": 3, "D": 192, "F": 192} | options)
@@ -173,16 +175,17 @@ def test_ids_past_the_experts_add_nothing(emulated, own):
     assert np.linalg.norm(got.astype(jnp.float32) - want) < 6e-3 * scale
 
 
+@pytest.mark.parametrize("step", [6, 10])
 @pytest.mark.parametrize("limit", [None, 7.0], ids=["down", "up"])
-def test_every_code_and_scale_is_exact(limit):
+def test_every_code_and_scale_is_exact(limit, step):
     """Every value of a step, and where it is: rows as `_row` says, columns `in_order`."""
-    random = np.random.default_rng(0)
-    p = many_rows_ptx.Projection(outputs=64, blocks=12, bias_bytes=4, limit=limit)
-    blocks = random.permutation(np.arange(64 * 12 * 16) % 256).astype(np.uint8).reshape(64, 12, 16)
-    scales = random.permutation(np.arange(64 * 12) % 80 + 68).astype(np.uint8).reshape(64, 12)
+    random, B = np.random.default_rng(0), 2 * step
+    p = many_rows_ptx.Projection(outputs=64, blocks=B, step=step, bias_bytes=4, limit=limit)
+    blocks = random.permutation(np.arange(64 * B * 16) % 256).astype(np.uint8).reshape(64, B, 16)
+    scales = random.permutation(np.arange(64 * B) % 80 + 68).astype(np.uint8).reshape(64, B)
     values = MXArray(jnp.asarray(blocks), jnp.asarray(scales)).dequantize(jnp.float32)
-    want = np.asarray(many_rows.in_order(values))[:, 192:]
-    got = left(p, blocks[:, 6:].reshape(64, 96), scales, 1) * np.float32(2.0**64)
+    want = np.asarray(many_rows.in_order(values))[:, 32 * step :]
+    got = left(p, blocks[:, step:].reshape(64, 16 * step), scales, 1) * np.float32(2.0**64)
     rows = sorted(range(64), key=lambda slot: output(slot, limit is not None))
     np.testing.assert_array_equal(got[rows], want)
 
@@ -199,10 +202,11 @@ def output(slot, up):
 @pytest.mark.parametrize("width", [192, 2880])
 def test_tiles_fit_into_shared_memory(pairs, width):
     size = tuning.tile_rows(pairs, 32)
-    p = many_rows_ptx.Projection(outputs=width, blocks=width // 32, bias_bytes=2)
-    stages, scales = many_rows.stages(p, size)
-    assert stages == 1 if width == 192 else stages >= 3
-    assert stages * (192 * 96 + size * 384) + scales * 192 * p.blocks < 226 << 10
+    *_, w = jax.eval_shape(lambda: layer(1, E=1, D=width, F=width))
+    for p in many_rows.projections(w, 7.0, size):
+        stages, scales = many_rows.stages(p, size)
+        assert stages == 1 if width == 192 else stages >= 3
+        assert stages * p.step * (192 * 16 + size * 64) + scales * 192 * p.blocks < 226 << 10
 
 
 def test_other_widths_are_refused():

@@ -18,9 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from gpt_oss_jax.kernels.expert_matmul.many_rows_ptx import (
-    BLOCKS,
     OUTPUTS,
-    STEP,
     Projection,
     decode_half,
 )
@@ -65,7 +63,7 @@ def many_rows(
     E, F, _, D = w.up.shape
     if D % _BLOCK_OUTPUTS or F % _BLOCK_OUTPUTS:
         raise NotImplementedError(f"takes widths of {_BLOCK_OUTPUTS} n, got experts {w.up.shape}")
-    up, down = projections(w, limit)
+    up, down = projections(w, limit, tile)
     tiles = sort_into_tiles(experts_MX.reshape(-1), E, tile)
     h_RF = grouped(up, w.up, w.up_bias, tiles, gather(x_MD, tiles, X))
     weights_R = weights_MX.reshape(-1).astype(jnp.float32)[tiles.pairs.reshape(-1)]
@@ -73,12 +71,17 @@ def many_rows(
     return add_up(y_RD, tiles.place_of_pair, experts_MX, E if some_elsewhere else None)
 
 
-def projections(w: ExpertWeights, limit: float) -> tuple[Projection, Projection]:
+def projections(w: ExpertWeights, limit: float, tile: int) -> tuple[Projection, Projection]:
     """Both launches."""
     _, F, _, D = w.up.shape
-    size = w.up_bias.dtype.itemsize
-    up = Projection(outputs=2 * F, blocks=D // 32, bias_bytes=size, limit=limit)
-    return up, Projection(outputs=D, blocks=F // 32, bias_bytes=size)
+
+    def projection(outputs: int, inputs: int, limit: float | None) -> Projection:
+        # Small tiles have memory for wide steps, of which there are fewer.
+        wide = tile <= 32 and inputs % 320 == 0
+        step = 10 if wide else 6
+        return Projection(outputs, inputs // 32, step, w.up_bias.dtype.itemsize, limit)
+
+    return projection(2 * F, D, limit), projection(D, F, None)
 
 
 def in_order(x_MD: jax.Array) -> jax.Array:
@@ -148,11 +151,11 @@ def grouped(
         def step(own_scales, indices, w_smem, x_smem, sums):
             own = w_smem.at[pl.ds(warpgroup * OUTPUTS, OUTPUTS)]
             loaded = _load(p)(own, own_scales, indices[0], *places)
-            for i in range(BLOCKS // 2):
+            for i in range(p.step // 2):
                 # The matrix unit has one pair of blocks while the next is decoded.
                 x_pair = x_smem.at[:, pl.ds(64 * i, 64)].transpose((1, 0))
                 plgpu.wgmma(sums, _decode(p, i)(loaded), x_pair)
-                plgpu.wgmma_wait(int(i < BLOCKS // 2 - 1))
+                plgpu.wgmma_wait(int(i < p.step // 2 - 1))
             return sums
 
         def pipeline(product=None):
@@ -192,7 +195,7 @@ def grouped(
                 state = jnp.where(product == first, at.START, state)
             return plgpu.emit_pipeline_warp_specialized(
                 functools.partial(step, None if product is None else scales_of(product)[0]),
-                grid=(p.blocks // BLOCKS,),
+                grid=(p.blocks // p.step,),
                 memory_registers=_COPY_REGISTERS,
                 wg_axis="warpgroup",
                 num_compute_wgs=_WARPGROUPS,
@@ -200,8 +203,8 @@ def grouped(
                 compute_context=compute,
                 pipeline_state=state,
                 in_specs=[
-                    plgpu.BlockSpec((_BLOCK_OUTPUTS, 16 * BLOCKS), lambda k: (stripe, k)),
-                    plgpu.BlockSpec((P, STEP), lambda k: (t, k), transforms=tiled),
+                    plgpu.BlockSpec((_BLOCK_OUTPUTS, 16 * p.step), lambda k: (stripe, k)),
+                    plgpu.BlockSpec((P, 32 * p.step), lambda k: (t, k), transforms=tiled),
                 ],
             )
 
@@ -245,8 +248,8 @@ def grouped(
 
 def stages(p: Projection, tile: int) -> tuple[int, int]:
     """Steps, and scales of products, that are in shared memory or on their way."""
-    step = _BLOCK_OUTPUTS * 16 * BLOCKS + tile * STEP * 2
-    steps = p.blocks // BLOCKS
+    step = (_BLOCK_OUTPUTS * 16 + tile * 64) * p.step
+    steps = p.blocks // p.step
 
     def beside(scales: int) -> int:
         most = min(_MAX_STAGES, (_SHARED_BYTES - scales * _BLOCK_OUTPUTS * p.blocks) // step)
@@ -282,7 +285,7 @@ def _load(p: Projection):
     from jaxlib.mlir import ir
 
     of_thread = plgpu.Layout.WG_STRIDED((128,), vec_size=1)
-    shape = (128 * 3 * BLOCKS,)
+    shape = (128 * p.loaded,)
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT(()), *(of_thread,) * 2),
@@ -298,7 +301,7 @@ def _load(p: Projection):
             *(mgpu.utils.memref_ptr(ref) for ref in (w, scales)),
             step.registers.item(),
             *(mgpu.utils.bitcast(x.registers.item(), word) for x in places),
-            result_types=[word] * (3 * BLOCKS),
+            result_types=[word] * p.loaded,
             has_side_effects=True,
         )
         return _of_threads(loaded)
@@ -321,13 +324,12 @@ def _of_threads(words):
 
 def _decode(p: Projection, i: int):
     """What `_load` gives -> left operand of the pair of blocks i of a step."""
-    del p
     from jax.experimental.mosaic import gpu as mgpu
     from jax.experimental.pallas import mosaic_gpu as plgpu
     from jaxlib.mlir import ir
 
     shape = (OUTPUTS, 64)
-    of_threads = plgpu.Layout.WG_STRIDED((128 * 3 * BLOCKS,), vec_size=1)
+    of_threads = plgpu.Layout.WG_STRIDED((128 * p.loaded,), vec_size=1)
 
     @plgpu.inline_mgpu(
         arg_types=(of_threads,),
@@ -341,11 +343,11 @@ def _decode(p: Projection, i: int):
         registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape(shape), dtype=object)
         place = _places(registers.shape)
         for h in range(2):
-            first = BLOCKS * h + 2 * i
+            first = p.step * h + 2 * i
             values = mgpu.utils.inline_ptx(
                 decode_half(),
                 *loaded[first : first + 2],
-                loaded[2 * BLOCKS + BLOCKS // 2 * h + i],
+                loaded[2 * p.step + p.step // 2 * h + i],
                 result_types=[word] * 8,
             )
             for v, value in enumerate(values):

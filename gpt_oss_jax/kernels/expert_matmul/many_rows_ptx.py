@@ -1,7 +1,7 @@
 """What a thread of `many_rows.grouped` does besides the matrix products, as PTX for Hopper.
 
 A warpgroup multiplies 64 outputs of an expert with a tile of rows; the weights are the left
-operand, in registers. A step of its input axis is 192 wide, 6 MXFP4 blocks of 16 bytes as the
+operand, in registers. A step of its input axis is some MXFP4 blocks of 16 bytes wide, as the
 checkpoint has them. Of two blocks a thread takes the half that is its column quad's, sixteen codes
 with one scale, so the matrix unit meets the values of both in an order of its own (`in_order`), in
 which rows and hidden rows are kept. Knows no JAX.
@@ -24,8 +24,6 @@ from gpt_oss_jax.kernels.expert_matmul.mxfp4_ptx import (
     swiglu,
 )
 
-BLOCKS = 6  # Of a step.
-STEP = 32 * BLOCKS
 OUTPUTS = 64  # Of a warpgroup.
 
 _THREAD = """.reg .pred odd; .reg .b16 h; .reg .b32 t<2>, w, g, q, place; .reg .b64 at;
@@ -42,6 +40,7 @@ class Projection:
     Attributes:
       outputs: Of an expert.
       blocks: MXFP4 blocks of its input axis.
+      step: Of those, how many a step has; even.
       bias_bytes: 2 for bfloat16, 4 for float32.
       limit: Clamp of the SwiGLU that pairs of outputs go through; None for the down projection,
         whose outputs are multiplied with the routing weight instead.
@@ -49,6 +48,7 @@ class Projection:
 
     outputs: int
     blocks: int
+    step: int
     bias_bytes: int
     limit: float | None = None
 
@@ -57,30 +57,36 @@ class Projection:
         """Values of a row of the result."""
         return self.outputs if self.limit is None else self.outputs // 2
 
+    @property
+    def loaded(self) -> int:
+        """Registers of a step's words and scales."""
+        return 3 * self.step
+
     def places(self) -> str:
         """How far a thread's words and scales are from where those of a step begin.
 
         Operands: both, which it gives.
         """
-        text = f"{self._row()} mul.lo.u32 place, t0, {16 * BLOCKS}; mad.lo.u32 $0, q, 8, place;"
+        text = f"{self._row()} mul.lo.u32 place, t0, {16 * self.step}; mad.lo.u32 $0, q, 8, place;"
         return _scope(text + f"shr.u32 q, q, 1; mad.lo.u32 $1, t0, {self.blocks}, q;")
 
     def load(self) -> str:
         """A thread's words and scales of a step.
 
-        Operands: 12 words and 6 scales that it gives, each for h = 0 and then 1; in shared memory
-        the warpgroup's weights of the step [64, 96] and all its scales [64, blocks]; the number of
-        the step; what `places` gave.
+        Operands: a word for each block and half as many scales, which it gives, each for h = 0 and
+        then 1, `loaded`; in shared memory the warpgroup's weights of the step [64, 16 step] and all
+        its scales [64, blocks]; the number of the step; what `places` gave.
         """
-        weights, scales, step, word, scale = (f"${3 * BLOCKS + i}" for i in range(5))
+        n = self.step
+        weights, scales, step, word, scale = (f"${self.loaded + i}" for i in range(5))
         text = f".reg .b32 place; add.u32 place, {weights}, {word};\n"
-        for h, i in itertools.product(range(2), range(BLOCKS // 2)):
-            first, place = BLOCKS * h + 2 * i, 8 * 16 * BLOCKS * h + 32 * i
+        for h, i in itertools.product(range(2), range(n // 2)):
+            first, place = n * h + 2 * i, 8 * 16 * n * h + 32 * i
             text += f"ld.shared.v2.u32 {{${first}, ${first + 1}}}, [place + {place}];\n"
-        text += f"add.u32 place, {scales}, {scale}; mad.lo.u32 place, {step}, {BLOCKS}, place;\n"
-        for h, i in itertools.product(range(2), range(BLOCKS // 2)):
+        text += f"add.u32 place, {scales}, {scale}; mad.lo.u32 place, {step}, {n}, place;\n"
+        for h, i in itertools.product(range(2), range(n // 2)):
             place = 8 * self.blocks * h + 2 * i
-            text += f"ld.shared.u8 ${2 * BLOCKS + BLOCKS // 2 * h + i}, [place + {place}];\n"
+            text += f"ld.shared.u8 ${2 * n + n // 2 * h + i}, [place + {place}];\n"
         return "{\n" + text + "}"
 
     def start(self) -> str:
