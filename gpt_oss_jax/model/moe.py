@@ -106,6 +106,12 @@ class MoE(nnx.Module):
         self.up.use_words(mesh)
         self.down.use_words(mesh)
 
+    @property
+    def weights(self) -> ExpertWeights:
+        """Those of all experts, as the kernels take them."""
+        up, down = self.up, self.down
+        return ExpertWeights(up.matrix, up.bias[...], down.matrix, down.bias[...])
+
     def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         """Output of the mixture, [B, T, D]."""
         tap, name = context.tap, f"layers.{self.layer}.mlp"
@@ -128,7 +134,7 @@ class MoE(nnx.Module):
             x_BTD.reshape(-1, x_BTD.shape[-1]),
             experts_BTX.reshape(-1, self.experts_per_token),
             weights_BTX.reshape(-1, self.experts_per_token),
-            ExpertWeights(self.up.matrix, self.up.bias[...], self.down.matrix, self.down.bias[...]),
+            self.weights,
             limit=self.limit,
             implementation=context.implementation,
             mesh=context.mesh,

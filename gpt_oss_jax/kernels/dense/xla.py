@@ -31,7 +31,7 @@ def route(x_MD, scale_D, weight_ED, bias_E, *, epsilon, choices, room):
     """See `mosaic_gpu.route`."""
     h_MD = _normalised(x_MD, scale_D, epsilon)
     logits_MX, experts_MX = jax.lax.top_k(_product(h_MD, weight_ED, bias_E), choices)
-    empty = jnp.full(room, -1, jnp.int32)
+    empty = jnp.full(room, -1, jnp.int32) if room else None
     return h_MD, experts_MX.astype(jnp.int32), jax.nn.softmax(logits_MX, axis=-1), empty
 
 

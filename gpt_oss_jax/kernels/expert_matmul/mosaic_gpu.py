@@ -41,6 +41,13 @@ def expert_mlp(
     return _differentiable(x_MD, experts_MX, weights_MX, w, room, limit, some_elsewhere)
 
 
+def room_of(rows: int, choices: int, w: ExpertWeights) -> int:
+    """Words of `room` that so many rows take; 0 where they take none."""
+    E, F, _, D = w.up.shape
+    many = expert_tile(rows, (E, D, F), choices, multiprocessors())
+    return 0 if many else rows * choices * F // 2
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _differentiable(x_MD, experts_MX, weights_MX, w: ExpertWeights, room, limit, some_elsewhere):
     more = {"limit": limit, "some_elsewhere": some_elsewhere, "room": room}
