@@ -255,7 +255,7 @@ class _Warp:
         u = [x & np.uint64(_ALL) for x in v]
         if kind[0] == "setp":
             compare = {"lt": np.less, "ge": np.greater_equal, "eq": np.equal, "ne": np.not_equal}
-            compare["le"] = np.less_equal
+            compare |= {"le": np.less_equal, "gt": np.greater}
             result = compare[kind[1]](u[0], u[1])
             if kind[2] == "and":
                 result &= v[2].astype(bool)
@@ -290,6 +290,7 @@ class _Warp:
             "max": lambda: np.maximum(u[0], u[1]),
             "selp": lambda: np.where(v[2].astype(bool), u[0], u[1]),
             "popc": lambda: [int(x).bit_count() for x in u[0]],
+            "match": lambda: [sum(1 << i for i in range(32) if u[0][i] == x) for x in u[0]],
             "vote": lambda: (
                 [sum(1 << i for i in range(32) if v[0][i])] * 32
                 if kind[2] == "ballot"

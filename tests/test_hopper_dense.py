@@ -69,7 +69,9 @@ def qkv_inputs(M, D=288, K=2, G=3, H=16):
     return x, scale, weight.reshape(-1, D), bias.reshape(-1), cos, sin
 
 
-@pytest.mark.parametrize(("M", "sizes"), [(1, {}), (3, {"D": 64, "H": 32}), (13, {"D": 544}), (20, {})])
+@pytest.mark.parametrize(
+    ("M", "sizes"), [(1, {}), (3, {"D": 64, "H": 32}), (13, {"D": 544}), (20, {})]
+)
 def test_queries_keys_and_values(interpreter, M, sizes):
     inputs, options = qkv_inputs(M, **sizes), {"epsilon": EPSILON, "group": 3}
     got = mosaic_gpu.queries_keys_values(*inputs, **options)
@@ -77,7 +79,9 @@ def test_queries_keys_and_values(interpreter, M, sizes):
         close(ours, wanted)
 
 
-@pytest.mark.parametrize(("M", "inputs", "outputs"), [(1, 256, 40), (8, 96, 8), (16, 320, 72), (33, 96, 24)])
+@pytest.mark.parametrize(
+    ("M", "inputs", "outputs"), [(1, 256, 40), (8, 96, 8), (16, 320, 72), (33, 96, 24)]
+)
 def test_a_product_is_added(interpreter, M, inputs, outputs):
     arrays = random(M, (M, inputs), (outputs, inputs), (outputs,), (M, outputs))
     close(mosaic_gpu.add_product(*arrays), xla.add_product(*arrays))

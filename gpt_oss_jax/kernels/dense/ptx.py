@@ -1,11 +1,11 @@
 """The thread program of `mosaic_gpu`, as PTX for compute capability 9.0. Knows no JAX.
 
 A block of eight warps multiplies 16 rows with eight rows of the matrix (a tile), then with the next
-tile that falls to it; other blocks do so for the next 16 rows. The copy engine brings tiles to shared memory, some ahead. The warps
-share out the input axis: each has its part of the rows in registers, where they are normalised,
-while the first tiles are on their way. `mma.sync` multiplies, the rows its matrix of 16, weights
-its 8 columns. The warps take turns at adding the sums of all and ending as the product's `ending`
-says, while the others go on.
+tile that falls to it; other blocks have the next 16 rows. The copy engine brings tiles to shared
+memory, some ahead. The warps share out the input axis: each has its part of the rows in registers,
+where they are normalised, while the first tiles are on their way. `mma.sync` multiplies, the rows
+its matrix of 16, weights its 8 columns. The warps take turns at adding the sums of all and ending
+as the product's `ending` says, while the others go on.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import (
     WARPS,
     Layer,
 )
+from gpt_oss_jax.kernels.expert_matmul.rows import can_sort, sort
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.kernels.launch import launch
 from gpt_oss_jax.kernels.target import multiprocessors
@@ -35,17 +36,19 @@ def few_rows(
     """See `mosaic_gpu.on_hopper`; for few rows to an expert.
 
     Raises:
-      NotImplementedError: For experts that are too wide.
+      NotImplementedError: For experts that are too wide, and for too many.
     """
     M, X = experts_MX.shape
     program = layer(w, M, X, limit, some_elsewhere)
+    if not can_sort(M * X, program.experts):
+        raise NotImplementedError(f"got {M * X} pairs of row and expert, {program.experts} experts")
     if max(program.up.blocks, program.down.blocks) > MAX_BLOCKS:
         raise NotImplementedError(f"takes widths up to {32 * MAX_BLOCKS}, got experts {w.up.shape}")
     experts = experts_MX.reshape(-1).astype(jnp.int32)
     # With one column nobody reads them.
     members = experts
     if program.columns > 1:
-        members = visits(experts, w.up.shape[0], program.visits, program.columns)
+        members = sort(experts, w.up.shape[0], program.columns).pairs
     weights = weights_MX.reshape(-1).astype(jnp.float32)
     up, down = (w.up.blocks, w.up.scales, w.up_bias), (w.down.blocks, w.down.scales, w.down_bias)
     if room is None:
@@ -74,26 +77,6 @@ def layer(w: ExpertWeights, M: int, X: int, limit: float, some_elsewhere: bool =
         limit=limit,
         multiprocessors=multiprocessors(),
     )
-
-
-def visits(experts_Z: jax.Array, num_experts: int, count: int, columns: int) -> jax.Array:
-    """Pairs sorted by expert, up to `columns` to a visit: [count, columns], -1 for none.
-
-    Ids past the experts are visited by nobody.
-
-    Comparisons of all with all, which are few, fuse better than a sort.
-    """
-    pairs = jnp.arange(experts_Z.size, dtype=jnp.int32)
-    earlier = pairs[:, None] > pairs
-    is_here = experts_Z < num_experts
-    same = experts_Z[:, None] == experts_Z
-    rank = (same & earlier).sum(axis=1)
-    opens, turn = is_here & (rank % columns == 0), rank // columns
-    before = (experts_Z[:, None] > experts_Z) | (same & (turn[:, None] > turn))
-    visit = (opens & before).sum(axis=1)
-    place = jnp.where(is_here, visit * columns + rank % columns, -1)
-    there = place == jnp.arange(count * columns)[:, None]
-    return jnp.where(there, pairs, -1).max(axis=1).astype(jnp.int32).reshape(count, columns)
 
 
 def _launch(program: Layer, *inputs: jax.Array) -> jax.Array:

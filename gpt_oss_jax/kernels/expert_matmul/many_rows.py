@@ -22,7 +22,7 @@ from gpt_oss_jax.kernels.expert_matmul.many_rows_ptx import (
     Projection,
     decode_half,
 )
-from gpt_oss_jax.kernels.expert_matmul.rows import add_up, gather
+from gpt_oss_jax.kernels.expert_matmul.rows import add_up, can_sort, gather, sort
 from gpt_oss_jax.kernels.expert_matmul.tiles import Tiles, sort_into_tiles
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.kernels.target import multiprocessors
@@ -64,7 +64,8 @@ def many_rows(
     if D % _BLOCK_OUTPUTS or F % _BLOCK_OUTPUTS:
         raise NotImplementedError(f"takes widths of {_BLOCK_OUTPUTS} n, got experts {w.up.shape}")
     up, down = projections(w, limit, tile)
-    tiles = sort_into_tiles(experts_MX.reshape(-1), E, tile)
+    by_expert = sort if can_sort(M * X, E) else sort_into_tiles
+    tiles = by_expert(experts_MX.reshape(-1), E, tile)
     h_RF = grouped(up, w.up, w.up_bias, tiles, gather(x_MD, tiles, X))
     weights_R = weights_MX.reshape(-1).astype(jnp.float32)[tiles.pairs.reshape(-1)]
     y_RD = grouped(down, w.down, w.down_bias, tiles, h_RF, weights_R)
