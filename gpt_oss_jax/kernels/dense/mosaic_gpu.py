@@ -1,4 +1,4 @@
-"""What stands around attention and experts in a decode step on Hopper, in three launches a layer.
+"""What stands around attention and experts in a decode step on Hopper: three launches of a layer.
 
 Each is a matrix product of a few rows with what comes before and after it: normalisation, rotation,
 the residual stream, the choice of experts. What a thread does is in `ptx`; this prepares operands
