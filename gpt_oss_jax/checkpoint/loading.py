@@ -161,8 +161,14 @@ def _check_room(targets: Collection[jax.ShapeDtypeStruct], mesh: Mesh | None) ->
     """Refuses what cannot fit before anything of it is read.
 
     Raises:
-      ValueError: If a device has less memory free than its part of the weights needs.
+      ValueError: If a device has less memory free than its part of the weights needs, or this
+        process has no device of the mesh.
     """
+    if mesh is not None and not mesh.local_devices:
+        raise ValueError(
+            f"the mesh must have devices of every process, got {mesh.size} of the "
+            f"{jax.device_count()} there are, and none of process {jax.process_index()}."
+        )
     needed = 0
     for x in targets:
         shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 
 import jax
 
-from gpt_oss_jax import __version__, compile_cache
+from gpt_oss_jax import __version__, compile_cache, distributed
 from gpt_oss_jax.cli import bench, chat, checkpoints, doctor, generate, parity, plan
-from gpt_oss_jax.cli.terminal import remark, take_gpu_memory
+from gpt_oss_jax.cli.terminal import join, remark, take_gpu_memory
 
 COMMANDS = (chat, generate, checkpoints, bench, doctor, parity, plan)
 
@@ -51,9 +51,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     logging.basicConfig(format="gpt-oss-jax: %(message)s", force=True)
     logging.getLogger("gpt_oss_jax").setLevel(logging.INFO)
+    code = _run(args)
+    if code:
+        # The other processes wait for this one.
+        distributed.leave(code)
+    return code
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         take_gpu_memory()
         _enable_compile_cache()
+        if "coordinator" in args:
+            join(args)
         return args.run(args)
     except KeyboardInterrupt:
         return 130
@@ -64,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
         if args.debug:
             raise
-        remark(_one_line(error))
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            distributed.await_news()
+        remark(_one_line(error), error=True)
         return 2
 
 

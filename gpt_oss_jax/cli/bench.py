@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Sequence
 
+from gpt_oss_jax import distributed
 from gpt_oss_jax.bench import Measurement, measure
 from gpt_oss_jax.cli import bench_plot
 from gpt_oss_jax.cli.terminal import add_model_options, load_model, positive, remark, write
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         # A later shape may not fit the memory; what was measured before it is said.
         if done:
             write(json.dumps([{"model": args.model} | dataclasses.asdict(x) for x in done]) + "\n")
-    if args.plot:
+    if args.plot and not distributed.index():
         bench_plot.draw(args.model, done, args.plot)
         remark(f"{args.plot} is written")
     return 0

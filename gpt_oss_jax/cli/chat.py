@@ -1,9 +1,11 @@
 """`gpt-oss-jax chat`: a harmony conversation in the terminal, or one question and its answer."""
 
 import argparse
+import contextlib
 import datetime
 import sys
 
+from gpt_oss_jax import distributed
 from gpt_oss_jax.chat import Chat
 from gpt_oss_jax.cli.terminal import (
     DIM,
@@ -123,13 +125,16 @@ def _print_pieces(chat: Chat, text: str, show_reasoning: bool) -> None:
 def converse(chat: Chat, args: argparse.Namespace) -> bool:
     """Answer line after line. Ctrl-C drops the line or the reply, never the conversation.
 
+    Of several processes one cannot drop what the others go on with: there it ends all.
+
     Returns:
       Whether there is no script that missed an answer: a person at the terminal has seen it.
     """
-    by_hand = sys.stdin.isatty()
+    by_hand, alone = distributed.broadcast(sys.stdin.isatty()), distributed.count() == 1
     if by_hand:
-        _remember_lines()
-        remark("Ctrl-C stops a reply, Ctrl-D leaves")
+        if not distributed.index():
+            _remember_lines()
+        remark("Ctrl-C stops a reply, Ctrl-D leaves" if alone else "Ctrl-D leaves")
     well = True
     while True:
         try:
@@ -142,7 +147,7 @@ def converse(chat: Chat, args: argparse.Namespace) -> bool:
                     write("\n")
                 return well or by_hand
             except KeyboardInterrupt:
-                if not by_hand:
+                if not (by_hand and alone):
                     raise
                 write("\n")
                 remark("stopped; the conversation goes on without that")
@@ -151,12 +156,28 @@ def converse(chat: Chat, args: argparse.Namespace) -> bool:
                 remark(str(error))
         except KeyboardInterrupt:
             # Again, while that was said.
-            if not by_hand:
+            if not (by_hand and alone):
                 raise
 
 
 def _next_line(by_hand: bool) -> str:
-    """What is typed next; the prompt is no part of answers that go elsewhere."""
+    """What is typed next, at process 0.
+
+    Raises:
+      EOFError: At the end of what is typed.
+    """
+    line = None
+    if not distributed.index():
+        with contextlib.suppress(EOFError):
+            line = _typed(by_hand)
+    line = distributed.broadcast(line)
+    if line is None:
+        raise EOFError
+    return line
+
+
+def _typed(by_hand: bool) -> str:
+    """The prompt is no part of answers that go elsewhere."""
     if by_hand and not sys.stdout.isatty():
         sys.stderr.write("> ")
         sys.stderr.flush()

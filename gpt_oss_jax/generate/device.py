@@ -82,6 +82,12 @@ class Skeleton:
 
         return jax.tree.map(place, tree)
 
+    def whole(self, tree):
+        """What the host reads, whole on every device: a process sees its own devices only."""
+        if self.mesh is None:
+            return tree
+        return lax.with_sharding_constraint(tree, named_sharding(self.mesh, ()))
+
 
 _skeleton = functools.cache(Skeleton)
 
@@ -97,7 +103,8 @@ def split(model: Transformer) -> tuple[Skeleton, tuple[jax.Array, ...]]:
 
 def memory(leaves: tuple[jax.Array, ...]) -> int:
     """Bytes that JAX can have of a device of the weights; 0 if it does not say."""
-    return (min(leaves[0].devices(), key=lambda d: d.id).memory_stats() or {}).get("bytes_limit", 0)
+    device = min(leaves[0].sharding.addressable_devices, key=lambda d: d.id)
+    return (device.memory_stats() or {}).get("bytes_limit", 0)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -119,7 +126,8 @@ def score_chunk(leaves, cache, tokens_BT, positions_BT, next_BT, skeleton):
     """Log-probabilities [B, T] of the tokens after those of a chunk, and the cache after it."""
     logits_BTV, cache = skeleton.model(leaves).forward(tokens_BT, positions_BT, cache)
     chosen_BT = jnp.take_along_axis(logits_BTV, next_BT[..., None], axis=-1)[..., 0]
-    return chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1), skeleton.placed(cache)
+    logprobs_BT = chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
+    return skeleton.whole(logprobs_BT), skeleton.placed(cache)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -223,4 +231,5 @@ def _decode(leaves, state, sampling, stops_K, steps, skeleton):
     tokens_BC = jnp.full((B, STEPS), -1, jnp.int32)
     carry = jnp.int32(0), state, tokens_BC, jnp.zeros((B, STEPS), jnp.float32)
     _, state, tokens_BC, logprobs_BC = lax.while_loop(unfinished, advance, carry)
-    return skeleton.placed(state), (tokens_BC, logprobs_BC, ~jnp.all(state.done_B))
+    block = tokens_BC, logprobs_BC, ~jnp.all(state.done_B)
+    return skeleton.placed(state), skeleton.whole(block)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from gpt_oss_jax import distributed
 from gpt_oss_jax.generate import device
 from gpt_oss_jax.kernels.target import platform
 from gpt_oss_jax.model import Transformer
@@ -116,6 +117,8 @@ def _prefilled(leaves, skeleton, slots, prompts, lasts, n, seed) -> device.Decod
     if n > 1:
         cache = device.copied(cache, of_rows(np.arange(rows) // n, 0), skeleton)
     seeds = [secrets.randbits(32) if seed is None else seed for _ in range(rows)]
+    if seed is None and skeleton.mesh is not None and skeleton.mesh.is_multi_process:
+        seeds = distributed.broadcast(seeds)
     return device.begin(
         cache,
         of_rows(seeds, 0, np.uint32),
