@@ -217,9 +217,6 @@ def checksum(array: np.ndarray, dtype: np.dtype) -> int:
 
 def _saving() -> ocp.Context:
     context = ocp.Context()
-    # Whoever calls writes alone, however many processes there are.
-    context.multiprocessing.primary_host = jax.process_index()
-    context.multiprocessing.active_processes = {jax.process_index()}
     saving = context.array.saving
     # MXFP4 does not compress, and what does is not worth the time.
     saving.use_ocdbt, saving.use_zarr3, saving.use_compression = True, True, False

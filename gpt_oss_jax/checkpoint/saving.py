@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import zlib
@@ -64,7 +65,8 @@ def save(
     ones are quantised for "hf-mxfp4" and "original".
 
     Of a model that is spread over several processes, which all call this, process 0 writes one
-    variable after the other; each is whole on every device then, and no two are.
+    variable after the other; each is whole on every device then, and no two are. For "orbax" there
+    must be room on the disk for two.
 
     Args:
       model: To write.
@@ -84,7 +86,10 @@ def save(
         source.serve()
         return
     try:
-        _write(source, path, format, files)
+        if format == "orbax" and distributed.count() > 1:
+            _write_orbax_apart(source, path, files)
+        else:
+            _write(source, path, format, files)
     except Exception as error:
         source.dismiss(str(error))
         raise
@@ -130,7 +135,10 @@ def export(src: str | os.PathLike, dst: str | os.PathLike, to: str) -> None:
     source = open_source(src)
 
     def write():
-        _write(source, path, to, _side_files(source.folder), _fingerprint(source))
+        if to == "orbax" and distributed.count() > 1:
+            _convert_apart(src, path)
+        else:
+            _write(source, path, to, _side_files(source.folder), _fingerprint(source))
 
     distributed.once(write, path.exists)
 
@@ -188,6 +196,34 @@ def _write(
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def _write_orbax_apart(source: Source, path, files: Mapping[str, bytes]) -> None:
+    """Writes safetensors beside the target, and converts them."""
+    path = _check(path, "orbax")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    layout = "hf-bf16" if expert_kinds(source) == {"dense"} else "hf-mxfp4"
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as work:
+        _write(source, Path(work, "safetensors"), layout, files)
+        _convert_apart(Path(work, "safetensors"), path)
+
+
+def _convert_apart(src, path: Path) -> None:
+    """Converts in a process of its own: Orbax waits for all of JAX's, where one writes.
+
+    Raises:
+      ValueError: As `convert`.
+    """
+    code = "import sys; from gpt_oss_jax.checkpoint import convert; convert(*sys.argv[1:])"
+    search = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, search))}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(src), str(path)],
+        env=os.environ | environment, stderr=subprocess.PIPE, text=True, errors="replace",
+    )  # fmt: skip
+    if done.returncode:
+        _, _, why = done.stderr.rpartition("\nValueError: ")
+        raise ValueError(f"{path} could not be written: {why.strip()}")
 
 
 def _work_folder(path: Path, resumable: bool) -> Path:

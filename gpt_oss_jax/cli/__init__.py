@@ -18,7 +18,8 @@ import jax
 
 from gpt_oss_jax import __version__, compile_cache, distributed
 from gpt_oss_jax.cli import bench, chat, checkpoints, doctor, generate, parity, plan
-from gpt_oss_jax.cli.terminal import join, remark, take_gpu_memory
+from gpt_oss_jax.cli.processes import join
+from gpt_oss_jax.cli.terminal import remark, take_gpu_memory
 
 COMMANDS = (chat, generate, checkpoints, bench, doctor, parity, plan)
 

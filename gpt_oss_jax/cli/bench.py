@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from gpt_oss_jax import distributed
 from gpt_oss_jax.bench import Measurement, measure
 from gpt_oss_jax.cli import bench_plot
+from gpt_oss_jax.cli.processes import add_process_options
 from gpt_oss_jax.cli.terminal import add_model_options, load_model, positive, remark, write
 
 _GROUPS = {"": 13, "first token": 19, "prompts": 18, "decoding": 23, "experts": 15, "a step": 26}
@@ -43,6 +44,7 @@ def add(commands) -> None:
         "be real: MODEL may be synthetic:20b or synthetic:120b, made on the device.",
     )
     add_model_options(parser)
+    add_process_options(parser)
     parser.add_argument(
         "--batch",
         type=_several,

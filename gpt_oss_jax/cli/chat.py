@@ -7,6 +7,7 @@ import sys
 
 from gpt_oss_jax import distributed
 from gpt_oss_jax.chat import Chat
+from gpt_oss_jax.cli.processes import add_process_options
 from gpt_oss_jax.cli.terminal import (
     DIM,
     add_model_options,
@@ -29,6 +30,7 @@ def add(commands) -> None:
     """Declare `chat MODEL ["PROMPT"]`."""
     parser = commands.add_parser("chat", help="talk to a model, or ask it one thing")
     add_model_options(parser)
+    add_process_options(parser)
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="ask this and leave")
     parser.add_argument(
         "-r", "--reasoning-effort", choices=REASONING_EFFORTS, default="medium", metavar="EFFORT",

@@ -4,7 +4,8 @@ import argparse
 
 from gpt_oss_jax.checkpoint import convert, export
 from gpt_oss_jax.checkpoint.writer import FORMATS
-from gpt_oss_jax.cli.terminal import add_process_options, remark
+from gpt_oss_jax.cli.processes import add_process_options
+from gpt_oss_jax.cli.terminal import remark
 
 
 def add(commands) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import codecs
 
+from gpt_oss_jax.cli.processes import add_process_options
 from gpt_oss_jax.cli.terminal import (
     add_model_options,
     add_sampling_options,
@@ -21,6 +22,7 @@ def add(commands) -> None:
     """Declare `generate MODEL "TEXT"`."""
     parser = commands.add_parser("generate", help="continue a text, without harmony")
     add_model_options(parser)
+    add_process_options(parser)
     parser.add_argument(
         "text", metavar="TEXT", help="what to continue; special tokens are plain text"
     )

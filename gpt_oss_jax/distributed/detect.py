@@ -76,9 +76,9 @@ def _on_tpu() -> Place | None:
     # A host is a name or an address, with or without a port; in an older form name:id:address.
     parts = [host.strip().split(":") for host in hosts.split(",")]
     names = [part[2] if len(part) == 3 else part[0] for part in parts]
-    slices, here = (int(setting(f"MEGASCALE_{x}") or y) for x, y in (("NUM_SLICES", 1), ("SLICE_ID", 0)))
+    slices, here = (int(setting(f"MEGASCALE_{x}") or 0) for x in ("NUM_SLICES", "SLICE_ID"))
     first = (setting("MEGASCALE_COORDINATOR_ADDRESS") or names[0]).split(":")[0]
-    return Place(first, slices * len(names), here * len(names) + int(worker))
+    return Place(first, max(1, slices) * len(names), here * len(names) + int(worker))
 
 
 def _first_node(nodes: str) -> str:

@@ -66,8 +66,9 @@ class Peer:
 
     def is_closed(self) -> bool:
         """Whether the other end has closed, and nothing it sent is left to be read."""
+        self.connection.settimeout(0)
         try:
-            return self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+            return self.connection.recv(1, socket.MSG_PEEK) == b""
         except BlockingIOError:
             return False
         except OSError:
@@ -100,7 +101,7 @@ def meet(place: Place, port: int, timeout: float) -> dict[int, Peer]:
         )
     except OSError as error:
         raise ValueError(
-            f"port {port} of this host cannot be listened on: {error}. Name another one everywhere, "
+            f"port {port} of this host cannot be listened on: {error}. Name another everywhere, "
             f"such as --coordinator {place.host}:{port + 1}."
         ) from error
     peers: dict[int, Peer] = {}
