@@ -112,12 +112,13 @@ def meet(place: Place, port: int, timeout: float) -> dict[int, Peer]:
                 with contextlib.suppress(TimeoutError):
                     _take(Peer(server.accept()[0]), place, peers)
                 for who in [who for who, peer in peers.items() if peer.is_closed()]:
-                    del peers[who]
+                    peers.pop(who).connection.close()
                 if time.monotonic() >= end and len(peers) < place.count - 1:
                     raise ValueError(_missing(place, port, timeout, peers))
-        except ValueError as error:
+        except BaseException as error:
             for peer in peers.values():
                 peer.send({"no": str(error)})
+                peer.connection.close()
             raise
     for peer in peers.values():
         peer.send({"go": True})
@@ -132,16 +133,18 @@ def _take(peer: Peer, place: Place, peers: dict[int, Peer]) -> None:
     except (ValueError, TypeError, KeyError, TimeoutError):
         peer.connection.close()
         return
-    known = peers.get(who)
     wrong = None
     if of != place.count or not 0 < who < of:
         wrong = f"process 0 waits for {place.count} processes, but one came as {who} of {of}"
-    elif known is not None and not known.is_closed():
+    elif who in peers and not peers[who].is_closed():
         wrong = f"two processes came as {who} of {of}"
     if wrong:
         message = f"{wrong}: give every process the same number of them and its own id."
         peer.send({"no": message})
+        peer.connection.close()
         raise ValueError(message)
+    if who in peers:
+        peers[who].connection.close()
     peers[who] = peer
 
 
@@ -149,18 +152,22 @@ def _go_to_first(place: Place, port: int, end: float, timeout: float) -> Peer:
     why = "nobody answers"
     while (left := end - time.monotonic()) > 0:
         try:
-            peer = Peer(socket.create_connection((place.host, port), min(left, _HELLO)))
-            peer.send({"process": place.index, "of": place.count})
-            # Process 0 may have begun to wait later, and says who is missing.
-            answer = peer.receive(left + _HELLO)
-        except (OSError, ValueError) as error:
-            why = str(error) or type(error).__name__
+            connection = socket.create_connection((place.host, port), min(left, _HELLO))
+        except OSError as error:
+            why = str(error)
         else:
-            if answer is not None and "no" in answer:
-                raise ValueError(answer["no"])
-            if answer is not None:
+            peer = Peer(connection)
+            peer.send({"process": place.index, "of": place.count})
+            answer = {}
+            with contextlib.suppress(ValueError, TimeoutError):
+                # Process 0 may have begun to wait later, and says who is missing.
+                answer = peer.receive(left + _HELLO) or {}
+            if "go" in answer:
                 return peer
-            why = "it closed the connection"
+            connection.close()
+            if "no" in answer:
+                raise ValueError(answer["no"])
+            why = "whoever is there is not process 0, or has ended"
         time.sleep(min(_RETRY, max(0.0, left)))
     raise ValueError(
         f"process {place.index} of {place.count} did not reach process 0 at {place.host}:{port} "
