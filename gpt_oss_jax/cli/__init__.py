@@ -52,9 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     logging.basicConfig(format="gpt-oss-jax: %(message)s", force=True)
     logging.getLogger("gpt_oss_jax").setLevel(logging.INFO)
-    code = _run(args)
+    try:
+        code = _run(args)
+    except SystemExit as ended:
+        distributed.leave(ended.code)
+        raise
     if code:
-        # The other processes wait for this one.
+        # Other processes would wait for this one.
         distributed.leave(code)
     return code
 

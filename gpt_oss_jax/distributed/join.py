@@ -55,6 +55,8 @@ def distributed_init(
     if place is None or place.count == 1:
         return
     peers = meet(place, port, timeout)
+    # It takes SIGTERM for a notice, and the process would go on.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             f"{place.host}:{port}",
