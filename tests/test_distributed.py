@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -227,6 +228,19 @@ def test_what_is_given_wins_over_what_is_detected(monkeypatch):
     assert join._place(None, None, None) == Place("job-0.svc", 2, 1)
     assert join._place(None, 1, None) is None
     assert join._place("other", 3, 2) == Place("other", 3, 2)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_process_that_does_not_see_what_was_written_writes_too(monkeypatch, shared):
+    line, written = Mock(index=1), []
+    line.broadcast.return_value = None
+    monkeypatch.setattr(join, "_line", line)
+    monkeypatch.setattr(join, "_count", 2)
+    join.once(lambda: written.append(1), lambda: shared)
+    assert written == ([] if shared else [1])
+    line.broadcast.return_value = "no room"
+    with pytest.raises(ValueError, match="process 0: no room"):
+        join.once(None, None)
 
 
 def test_addresses():

@@ -1,6 +1,7 @@
 """Loads a model: from a folder, an Orbax checkpoint, the hub, a bucket, the package, or thin air.
 
-Tensors go one at a time from the file into their shards; the model is made around them.
+Tensors go one at a time from the file into their shards; the model is made around them. Of several
+processes each reads what its own devices hold.
 """
 
 from __future__ import annotations

@@ -21,7 +21,12 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
         metavar="HOST[:PORT]",
         help="of process 0; default port 8482; :PORT for another one of the host that is detected",
     )
-    options.add_argument("--num-processes", type=positive, metavar="N", help="how many there are")
+    options.add_argument(
+        "--num-processes",
+        type=positive,
+        metavar="N",
+        help="how many there are; 1 is alone, whatever is detected",
+    )
     options.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
 
 

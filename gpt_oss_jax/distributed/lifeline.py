@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import queue
 import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from gpt_oss_jax.distributed.detect import Place
 
+_LOGGER = logging.getLogger(__name__)
 _RETRY, _HELLO, _FAREWELL = 0.2, 5.0, 5.0  # Seconds.
+_PATIENCE = 5.0  # Seconds, after which it is said what is waited for.
 _GRACE = 1.0  # Seconds, in which a process that fails like another can say so itself.
 # A host that is silent, unplugged say, counts as lost after 10 + 3 * 5 seconds.
 _KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
@@ -92,7 +96,8 @@ def meet(place: Place, port: int, timeout: float) -> dict[int, Peer]:
     """
     end = time.monotonic() + timeout
     if place.index:
-        return {0: _go_to_first(place, port, end, timeout)}
+        with _waiting(f"process {place.index} waits for process 0 at {place.host}:{port}"):
+            return {0: _go_to_first(place, port, end, timeout)}
     try:
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
@@ -105,7 +110,7 @@ def meet(place: Place, port: int, timeout: float) -> dict[int, Peer]:
             f"such as --coordinator {place.host}:{port + 1}."
         ) from error
     peers: dict[int, Peer] = {}
-    with server:
+    with server, _waiting(f"process 0 waits for {place.count - 1} others at port {port}"):
         try:
             while len(peers) < place.count - 1:
                 server.settimeout(max(0.01, end - time.monotonic()))
@@ -123,6 +128,17 @@ def meet(place: Place, port: int, timeout: float) -> dict[int, Peer]:
     for peer in peers.values():
         peer.send({"go": True})
     return peers
+
+
+@contextlib.contextmanager
+def _waiting(what: str) -> Iterator[None]:
+    timer = threading.Timer(_PATIENCE, _LOGGER.info, [what])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _take(peer: Peer, place: Place, peers: dict[int, Peer]) -> None:
