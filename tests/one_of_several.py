@@ -13,6 +13,7 @@ import jax
 
 from gpt_oss_jax import SamplingParams, distributed_init, generate, load, make_mesh, save
 from gpt_oss_jax.checkpoint import convert, files
+from gpt_oss_jax.generate import device
 
 
 def found(values) -> None:
@@ -34,9 +35,16 @@ def model_work(source, folder) -> None:
     convert(source, f"{folder}/orbax")
     model = load(f"{folder}/orbax", mesh=make_mesh(expert=2, tensor=2))
     save(model, f"{folder}/back", format="hf-mxfp4")
+    seeds, begin = [], device.begin
+
+    def noted(cache, seeds_B, *rest):
+        seeds.extend(seeds_B.tolist())
+        return begin(cache, seeds_B, *rest)
+
+    device.begin = noted
     seeded, free = _generated(model, seed=7), _generated(model, seed=None)
     counts = {"read": from_safetensors, "devices": len(jax.devices())}
-    found(counts | {"seeded": seeded, "free": free})
+    found(counts | {"seeded": seeded, "free": free, "seeds": seeds})
     if jax.process_index() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     while True:
