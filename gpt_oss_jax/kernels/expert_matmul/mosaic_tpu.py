@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +32,8 @@ from gpt_oss_jax.quant.tpu_words import CHUNK
 
 FEW_ROWS = 8
 _SPREAD = CHUNK // BLOCK
-_LANES = 256  # Outputs that are worked on at a time, two registers wide.
-_FEW_OUTPUTS, _MANY_OUTPUTS = 768, 512  # Outputs of one step, whose weights are copied ahead.
+LANES = 256  # Outputs that are worked on at a time, two registers wide.
+_FEW_WEIGHTS, _MANY_OUTPUTS = 1536, 512  # Of an input, in one step.
 _MIN_TILE, _MAX_TILE = 16, 256
 _VMEM = 48 << 20
 
@@ -117,9 +116,7 @@ def _many(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit, some_elsewhere)
     """Rows in tiles of one expert each."""
     M, X = experts_MX.shape
     E = w.up.shape[0]
-    mean = -(-M * X // E)
-    size = min(_MAX_TILE, max(_MIN_TILE, 1 << (mean - 1).bit_length()))
-    tiles = sort_into_tiles(experts_MX.reshape(-1), E, size)
+    tiles = sort_into_tiles(experts_MX.reshape(-1), E, tile_size(M * X, E))
     count = jnp.maximum(tiles.count.astype(jnp.int32), 1)
     weights_TP1 = weights_MX.reshape(-1)[tiles.pairs][..., None].astype(jnp.float32)
 
@@ -135,6 +132,17 @@ def _many(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit, some_elsewhere)
         # What no tile has was never written.
         y_ZD = jnp.where(experts_MX.reshape(-1, 1) < E, y_ZD, 0)
     return y_ZD.reshape(M, X, -1).astype(jnp.float32).sum(axis=1).astype(x_MD.dtype)
+
+
+def tile_size(pairs: int, experts: int) -> int:
+    """Rows of a tile, where there are many."""
+    mean = -(-pairs // experts)
+    return min(_MAX_TILE, max(_MIN_TILE, 1 << (mean - 1).bit_length()))
+
+
+def outputs_of_step(parts: int, few: bool) -> int:
+    """Outputs of one step, of how many parts, whose weights are copied ahead."""
+    return _FEW_WEIGHTS // parts if few else _MANY_OUTPUTS
 
 
 def _activate(out, at, sums, *, limit):
@@ -181,8 +189,7 @@ def _call(write, name, steps: _Steps, x_SPK, w: MXArray, bias_EN, dtype, *weight
     if steps.few and not folded:
         x = _spread(x)
     bias_SCN = bias_EN[steps.experts].reshape(S, N, C).swapaxes(1, 2).astype(jnp.float32)
-    most = (2 // C if steps.few else 1) * (_FEW_OUTPUTS if steps.few else _MANY_OUTPUTS)
-    tile = min(most, _round_up(N, _LANES))
+    tile = min(outputs_of_step(C, steps.few), LANES * pl.cdiv(N, LANES))
     slots = 1 if write is _add else S
 
     def of_step(array):
@@ -240,7 +247,7 @@ def _kernel(experts, factors, x, stored, bias, weights, out, *decoded, write, N)
 def _over_lanes(body, out, N):
     """Calls `body` for each group of lanes of a step's outputs that exist."""
     tile = out.shape[-1]
-    size = min(_LANES, tile)
+    size = min(LANES, tile)
     groups = jnp.minimum(tile // size, pl.cdiv(N - pl.program_id(0) * tile, size))
 
     def group(i, _):
@@ -295,7 +302,3 @@ def _spread(x_SAPK):
     mine_8K = jnp.arange(K) // BLOCK % _SPREAD == jnp.arange(_SPREAD)[:, None]
     x_SPA1K = x_SAPK.swapaxes(1, 2)[..., None, :]
     return jnp.where(mine_8K, x_SPA1K, jnp.zeros((), x_SAPK.dtype)).reshape(S, -1, K)
-
-
-def _round_up(n, multiple):
-    return math.ceil(n / multiple) * multiple
