@@ -73,6 +73,7 @@ def compile_step(
     context: int = 8192,
     batch: int = 1,
     dtype=jnp.bfloat16,
+    expert_form: str = "packed",
 ):
     """Compiles one call of the model with a cache, which is donated.
 
@@ -83,6 +84,7 @@ def compile_step(
       context: Slots of the cache.
       batch: Rows.
       dtype: Of what is not MXFP4.
+      expert_form: "packed" or "folded".
 
     Returns:
       What `jax.stages.Lowered.compile` does: `memory_analysis()`, `as_text()`.
@@ -93,7 +95,8 @@ def compile_step(
         model = Transformer(config, rngs=nnx.Rngs(0), dtype=dtype, mesh=of)
         if can_use_words(config, mesh):
             for layer in model.layers:
-                layer.mlp.use_words()
+                for projection in (layer.mlp.up, layer.mlp.down):
+                    projection.use_words(form=expert_form)
         return model
 
     def on_mesh(x, axes, shape=None):

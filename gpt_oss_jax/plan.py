@@ -20,9 +20,10 @@ from jax.sharding import AbstractMesh, AxisType
 from gpt_oss_jax import cost
 from gpt_oss_jax.config import Config
 from gpt_oss_jax.generate.loop import prompt_calls
+from gpt_oss_jax.kernels.expert_matmul.mosaic_tpu import FEW_ROWS
 from gpt_oss_jax.model import Transformer, init_cache
 from gpt_oss_jax.model.cache import MIN_SLOTS, bucket
-from gpt_oss_jax.model.moe import can_use_words
+from gpt_oss_jax.model.moe import EXPERT_FORMS, can_use_words
 from gpt_oss_jax.quant import MXArray
 from gpt_oss_jax.sharding import MESH_AXES, named_sharding
 
@@ -40,6 +41,9 @@ class Kind:
       bandwidth_gb: Of its memory, 1e9 bytes a second; 0: not known.
       tflops: bfloat16, dense; 0: not known.
       devices_per_chip: What JAX counts as a device.
+      packed_rows: On TPU, up to how many rows at once are faster with packed experts than with
+        folded ones, by the compiler's schedule (benchmarks/results).
+      jax_name: What JAX calls a TPU.
     """
 
     name: str
@@ -48,6 +52,8 @@ class Kind:
     bandwidth_gb: float
     tflops: float
     devices_per_chip: int = 1
+    packed_rows: int = FEW_ROWS
+    jax_name: str = ""
 
 
 POOL = 0.95  # Of a GPU's memory, what the command line lets JAX take.
@@ -55,10 +61,10 @@ POOL = 0.95  # Of a GPU's memory, what the command line lets JAX take.
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("v5e", "tpu", 15.75, 819, 197),
-        Kind("v5p", "tpu", 95.73, 2765, 459),
-        Kind("v6e", "tpu", 31.24, 1640, 918),
-        Kind("tpu7x", "tpu", 94.74, 3690, 1153.5, devices_per_chip=2),
+        Kind("v5e", "tpu", 15.75, 819, 197, jax_name="TPU v5 lite"),
+        Kind("v5p", "tpu", 95.73, 2765, 459, jax_name="TPU v5"),
+        Kind("v6e", "tpu", 31.24, 1640, 918, jax_name="TPU v6 lite"),
+        Kind("tpu7x", "tpu", 94.74, 3690, 1153.5, 2, packed_rows=0, jax_name="TPU7x"),
         Kind("a100", "gpu", POOL * 79.2, 2039, 312),
         Kind("h100", "gpu", POOL * 79.2, 3350, 989),
         Kind("h200", "gpu", POOL * 139.8, 4800, 989),
@@ -81,19 +87,22 @@ class Plan:
       mesh: Sizes of its axes.
       context: Positions in the cache of each row.
       batch: Rows.
+      expert_form: "packed" or "folded", as `load` takes it; None where it takes neither.
       weights: Bytes of weights on each device.
       cache: Of keys and values.
       workspace: Of what a step makes on the way: the larger of prefill's and decode's.
       decode_bytes: That one decode step reads on each device at a full context.
       prefill_flops: That a token of a prompt which fills the context costs on each device.
       largest_context: At this batch; 0: none fits.
-      largest_batch: At this context; 0: none fits.
+      largest_batch: At this context; 0: none fits. Both in the form that takes the least memory,
+        unless one was named.
     """
 
     kind: Kind
     mesh: dict[str, int]
     context: int
     batch: int
+    expert_form: str | None
     weights: int
     cache: int
     workspace: int
@@ -165,8 +174,11 @@ def plan(
     dtype=jnp.bfloat16,
     experts: str = "mxfp4",
     mesh: dict[str, int] | None = None,
+    expert_form: str | None = None,
 ) -> Plan:
     """Counts what a model needs on each device.
+
+    Folded experts take about twice the bytes of packed ones, and no decoding.
 
     Args:
       config: Sizes.
@@ -177,16 +189,20 @@ def plan(
       dtype: Of what is not MXFP4.
       experts: "mxfp4", or "dense" for those of a checkpoint that has them in bfloat16.
       mesh: Sizes of the axes data, expert and tensor; None: what leaves the most memory free.
+      expert_form: On TPU, "packed" or "folded"; None: folded where a device has more rows than
+        `Kind.packed_rows` and all of it fits so, else packed.
 
     Raises:
-      ValueError: If a number is too small, or the mesh needs more devices than there are.
+      ValueError: If a number is too small, or the mesh needs more devices than there are, or the
+        experts cannot be in that form.
     """
     if min(context, batch, devices) < 1:
         raise ValueError(f"wanted at least 1 of each, got {context=}, {batch=}, {devices=}.")
     if context > config.max_context:
         raise ValueError(f"the model's context is {config.max_context:,} tokens, got {context:,}.")
     dtype = jnp.dtype(dtype)
-    count = _Count(config, kind, dtype, variables(config, dtype, experts))
+    of_model = (config, kind, dtype, variables(config, dtype, experts))
+    count = _Count(*of_model, expert_form or "packed")
     if mesh is None:
         # Whole experts, which kernels for TPU want, unless they leave much undivided.
         sizes = [(count.weights(_abstract(m)), m) for m in _meshes(devices)]
@@ -197,23 +213,39 @@ def plan(
             f"the mesh {mesh} needs {math.prod(mesh.values())} devices, not {devices}."
         )
     on = _abstract(mesh)
-    free = kind.memory_gib * GIB - count.weights(on)
+    in_words = experts == "mxfp4" and kind.platform == "tpu" and can_use_words(config, on)
+    if expert_form is not None and not (in_words and expert_form in EXPERT_FORMS):
+        raise ValueError(
+            f"expert_form is {' or '.join(EXPERT_FORMS)}, of MXFP4 experts on TPU that are whole "
+            f"on their device; got {expert_form!r} for {kind.name} and the mesh {mesh}."
+        )
 
-    def fits(context: int, batch: int) -> bool:
-        return count.cache(on, context, batch) + count.workspace(on, context, batch) <= free
+    weights = count.weights(on)
 
+    def fits(context: int, batch: int, weights: int = weights) -> bool:
+        needed = count.cache(on, context, batch) + count.workspace(on, context, batch)
+        return weights + needed <= kind.memory_gib * GIB
+
+    largest_context = _largest(MIN_SLOTS, config.max_context, lambda n: fits(n, batch))
+    largest_batch = _largest(1, 4096, lambda n: fits(context, n))
+    many = math.ceil(batch / on.shape["data"]) > kind.packed_rows
+    if in_words and expert_form is None and many:
+        folded = _Count(*of_model, "folded")
+        if fits(context, batch, folded.weights(on)):
+            count, weights = folded, folded.weights(on)
     return Plan(
         kind=kind,
         mesh=dict(on.shape),
         context=context,
         batch=batch,
-        weights=count.weights(on),
+        expert_form=count.expert_form if in_words else None,
+        weights=weights,
         cache=count.cache(on, context, batch),
         workspace=count.workspace(on, context, batch),
         decode_bytes=count.decode_bytes(on, context, batch),
         prefill_flops=count.prefill_flops(on, context),
-        largest_context=_largest(MIN_SLOTS, config.max_context, lambda n: fits(n, batch)),
-        largest_batch=_largest(1, 4096, lambda n: fits(context, n)),
+        largest_context=largest_context,
+        largest_batch=largest_batch,
     )
 
 
@@ -224,6 +256,13 @@ def variables(config: Config, dtype, experts: str) -> dict[tuple, nnx.Variable]:
         lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype, experts=experts)
     )
     return dict(nnx.to_flat_state(nnx.state(model)))
+
+
+@functools.cache
+def _in_form(expert_form: str, shape: tuple[int, ...]) -> MXArray:
+    """Shapes of what becomes of blocks of this shape."""
+    blocks, scales = (jax.ShapeDtypeStruct(x, jnp.uint8) for x in (shape, shape[:-1]))
+    return jax.eval_shape(EXPERT_FORMS[expert_form], MXArray(blocks, scales))
 
 
 def _meshes(devices: int) -> Iterator[dict[str, int]]:
@@ -253,6 +292,7 @@ class _Count:
     kind: Kind
     dtype: jnp.dtype
     variables: dict
+    expert_form: str
 
     def weights(self, mesh: AbstractMesh) -> int:
         return sum(self._weights(mesh).values())
@@ -265,16 +305,14 @@ class _Count:
         if self.kind.platform != "tpu":
             return found
         for path, blocks in self.variables.items():
-            # Kernels for TPU have words, a little larger.
+            # Kernels for TPU have words, a little larger, or folded ones.
             if path[-1] == "blocks" and can_use_words(self.config, mesh):
-                scales = path[:-1] + ("scales",)
-                parts = (blocks, self.variables[scales])
-                of = MXArray(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in parts))
-                words = jax.eval_shape(MXArray.in_words, of)
-                axes = ("experts", None, None, None)
-                for name, x in ((path, words.blocks), (scales, words.scales)):
-                    shape = named_sharding(mesh, axes, x.shape).shard_shape(x.shape)
-                    found[name] = math.prod(shape) * x.dtype.itemsize
+                words = _in_form(self.expert_form, blocks.shape)
+                for name in ("blocks", "scales", "factors"):
+                    if (x := getattr(words, name)) is not None:
+                        axes = ("experts", None, None, None)[: x.ndim]
+                        shape = named_sharding(mesh, axes, x.shape).shard_shape(x.shape)
+                        found[*path[:-1], name] = math.prod(shape) * x.dtype.itemsize
         return found
 
     def cache(self, mesh: AbstractMesh, context: int, batch: int) -> int:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import pytest
@@ -256,7 +257,7 @@ def test_closed_streams_are_no_error(folder):
 
 @pytest.mark.parametrize("arguments", [["--top-p", "7"], ["--date", "x"], ["-c", "0"]], ids=str)
 def test_wrong_options_are_refused_before_the_model_is_loaded(monkeypatch, arguments):
-    monkeypatch.setattr(cli_chat, "load_model", lambda args: pytest.fail("loaded"))
+    monkeypatch.setattr(cli_chat, "load_model", lambda args, **_: pytest.fail("loaded"))
     try:
         assert cli.main(["chat", "tiny", "hello", *arguments]) == 2
     except SystemExit as exit:
@@ -299,8 +300,26 @@ def test_options_reach_the_model(folder, capsys):
 
 
 def test_mesh_spreads_the_model(folder):
-    args = argparse.Namespace(model=folder, mesh={"expert": 4}, dtype="float32")
+    args = argparse.Namespace(model=folder, mesh={"expert": 4}, dtype="float32", expert_form=None)
     assert len(terminal.load_model(args).layers[0].mlp.up.scales.sharding.device_set) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "asked", "form"),
+    [
+        ("TPU v6 lite", 8, None, "packed"),
+        ("TPU v6 lite", 9, None, "folded"),
+        ("TPU v6 lite", 9, "packed", "packed"),
+        ("TPU7x", 1, None, "folded"),
+        ("TPU v9", 9, None, None),
+    ],
+)
+def test_on_a_tpu_the_form_of_experts_is_that_of_plan(monkeypatch, name, batch, asked, form):
+    tpu = types.SimpleNamespace(platform="tpu", device_kind=name)
+    monkeypatch.setattr(jax, "devices", lambda: [tpu])
+    monkeypatch.setattr(terminal, "load", lambda model, **options: options["expert_form"])
+    args = argparse.Namespace(model="20b", mesh=None, dtype=None, expert_form=asked)
+    assert terminal.load_model(args, batch=batch, context=512) == form
 
 
 def test_convert_and_export(folder, tmp_path, capsys):

@@ -88,6 +88,35 @@ def test_on_tpu_words_are_counted_where_load_makes_them(shardable, tmp_path, mon
         here = sum(s.data.nbytes for s in shards if s.device == mesh.devices.flat[0])
         assert plan(shardable, kind, mesh.size, dtype="float32", mesh=axes).weights == here
         assert (model.layers[0].mlp.up.words_of is None) == (axes == {"expert": 2, "tensor": 2})
+    form = {"mesh": make_mesh(expert=4), "dtype": "float32", "expert_form": "folded"}
+    model = load(folder, **form)
+    shards = (s for x in jax.tree.leaves(nnx.state(model)) for s in x.addressable_shards)
+    here = sum(s.data.nbytes for s in shards if s.device == mesh.devices.flat[0])
+    assert plan(shardable, kind, 4, **form | {"mesh": {"expert": 4}}).weights == here
+
+
+def test_experts_are_folded_for_many_rows_where_that_fits():
+    def form(kind, batch, devices=1, **options):
+        found = plan(GPT_OSS_20B, KINDS[kind], devices, batch=batch, **{"context": 2048} | options)
+        assert found.fits
+        return found.expert_form
+
+    assert (form("v6e", 8), form("v6e", 9)) == ("packed", "folded")
+    assert form("v6e", 16, 4, mesh={"data": 2, "expert": 2}) == "packed"
+    # Neither fits beside the weights of 4 bits: 10 GB more, and these beside a larger cache.
+    assert form("v5e", 9, context=512) == form("v6e", 32, context=8192) == "packed"
+    assert form("tpu7x", 1) == "folded"
+    assert form("h200", 64) is form("v6e", 9, 2, mesh={"tensor": 2}) is None
+    with pytest.raises(ValueError, match="on TPU .* got 'folded' for h200"):
+        plan(GPT_OSS_20B, KINDS["h200"], expert_form="folded")
+    packed, folded = (
+        plan(GPT_OSS_20B, KINDS["v6e"], batch=64, expert_form=x) for x in ("packed", "folded")
+    )
+    assert (packed.expert_form, folded.expert_form) == ("packed", "folded")
+    # All experts are read, in 8 bits instead of 4.25; the scales are only kept.
+    values = 24 * 32 * 3 * 2880 * 2880
+    assert 1 < (folded.weights - packed.weights) / (values / 2) < 1.03
+    assert 0.99 < (folded.decode_bytes - packed.decode_bytes) / (values * 3.75 / 8) < 1.03
 
 
 def test_no_memory_at_all_is_refused():
@@ -135,6 +164,11 @@ def test_the_command(capsys, monkeypatch):
     assert "It fits. Largest context" in out and "tokens/s" in out
     assert cli.main(["plan", "120b", "--device", "v6e-4"]) == 0
     assert "4 x v6e (--mesh expert=4)" in capsys.readouterr().out
+    assert cli.main(["plan", "20b", "--device", "v6e", "--batch", "16"]) == 0
+    assert "experts folded, 8.25 bits a weight" in capsys.readouterr().out
+    rows = ["--batch", "16", "--expert-form", "packed"]
+    assert cli.main(["plan", "20b", "--device", "v6e", *rows]) == 0
+    assert "experts packed, 4.25 bits a weight" in capsys.readouterr().out
     assert cli.main(["plan", "20b", "--device", "16GB"]) == 0
     assert "export XLA_CLIENT_MEM_FRACTION=0.95" in capsys.readouterr().out
     assert cli.main(["plan", "120b", "--device", "16GB"]) == 1

@@ -5,12 +5,13 @@ Tensors go one at a time from the file into their shards; the model is made arou
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
 import re
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,8 @@ from gpt_oss_jax.checkpoint.source import open_safetensors
 from gpt_oss_jax.checkpoint.stream import Request
 from gpt_oss_jax.kernels.target import platform
 from gpt_oss_jax.model import Transformer
-from gpt_oss_jax.model.moe import can_use_words
+from gpt_oss_jax.model.moe import EXPERT_FORMS, can_use_words
+from gpt_oss_jax.quant.tpu_folded import SPAN
 from gpt_oss_jax.sharding import named_sharding
 
 _LOGGER = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ def load(
     mesh: Mesh | None = None,
     dtype=None,
     implementation: str | None = None,
+    expert_form: str | None = None,
 ) -> Transformer:
     """Loads a model.
 
@@ -62,13 +65,18 @@ def load(
       dtype: Of parameters, activations and cache. None: bfloat16 on accelerators, float32 on CPU.
         Experts stay in the 4.25 bits they come in.
       implementation: Name of the kernels to use. None: the fastest that can.
+      expert_form: Of the experts on TPU: "packed", in 4.25 bits; or "folded", in 8.25 bits that are
+        multiplied as they are, which pays where more than eight rows are generated at once, by what
+        `plan` finds. Both are exact, and what would not be stays packed, which is logged. None:
+        packed.
 
     Returns:
       The model.
 
     Raises:
       ValueError: If there is no such checkpoint, or anything about it is not as it should be: then
-        everything that is wrong is named. If the weights do not fit the device.
+        everything that is wrong is named. If the weights do not fit the device. If `expert_form` is
+        named where no kernels for TPU take the experts.
     """
     if not isinstance(mesh, Mesh | None):
         raise ValueError(f"mesh must be a jax.sharding.Mesh, such as of make_mesh, got {mesh!r}.")
@@ -83,6 +91,13 @@ def load(
         # One dense matrix makes all of them dense: a model holds its experts in one way.
         config, kind = source.config, model_kind(source)
         arrays = lambda targets: _arrays(with_experts(source, kind), targets)
+    in_words = (
+        _platform(mesh) == "tpu"
+        and implementation in (None, "mosaic_tpu")
+        and kind == "mxfp4"
+        and can_use_words(config, mesh)
+    )
+    _check_form(expert_form, in_words)
     abstract = nnx.eval_shape(
         lambda: Transformer(
             config,
@@ -96,7 +111,7 @@ def load(
     graphdef, state = nnx.split(abstract)
     variables = {"/".join(map(str, path)): x for path, x in nnx.to_flat_state(state)}
     targets = {path: _target(variable, mesh) for path, variable in variables.items()}
-    _check_room(targets.values(), mesh)
+    _check_room(targets, mesh, expert_form == "folded")
     if mesh is not None:
         _tell_what_is_not_split(variables, targets, mesh)
     total = sum(x.size * x.dtype.itemsize for x in targets.values())
@@ -108,10 +123,9 @@ def load(
     model = nnx.merge(graphdef, nnx.from_flat_state(flat))
     if _platform(mesh) == "tpu":
         model.embedding.use_rows()
-        named = implementation in (None, "mosaic_tpu")
-        if kind == "mxfp4" and named and can_use_words(config, mesh):
-            for layer in model.layers:
-                layer.mlp.use_words(mesh)
+    if in_words:
+        names = [layer.mlp.use_words(mesh, expert_form or "packed") for layer in model.layers]
+        _tell_what_is_not_folded(list(itertools.chain(*names)))
     if folder is not None:
         _ORIGINS[model] = folder
     return model
@@ -157,16 +171,19 @@ def _target(variable: nnx.Variable, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding)
 
 
-def _check_room(targets: Collection[jax.ShapeDtypeStruct], mesh: Mesh | None) -> None:
+def _check_room(
+    targets: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh | None, folded: bool
+) -> None:
     """Refuses what cannot fit before anything of it is read.
 
     Raises:
       ValueError: If a device has less memory free than its part of the weights needs.
     """
     needed = 0
-    for x in targets:
+    for path, x in targets.items():
         shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
-        needed += math.prod(shape) * x.dtype.itemsize
+        bytes_ = math.prod(shape) * x.dtype.itemsize
+        needed += 2 * bytes_ if folded and path.endswith("/blocks") else bytes_
     for device in jnp.zeros(()).devices() if mesh is None else mesh.local_devices:
         stats = _memory(device)
         limit = stats.get("bytes_limit") or math.inf  # Allocators without a pool say 0.
@@ -187,6 +204,25 @@ def _check_room(targets: Collection[jax.ShapeDtypeStruct], mesh: Mesh | None) ->
 def _memory(device: jax.Device) -> dict[str, int]:
     """What the device tells of its memory; a CPU tells nothing."""
     return device.memory_stats() or {}
+
+
+def _check_form(form: str | None, in_words: bool) -> None:
+    if form not in (None, *EXPERT_FORMS):
+        known = " or ".join(map(repr, EXPERT_FORMS))
+        raise ValueError(f"expert_form must be None, {known}, got {form!r}.")
+    if form is not None and not in_words:
+        raise ValueError(
+            f"expert_form={form!r} is for the kernels for TPU, which take MXFP4 experts that are "
+            "whole on their device; leave it out here."
+        )
+
+
+def _tell_what_is_not_folded(names: Sequence[str]) -> None:
+    if names:
+        _LOGGER.warning(
+            "%s: scales span more than 2^%d in an expert, so that folding would round; packed in "
+            "4.25 bits instead", ", ".join(names), SPAN,
+        )  # fmt: skip
 
 
 def _tell_what_is_not_split(variables, targets, mesh: Mesh) -> None:

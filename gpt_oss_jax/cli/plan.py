@@ -2,22 +2,25 @@
 
 import argparse
 import math
-import os
 
 import jax.numpy as jnp
 
 from gpt_oss_jax import aot
-from gpt_oss_jax.checkpoint import open_source, synthetic
-from gpt_oss_jax.checkpoint.experts import model_kind
-from gpt_oss_jax.checkpoint.hub import ALIASES
-from gpt_oss_jax.cli.terminal import mesh_axes, positive, remark, write
-from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B, Config
+from gpt_oss_jax.cli.terminal import (
+    FORMS,
+    add_expert_form,
+    mesh_axes,
+    positive,
+    remark,
+    sizes,
+    write,
+)
+from gpt_oss_jax.config import Config
 from gpt_oss_jax.generate.loop import prompt_calls
 from gpt_oss_jax.plan import GIB, KINDS, POOL, Plan, parse_device, plan
 from gpt_oss_jax.sharding import make_mesh
 
 _DEFAULT_POOL = 0.75  # Of a GPU's memory, what JAX takes by itself.
-_RELEASED = {"openai/gpt-oss-20b": GPT_OSS_20B, "openai/gpt-oss-120b": GPT_OSS_120B}
 
 
 def add(commands) -> None:
@@ -46,6 +49,7 @@ def add(commands) -> None:
     parser.add_argument(
         "--mesh", type=mesh_axes, metavar="AXIS=N,...", help="default: what leaves most memory free"
     )
+    add_expert_form(parser)
     parser.add_argument(
         "--compile",
         action="store_true",
@@ -59,28 +63,24 @@ def run(args: argparse.Namespace) -> int:
     kind, devices = parse_device(args.device)
     if args.compile and kind.platform != "tpu":
         raise ValueError("--compile asks the compiler for TPU; name a TPU.")
-    config, experts = _sizes(args.model)
+    config, experts = sizes(args.model)
     if args.compile and experts != "mxfp4":
         raise ValueError("--compile asks about MXFP4 experts; this checkpoint has others.")
     dtype = jnp.dtype(args.dtype)
-    rows = {"context": args.context, "batch": args.batch}
-    found = plan(config, kind, devices, **rows, dtype=dtype, experts=experts, mesh=args.mesh)
+    options = {
+        "context": args.context,
+        "batch": args.batch,
+        "dtype": dtype,
+        "experts": experts,
+        "mesh": args.mesh,
+        "expert_form": args.expert_form,
+    }
+    found = plan(config, kind, devices, **options)
     write(f"{args.model} on {_devices(found)}, {args.dtype}, ")
     write(f"context {args.context:,} tokens, batch {args.batch}\n\n{_table(found)}\n")
     if args.compile:
         _ask_compiler(config, found, dtype)
     return 0 if found.fits else 1
-
-
-def _sizes(name: str) -> tuple[Config, str]:
-    """Config and kind of the experts; those of the released models are known."""
-    if name.startswith(synthetic.PREFIX):
-        return synthetic.config_of(name), "mxfp4"
-    released = _RELEASED.get(ALIASES.get(name, name))
-    if released is not None and not os.path.isdir(name):
-        return released, "mxfp4"
-    source = open_source(name, download=False)
-    return source.config, model_kind(source)
 
 
 def _devices(found: Plan) -> str:
@@ -92,10 +92,10 @@ def _devices(found: Plan) -> str:
 
 def _table(found: Plan) -> str:
     gib = lambda size: f"{size / GIB:>9.2f} GiB"
+    where = " on each device" if max(found.mesh.values()) > 1 else ""
+    form = f", {FORMS[found.expert_form]}" if found.expert_form else ""
     lines = [
-        f"{'weights':<12}{gib(found.weights)} on each device"
-        if max(found.mesh.values()) > 1
-        else f"{'weights':<12}{gib(found.weights)}",
+        f"{'weights':<12}{gib(found.weights)}{where}{form}",
         f"{'cache':<12}{gib(found.cache)}",
         f"{'workspace':<12}{gib(found.workspace)}, an estimate",
         f"{'margin':<12}{gib(found.margin)} of {found.kind.memory_gib:.2f} that JAX can have",
@@ -145,7 +145,13 @@ def _ask_compiler(config: Config, found: Plan, dtype) -> None:
     for name, tokens in (("decode", 1), ("prefill", min(found.context, chunk))):
         remark(f"compiling {name} for {found.kind.name}")
         program = aot.compile_step(
-            config, mesh, tokens=tokens, context=found.context, batch=found.batch, dtype=dtype
+            config,
+            mesh,
+            tokens=tokens,
+            context=found.context,
+            batch=found.batch,
+            dtype=dtype,
+            expert_form=found.expert_form or "packed",
         )
         memory = program.memory_analysis()
         # What a program does not use stays where it is.

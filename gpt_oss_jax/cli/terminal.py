@@ -5,6 +5,7 @@ It knows no command.
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 import threading
@@ -14,14 +15,24 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
-from gpt_oss_jax.checkpoint import load
+from gpt_oss_jax.checkpoint import load, open_source, synthetic
+from gpt_oss_jax.checkpoint.experts import model_kind
+from gpt_oss_jax.checkpoint.hub import ALIASES
+from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B, Config
 from gpt_oss_jax.model import Transformer
+from gpt_oss_jax.model.moe import EXPERT_FORMS
+from gpt_oss_jax.plan import KINDS, plan
 from gpt_oss_jax.sampling import SamplingParams
 from gpt_oss_jax.sharding import make_mesh
 
 DIM = "\033[2m"
 _PATIENCE = 2.0  # Seconds.
 _MEM_FRACTION, _OLD_MEM_FRACTION = "0.95", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+FORMS = {
+    "packed": "experts packed, 4.25 bits a weight",
+    "folded": "experts folded, 8.25 bits a weight",
+}
+_RELEASED = {"openai/gpt-oss-20b": GPT_OSS_20B, "openai/gpt-oss-120b": GPT_OSS_120B}
 _T = TypeVar("_T")
 _PLAIN = "\033[0m"
 # A model may write what a terminal takes for commands.
@@ -85,6 +96,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="AXIS=N,...",
         help="spread over devices, e.g. tensor=2 or expert=2,tensor=2; default: one device",
     )
+    add_expert_form(parser)
+
+
+def add_expert_form(parser: argparse.ArgumentParser) -> None:
+    """In which form experts lie on a TPU."""
+    parser.add_argument(
+        "--expert-form",
+        choices=tuple(EXPERT_FORMS),
+        help="of MXFP4 experts on TPU, 4.25 or 8.25 bits a weight; default: what plan takes: "
+        "folded for more than eight rows at once (tpu7x: any) if that fits, else packed",
+    )
 
 
 def take_gpu_memory() -> None:
@@ -93,8 +115,14 @@ def take_gpu_memory() -> None:
         os.environ["XLA_CLIENT_MEM_FRACTION"] = _MEM_FRACTION
 
 
-def load_model(args: argparse.Namespace) -> Transformer:
-    """The model that `add_model_options` asked for."""
+def load_model(args: argparse.Namespace, *, batch: int = 1, context: int = 8192) -> Transformer:
+    """The model that `add_model_options` asked for.
+
+    Args:
+      args: Of the command line.
+      batch: Rows that it is to be run with at once.
+      context: Tokens of each.
+    """
     try:
         platform = jax.devices()[0].platform
     except Exception as error:  # Of any kind, a busy TPU or a missing driver.
@@ -103,11 +131,42 @@ def load_model(args: argparse.Namespace) -> Transformer:
     if platform == "gpu" and os.environ.get("XLA_CLIENT_MEM_FRACTION") == _MEM_FRACTION:
         share = f"{100 * float(_MEM_FRACTION):.0f}%"
         remark(f"JAX takes {share} of the GPU's memory (XLA_CLIENT_MEM_FRACTION={_MEM_FRACTION})")
+    form = args.expert_form
+    if platform == "tpu" and form is None:
+        form = _expert_form(args, batch, context)
     return load(
         args.model,
         mesh=make_mesh(**args.mesh) if args.mesh else None,
         dtype=jnp.dtype(args.dtype) if args.dtype else None,
+        expert_form=form,
     )
+
+
+def _expert_form(args: argparse.Namespace, batch: int, context: int) -> str | None:
+    """What `plan` takes on the TPU that is here."""
+    name = jax.devices()[0].device_kind
+    kind = next((kind for kind in KINDS.values() if kind.jax_name == name), None)
+    if kind is None:
+        return None
+    config, experts = sizes(args.model, download=True)
+    options = {"batch": batch, "context": min(context, config.max_context), "experts": experts}
+    mesh = args.mesh or {}
+    devices = math.prod(mesh.values())
+    found = plan(config, kind, devices, **options, dtype=args.dtype or "bfloat16", mesh=mesh)
+    if found.expert_form:
+        remark(f"{FORMS[found.expert_form]}, for {batch} x {context:,} tokens")
+    return found.expert_form
+
+
+def sizes(name: str, *, download: bool = False) -> tuple[Config, str]:
+    """Config and kind of the experts; those of the released models are known."""
+    if name.startswith(synthetic.PREFIX):
+        return synthetic.config_of(name), "mxfp4"
+    released = _RELEASED.get(ALIASES.get(name, name))
+    if released is not None and not os.path.isdir(name):
+        return released, "mxfp4"
+    source = open_source(name, download=download)
+    return source.config, model_kind(source)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

@@ -80,7 +80,8 @@ def _specs(mesh: Mesh, w: ExpertWeights) -> ExpertWeights:
         if not isinstance(m, MXArray):
             return spec(m, axes)
         axes = axes if m.words_of is None else _WORDS
-        return MXArray(spec(m.blocks, axes), spec(m.scales, axes), m.words_of)
+        factors = None if m.factors is None else spec(m.factors, axes)
+        return MXArray(spec(m.blocks, axes), spec(m.scales, axes), m.words_of, factors)
 
     up_bias = spec(w.up_bias, _UP)
     if isinstance(w.up, MXArray) and w.up.words_of is not None:
