@@ -64,9 +64,17 @@ def test_kernels_run_on_each_device_of_a_mesh(shardable, monkeypatch, rows, form
         found, cache = run(model, *args[0], init_cache(shardable, rows, 16, jnp.float32))
         return found, run(model, *args[1], cache)[0]
 
-    want = logits(random_model(shardable))
+    def made(mesh=None):
+        """Experts of a device have scales, and so factors, of their own."""
+        model = random_model(shardable, mesh=mesh)
+        for layer in model.layers:
+            scales = layer.mlp.down.scales
+            scales[...] = scales[...].at[3].add(2)
+        return model
+
+    want = logits(made())
     mesh = make_mesh(expert=4)
-    model = random_model(shardable, mesh=mesh)
+    model = made(mesh)
     for layer in model.layers:
         assert not layer.mlp.use_words(mesh, form)
         words = layer.mlp.down.blocks[...]
