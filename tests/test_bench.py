@@ -244,6 +244,19 @@ def test_the_command_prints_a_table_and_a_list(small_model, capsys):
     assert "timing 2 runs of 3 x (8 + 9) tokens" in err
 
 
+def test_what_was_measured_before_a_shape_failed_is_said(measured, monkeypatch, capsys):
+    def failing(*args, **options):
+        yield measured((0.1, 0.2), gb_per_second=1, tflop_per_second=1)
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(cli, "_enable_compile_cache", lambda: None)
+    monkeypatch.setattr(cli_bench, "load_model", lambda args, **_: None)
+    monkeypatch.setattr(cli_bench, "measure", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cli.main(["bench", "small"])
+    assert len(json.loads(capsys.readouterr().out.splitlines()[-1])) == 1
+
+
 def test_the_table_is_aligned(measured):
     found = measured((0.0241, 0.2), (0.0246, 0.21), gb_per_second=4100, tflop_per_second=760)
     for batch, size, speeds in ((1, 3.712, (630.2, 640.1)), (128, 13.1, (16_500, 16_700))):

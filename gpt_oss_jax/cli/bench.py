@@ -81,12 +81,16 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args, batch=max(args.batch), context=context)
     options = {"new_tokens": args.new_tokens, "repeats": args.repeats, "report": remark}
     done = []
-    for measured in measure(model, shapes, **options):
-        if not done:
-            write(_head(args.model, measured))
-        write(_line(measured))
-        done.append(measured)
-    write(json.dumps([{"model": args.model} | dataclasses.asdict(x) for x in done]) + "\n")
+    try:
+        for measured in measure(model, shapes, **options):
+            if not done:
+                write(_head(args.model, measured))
+            write(_line(measured))
+            done.append(measured)
+    finally:
+        # A later shape may not fit the memory; what was measured before it is said.
+        if done:
+            write(json.dumps([{"model": args.model} | dataclasses.asdict(x) for x in done]) + "\n")
     if args.plot:
         bench_plot.draw(args.model, done, args.plot)
         remark(f"{args.plot} is written")
