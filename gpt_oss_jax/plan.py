@@ -5,6 +5,7 @@ Nothing is loaded and no device is touched. Run it as `gpt-oss-jax plan MODEL --
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -24,7 +25,7 @@ from gpt_oss_jax.model import Transformer, init_cache
 from gpt_oss_jax.model.cache import MIN_SLOTS, bucket
 from gpt_oss_jax.model.moe import can_use_words
 from gpt_oss_jax.quant import MXArray
-from gpt_oss_jax.sharding import MESH_AXES, named_sharding
+from gpt_oss_jax.sharding import MESH_AXES, named_sharding, spelled
 
 GIB = 2**30
 
@@ -176,7 +177,7 @@ def plan(
       batch: Rows.
       dtype: Of what is not MXFP4.
       experts: "mxfp4", or "dense" for those of a checkpoint that has them in bfloat16.
-      mesh: Sizes of the axes data, expert and tensor; None: what leaves the most memory free.
+      mesh: Sizes of axes of `make_mesh`; None: what leaves the most memory free.
 
     Raises:
       ValueError: If a number is too small, or the mesh needs more devices than there are.
@@ -194,7 +195,7 @@ def plan(
         mesh = next(m for size, m in sizes if size <= 1.05 * smallest)
     if math.prod(mesh.values()) > devices:
         raise ValueError(
-            f"the mesh {mesh} needs {math.prod(mesh.values())} devices, not {devices}."
+            f"the mesh {spelled(mesh)} needs {math.prod(mesh.values())} devices, not {devices}."
         )
     on = _abstract(mesh)
     free = kind.memory_gib * GIB - count.weights(on)
@@ -238,6 +239,12 @@ def _abstract(mesh: dict[str, int]) -> AbstractMesh:
     return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
+def _rows(mesh: AbstractMesh, batch: int) -> int:
+    """Rows of a device, of those that `generate` makes of a batch."""
+    rows = (bucket(batch),)
+    return named_sharding(mesh, ("batch",), rows).shard_shape(rows)[0]
+
+
 def _largest(least: int, most: int, fits: Callable[[int], bool]) -> int:
     """The largest size that fits, of those that `generate` rounds to; 0 if none does."""
     sizes = itertools.takewhile(lambda n: n < 2 * most, (least << i for i in itertools.count()))
@@ -257,10 +264,10 @@ class _Count:
     def weights(self, mesh: AbstractMesh) -> int:
         return sum(self._weights(mesh).values())
 
-    def _weights(self, mesh: AbstractMesh) -> dict[tuple, int]:
+    def _weights(self, mesh: AbstractMesh, *, in_use: bool = False) -> dict[tuple, int]:
         found = {}
         for path, x in self.variables.items():
-            shape = named_sharding(mesh, x.axes, x.shape).shard_shape(x.shape)
+            shape = named_sharding(mesh, x.axes, x.shape, in_use=in_use).shard_shape(x.shape)
             found[path] = math.prod(shape) * x.dtype.itemsize
         if self.kind.platform != "tpu":
             return found
@@ -273,7 +280,8 @@ class _Count:
                 words = jax.eval_shape(MXArray.in_words, of)
                 axes = ("experts", None, None, None)
                 for name, x in ((path, words.blocks), (scales, words.scales)):
-                    shape = named_sharding(mesh, axes, x.shape).shard_shape(x.shape)
+                    where = named_sharding(mesh, axes, x.shape, in_use=in_use)
+                    shape = where.shard_shape(x.shape)
                     found[name] = math.prod(shape) * x.dtype.itemsize
         return found
 
@@ -293,10 +301,10 @@ class _Count:
     def workspace(self, mesh: AbstractMesh, context: int, batch: int) -> int:
         """Of prefill, whose rows go through the experts sorted, or of a cache that grows.
 
-        While it does, the smaller one is still there.
+        While it does, the smaller one is still there; beside either, the layer that is gathered.
         """
         c, b = self.config, self.dtype.itemsize
-        rows = math.ceil(bucket(batch) / mesh.shape["data"])
+        rows = _rows(mesh, batch)
         memory = self.kind.memory_gib * GIB
         tokens = rows * max(prompt_calls(context, bucket(batch), self.kind.platform, memory))
         D, F, X = c.hidden_size, c.intermediate_size, c.experts_per_token
@@ -304,19 +312,28 @@ class _Count:
         tile = min(256, max(16, 1 << (max(1, -(-tokens * X // c.num_experts)) - 1).bit_length()))
         sorted_rows = tokens * X + experts * tile
         mlp = sorted_rows * (2 * D + F) * b + tokens * X * D * 4
-        return max(mlp + rows * c.vocab_size * 4 * 2, self.cache(mesh, context // 2, batch))
+        step = max(mlp + rows * c.vocab_size * 4 * 2, self.cache(mesh, context // 2, batch))
+        return step + self._gathered(mesh)
+
+    def _gathered(self, mesh: AbstractMesh) -> int:
+        """What the largest layer takes more where it is used than where it rests."""
+        found = collections.Counter()
+        for of, sign in ((self._weights(mesh, in_use=True), 1), (self._weights(mesh), -1)):
+            for path, size in of.items():
+                found[path[:2]] += sign * size
+        return max(found.values())
 
     def decode_bytes(self, mesh: AbstractMesh, context: int, batch: int) -> float:
         """Weights once, chosen experts only, and every row's cache."""
-        rows = math.ceil(batch / mesh.shape["data"])
+        rows = math.ceil(batch * _rows(mesh, batch) / bucket(batch))
         experts = cost.expected_experts(self.config, rows)
-        weights = cost.weight_bytes(self.config, self._weights(mesh), experts)
+        weights = cost.weight_bytes(self.config, self._weights(mesh, in_use=True), experts)
         return weights + self.cache(mesh, context, batch)
 
     def prefill_flops(self, mesh: AbstractMesh, context: int) -> float:
         """Of the mean token of a prompt that fills the context; only its last one has logits."""
         shapes = {
-            path: named_sharding(mesh, x.axes, x.shape).shard_shape(x.shape)
+            path: named_sharding(mesh, x.axes, x.shape, in_use=True).shard_shape(x.shape)
             for path, x in self.variables.items()
         }
         heads = (self.config.num_key_value_heads,)

@@ -12,7 +12,7 @@ from gpt_oss_jax.generate import device, generate_batch
 from gpt_oss_jax.generate.loop import prompt_calls
 from gpt_oss_jax.plan import KINDS, Kind, parse_device, plan
 from gpt_oss_jax.sampling import SamplingParams
-from gpt_oss_jax.sharding import make_mesh
+from gpt_oss_jax.sharding import MESH_AXES, make_mesh
 
 CARD = Kind("card", "gpu", 1.0, 100, 10)
 
@@ -46,7 +46,7 @@ def test_other_names_are_refused(text):
 
 
 @pytest.mark.parametrize("experts", ["mxfp4", "dense"])
-@pytest.mark.parametrize("axes", [{}, {"expert": 4, "tensor": 2}, {"data": 2, "expert": 4}])
+@pytest.mark.parametrize("axes", [{}, {"expert": 4, "tensor": 2}, {"fsdp": 4, "expert": 2}])
 def test_bytes_are_those_that_lie_on_a_device(shardable, axes, experts):
     mesh = make_mesh(**axes)
     model = random_model(shardable, experts=experts, mesh=mesh)
@@ -61,7 +61,7 @@ def test_bytes_are_those_that_lie_on_a_device(shardable, axes, experts):
     assert found.weights == here(jax.tree.leaves(nnx.state(model)))
     skeleton, leaves = device.split(model)
     assert found.cache == here(jax.tree.leaves(device.empty_cache(leaves, skeleton, 4, 512)))
-    assert found.mesh == {"data": 1, "expert": 1, "tensor": 1} | axes
+    assert found.mesh == dict.fromkeys(MESH_AXES, 1) | axes
 
 
 def test_the_cache_is_that_of_generate(shardable, monkeypatch):
@@ -113,8 +113,16 @@ def test_released_sizes():
     assert plan(GPT_OSS_120B, KINDS["h100"]).fits
     assert not plan(GPT_OSS_120B, KINDS["v6e"]).fits
     on_four = plan(GPT_OSS_120B, KINDS["v6e"], 4)
-    assert on_four.fits and on_four.mesh == {"data": 1, "expert": 4, "tensor": 1}
+    assert on_four.fits and on_four.mesh == dict.fromkeys(MESH_AXES, 1) | {"expert": 4}
     assert on_four.weights < 65.25e9 / 4 * 1.05
+
+
+def test_what_is_used_is_gathered_beside_the_weights_at_rest():
+    """At most the unembedding, the largest of the layers."""
+    one, four = plan(GPT_OSS_20B, CARD), plan(GPT_OSS_20B, CARD, 4, mesh={"fsdp": 4})
+    assert four.weights < 1.01 * one.weights / 4
+    assert four.workspace - one.workspace == 201_088 * 2880 * 2 * 3 / 4
+    assert four.decode_bytes == one.decode_bytes
 
 
 def test_what_makes_no_sense_is_refused(shardable):

@@ -11,18 +11,27 @@ from jax.sharding import PartitionSpec
 from random_model import random_model
 
 from gpt_oss_jax.model import Transformer, init_cache
-from gpt_oss_jax.sharding import make_mesh, named_sharding
+from gpt_oss_jax.sharding import make_mesh, named_sharding, spelled
 
-MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 4, 2), (1, 1, 8)]
+MESHES = [
+    {"data": 8},
+    {"expert": 8},
+    {"data": 2, "expert": 2, "tensor": 2},
+    {"expert": 2, "tensor": 4},
+    {"expert": 4, "tensor": 2},
+    {"tensor": 8},
+    {"fsdp": 2},
+    {"fsdp": 4, "tensor": 2},
+]
 
 
 run = jax.jit(lambda m, t, c: m.forward(t, jnp.broadcast_to(jnp.arange(13), t.shape), c))
 step = jax.jit(lambda m, t, p, c: m.forward(t, p, c)[0])
 
 
-@pytest.mark.parametrize(("data", "expert", "tensor"), MESHES)
-def test_a_mesh_gives_the_logits_of_one_device(shardable, data, expert, tensor):
-    mesh = make_mesh(data=data, expert=expert, tensor=tensor)
+@pytest.mark.parametrize("axes", MESHES, ids=spelled)
+def test_a_mesh_gives_the_logits_of_one_device(shardable, axes):
+    mesh = make_mesh(**axes)
     model = random_model(shardable)
     tokens = jax.random.randint(jax.random.key(0), (8, 13), 0, shardable.vocab_size)
     batch = named_sharding(mesh, ("batch", None), tokens.shape)
@@ -30,8 +39,12 @@ def test_a_mesh_gives_the_logits_of_one_device(shardable, data, expert, tensor):
 
     m = random_model(shardable, mesh=mesh)
     up = m.layers[0].mlp.up.blocks[...]
-    parts = tensor if 10 % tensor == 0 else 1  # Of whole blocks of the down projection.
-    assert up.sharding.shard_shape(up.shape)[:2] == (8 // expert, 320 // parts)
+    size = mesh.shape
+    parts = (
+        size["tensor"] if 10 % size["tensor"] == 0 else 1
+    )  # Whole blocks of the down projection.
+    experts = 8 // (size["expert"] * size["fsdp"])
+    assert up.sharding.shard_shape(up.shape)[:2] == (experts, 320 // parts)
     got, cache = run(m, jax.device_put(tokens, batch), init_cache(shardable, 8, 16, jnp.float32))
     np.testing.assert_allclose(got, want, atol=2e-6 * float(want.max() - want.min()))
     # A decoding step on the sharded cache, the path with few rows.
@@ -67,8 +80,13 @@ def test_no_packed_byte_leaves_its_device(shardable, rows, length):
     assert not [x for x in moves if re.search(r"[us](8|32)\[\d+,\d{2,}", x)]
 
 
-@pytest.mark.parametrize("axes", [{"expert": 4, "tensor": 2}, {"data": 2, "expert": 2}])
-def test_gradients_on_a_mesh_are_those_of_one_device(shardable, axes):
+@pytest.mark.parametrize(
+    ("axes", "experts"),
+    [({"expert": 4, "tensor": 2}, "mxfp4"), ({"data": 2, "fsdp": 2, "expert": 2}, "dense")],
+    ids=str,
+)
+def test_gradients_on_a_mesh_are_those_of_one_device(shardable, axes, experts):
+    """And lie where the weights do."""
     tokens = jax.random.randint(jax.random.key(0), (4, 13), 0, shardable.vocab_size)
 
     def gradients(model):
@@ -80,9 +98,12 @@ def test_gradients_on_a_mesh_are_those_of_one_device(shardable, axes):
 
         return jax.jit(jax.grad(loss))(params, rest)
 
-    found = (gradients(random_model(shardable, mesh=m)) for m in (None, make_mesh(**axes)))
-    for want, got in zip(*map(jax.tree.leaves, found), strict=True):
-        np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
+    mesh = make_mesh(**axes)
+    want, got = (gradients(random_model(shardable, experts=experts, mesh=m)) for m in (None, mesh))
+    for (_, x), (_, y) in zip(*map(nnx.to_flat_state, (got, want)), strict=True):
+        np.testing.assert_allclose(x[...], y[...], atol=1e-5 * float(jnp.abs(y[...]).max()))
+        at_rest = named_sharding(mesh, x.axes, x.shape)
+        assert x[...].sharding.is_equivalent_to(at_rest, x.ndim) or mesh.shape["fsdp"] == 1
 
 
 def test_heads_and_vocabulary_are_split_over_all_that_share_experts():
@@ -96,12 +117,26 @@ def test_heads_and_vocabulary_are_split_over_all_that_share_experts():
         assert named_sharding(mesh, axes, shape).spec == spec
 
 
+def test_a_mesh_axis_splits_one_dimension():
+    """Whole experts over fsdp; the width of the model where they are too few, or there are none."""
+    mesh = make_mesh(fsdp=8)
+    axes = ("experts", "expert_width", None, "embed", None)
+    for shape, at_rest in [
+        ((32, 320, 2, 90, 16), PartitionSpec("fsdp", None, None, None, None)),
+        ((4, 320, 2, 96, 16), PartitionSpec(None, None, None, "fsdp", None)),
+    ]:
+        assert named_sharding(mesh, axes, shape).spec == at_rest
+        in_use = named_sharding(mesh, axes, shape, in_use=True).spec
+        assert in_use == PartitionSpec(None, None, None, None, None)
+    assert named_sharding(mesh, ("vocab", "embed"), (112, 96)).spec == PartitionSpec(None, "fsdp")
+
+
 def test_axes_that_do_not_divide_are_replicated():
     mesh = make_mesh(tensor=4)
     sharding = named_sharding(mesh, ("experts", "embed", "expert_width_blocks"), (8, 96, 90))
-    assert sharding.spec == PartitionSpec("expert", None, None)
+    assert sharding.spec == PartitionSpec(None, None, None)
     sharding = named_sharding(mesh, ("experts", "embed", "expert_width_blocks"), (8, 96, 12))
-    assert sharding.spec == PartitionSpec("expert", None, "tensor")
+    assert sharding.spec == PartitionSpec(None, None, "tensor")
 
 
 def test_every_weight_names_its_axes(shardable):
@@ -112,7 +147,7 @@ def test_every_weight_names_its_axes(shardable):
 
 
 def test_too_few_devices_are_refused():
-    with pytest.raises(ValueError, match="needs 16 devices, got 8"):
+    with pytest.raises(ValueError, match="the mesh data=16 needs 16 devices, got 8"):
         make_mesh(data=16)
 
 
@@ -124,7 +159,7 @@ def test_explicit_axes_are_refused():
 
 def test_a_mesh_of_other_axes_is_refused():
     mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
-    with pytest.raises(ValueError, match="must have some of the axes data, expert, tensor"):
+    with pytest.raises(ValueError, match="must have some of the axes data, fsdp, expert"):
         named_sharding(mesh, ("batch",))
 
 

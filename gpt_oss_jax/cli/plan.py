@@ -14,7 +14,7 @@ from gpt_oss_jax.cli.terminal import mesh_axes, positive, remark, write
 from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B, Config
 from gpt_oss_jax.generate.loop import prompt_calls
 from gpt_oss_jax.plan import GIB, KINDS, POOL, Plan, parse_device, plan
-from gpt_oss_jax.sharding import make_mesh
+from gpt_oss_jax.sharding import make_mesh, spelled
 
 _DEFAULT_POOL = 0.75  # Of a GPU's memory, what JAX takes by itself.
 _RELEASED = {"openai/gpt-oss-20b": GPT_OSS_20B, "openai/gpt-oss-120b": GPT_OSS_120B}
@@ -85,9 +85,9 @@ def _sizes(name: str) -> tuple[Config, str]:
 
 def _devices(found: Plan) -> str:
     count = math.prod(found.mesh.values())
-    axes = ",".join(f"{name}={size}" for name, size in found.mesh.items() if size > 1)
-    what = f"{count} x {found.kind.name}" if count > 1 else found.kind.name
-    return f"{what} (--mesh {axes})" if axes else what
+    if count == 1:
+        return found.kind.name
+    return f"{count} x {found.kind.name} (--mesh {spelled(found.mesh)})"
 
 
 def _table(found: Plan) -> str:

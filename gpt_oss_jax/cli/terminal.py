@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from gpt_oss_jax.checkpoint import load
 from gpt_oss_jax.model import Transformer
 from gpt_oss_jax.sampling import SamplingParams
-from gpt_oss_jax.sharding import make_mesh
+from gpt_oss_jax.sharding import MESH_AXES, make_mesh
 
 DIM = "\033[2m"
 _PATIENCE = 2.0  # Seconds.
@@ -158,10 +158,10 @@ def mesh_axes(text: str) -> dict[str, int]:
     if (
         not axes
         or len(axes) < len(parts)
-        or not set(axes) <= {"data", "expert", "tensor"}
+        or not set(axes) <= set(MESH_AXES)
         or min(axes.values()) < 1
     ):
         raise argparse.ArgumentTypeError(
-            f"wanted sizes of data, expert or tensor, such as expert=4, got {text!r}."
+            f"wanted sizes of {', '.join(MESH_AXES)}, such as expert=4, got {text!r}."
         )
     return axes

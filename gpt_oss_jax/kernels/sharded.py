@@ -23,7 +23,7 @@ _WORDS = ("experts", None, None, None)
 
 def attention(mesh: Mesh, kernel: Callable[..., jax.Array], q, k, v, sinks, q_pos, k_pos):
     """Attention with rows and heads split; every device has all keys of its own."""
-    spec = lambda x, *axes: named_sharding(mesh, axes[: x.ndim], x.shape).spec
+    spec = lambda x, *axes: named_sharding(mesh, axes[: x.ndim], x.shape, in_use=True).spec
     of_keys = spec(k, "batch", None, "kv_heads", "head_dim")
     of_queries = spec(q, "batch", None, "kv_heads", "heads", "head_dim")
     specs = (
@@ -74,7 +74,7 @@ def expert_mlp(mesh: Mesh, kernel: Callable[..., jax.Array], x_MD, experts_MX, w
 
 def _specs(mesh: Mesh, w: ExpertWeights) -> ExpertWeights:
     def spec(x, axes):
-        return named_sharding(mesh, axes[: x.ndim], x.shape).spec
+        return named_sharding(mesh, axes[: x.ndim], x.shape, in_use=True).spec
 
     def matrix(m, axes):
         if not isinstance(m, MXArray):
