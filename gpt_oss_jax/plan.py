@@ -11,12 +11,12 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh
 
 from gpt_oss_jax import cost
 from gpt_oss_jax.config import Config
@@ -25,7 +25,7 @@ from gpt_oss_jax.model import Transformer, init_cache
 from gpt_oss_jax.model.cache import MIN_SLOTS, bucket
 from gpt_oss_jax.model.moe import can_use_words
 from gpt_oss_jax.quant import MXArray
-from gpt_oss_jax.sharding import MESH_AXES, named_sharding, spelled
+from gpt_oss_jax.sharding import abstract_mesh, named_sharding, preset, spelled
 
 GIB = 2**30
 
@@ -177,7 +177,7 @@ def plan(
       batch: Rows.
       dtype: Of what is not MXFP4.
       experts: "mxfp4", or "dense" for those of a checkpoint that has them in bfloat16.
-      mesh: Sizes of axes of `make_mesh`; None: what leaves the most memory free.
+      mesh: Sizes of axes of `make_mesh`; None: those of `preset`.
 
     Raises:
       ValueError: If a number is too small, or the mesh needs more devices than there are.
@@ -189,15 +189,12 @@ def plan(
     dtype = jnp.dtype(dtype)
     count = _Count(config, kind, dtype, variables(config, dtype, experts))
     if mesh is None:
-        # Whole experts, which kernels for TPU want, unless they leave much undivided.
-        sizes = [(count.weights(_abstract(m)), m) for m in _meshes(devices)]
-        smallest = min(size for size, _ in sizes)
-        mesh = next(m for size, m in sizes if size <= 1.05 * smallest)
+        mesh = preset(count.variables.values(), devices)
     if math.prod(mesh.values()) > devices:
         raise ValueError(
             f"the mesh {spelled(mesh)} needs {math.prod(mesh.values())} devices, not {devices}."
         )
-    on = _abstract(mesh)
+    on = abstract_mesh(mesh)
     free = kind.memory_gib * GIB - count.weights(on)
 
     def fits(context: int, batch: int) -> bool:
@@ -225,18 +222,6 @@ def variables(config: Config, dtype, experts: str) -> dict[tuple, nnx.Variable]:
         lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype, experts=experts)
     )
     return dict(nnx.to_flat_state(nnx.state(model)))
-
-
-def _meshes(devices: int) -> Iterator[dict[str, int]]:
-    """Ways to share one model between all devices, those with more whole experts first."""
-    for tensor in range(1, devices + 1):
-        if devices % tensor == 0:
-            yield {"data": 1, "expert": devices // tensor, "tensor": tensor}
-
-
-def _abstract(mesh: dict[str, int]) -> AbstractMesh:
-    shape = tuple(mesh.get(name, 1) for name in MESH_AXES)
-    return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
 def _rows(mesh: AbstractMesh, batch: int) -> int:

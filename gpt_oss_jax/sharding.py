@@ -7,13 +7,15 @@ from device to device there. Knows nothing of the model.
 
 from __future__ import annotations
 
+import collections
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
@@ -33,6 +35,14 @@ LOGICAL_TO_MESH = {
 # Rows of the up projection are split where whole MXFP4 blocks of the down projection are.
 _UNITS = {"expert_width": 32}
 _AT_REST = "fsdp"  # What splits weights only until they are used.
+
+
+class Weight(Protocol):
+    """An array, there or not, whose dimensions have logical names."""
+
+    axes: tuple[str | None, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
 
 
 def make_mesh(
@@ -72,13 +82,57 @@ def make_mesh(
     return Mesh(np.asarray(devices[:wanted]).reshape(shape), MESH_AXES, axis_types=auto)
 
 
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh of no devices, to ask how it would split; an axis that is not named has size 1."""
+    shape = tuple(sizes.get(name, 1) for name in MESH_AXES)
+    return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def preset(weights: Iterable[Weight], devices: int) -> dict[str, int]:
+    """The mesh to spread one model over so many devices with, if nobody asks for another.
+
+    All devices share one model; as many as divide most of it, if not all do. Experts stay whole,
+    which kernels for TPU want, unless splitting their width saves more than a twentieth of the
+    memory.
+
+    Args:
+      weights: Of the model; their `axes`, `shape` and `dtype` are looked at.
+      devices: How many there are, of any kind.
+
+    Returns:
+      Sizes for `make_mesh`.
+    """
+    alike = collections.Counter((x.axes, x.shape, x.dtype.itemsize) for x in weights)
+
+    def bytes_of(weight, shape) -> int:
+        return math.prod(shape) * weight[-1] * alike[weight]
+
+    def bytes_on_a_device(weight, sizes: Mapping[str, int]) -> int:
+        axes, shape, _ = weight
+        return bytes_of(
+            weight, named_sharding(abstract_mesh(sizes), axes, shape).shard_shape(shape)
+        )
+
+    total, most = max(((bytes_of(x, x[1]), x) for x in alike), key=lambda x: x[0])
+    for count in range(devices, 0, -1):
+        meshes = [
+            {"expert": count // tensor, "tensor": tensor}
+            for tensor in range(1, count + 1)
+            if count % tensor == 0
+        ]
+        if dividing := [x for x in meshes if count * bytes_on_a_device(most, x) == total]:
+            break
+    needed = [sum(bytes_on_a_device(weight, x) for weight in alike) for x in dividing]
+    return next(x for x, size in zip(dividing, needed, strict=True) if size <= 1.05 * min(needed))
+
+
 def spelled(sizes: Mapping[str, int]) -> str:
     """The sizes of a mesh as `--mesh` takes them, without those of one: "data=2,expert=4"."""
     return ",".join(f"{name}={size}" for name, size in sizes.items() if size != 1) or "none"
 
 
 def named_sharding(
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     axes: Sequence[str | None],
     shape: Sequence[int] | None = None,
     *,
@@ -125,7 +179,7 @@ def named_sharding(
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def _most(mesh: Mesh, names: Sequence[str], units: float | None) -> tuple[str, ...]:
+def _most(mesh: Mesh | AbstractMesh, names: Sequence[str], units: float | None) -> tuple[str, ...]:
     """Those axes of the mesh that divide so many units between the most devices."""
     names = [name for name in names if mesh.shape.get(name, 1) > 1]
     count = lambda some: math.prod(mesh.shape[name] for name in some)

@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import logging
 import os
 import pty
 import re
@@ -298,9 +299,21 @@ def test_options_reach_the_model(folder, capsys):
         assert repr(mesh) in capsys.readouterr().err
 
 
-def test_mesh_spreads_the_model(folder):
-    args = argparse.Namespace(model=folder, mesh={"expert": 4}, dtype="float32")
-    assert len(terminal.load_model(args).layers[0].mlp.up.scales.sharding.device_set) == 4
+@pytest.mark.parametrize(
+    ("mesh", "devices", "said"),
+    [
+        ("expert=4", 4, ""),
+        (None, 8, "spread over 8 devices, mesh expert=8"),
+        ("none", 1, ""),
+    ],
+)
+def test_a_model_is_spread_over_all_devices_or_those_asked_for(folder, caplog, mesh, devices, said):
+    caplog.set_level(logging.INFO)
+    axes = mesh and terminal.mesh_axes(mesh)
+    args = argparse.Namespace(model=folder, mesh=axes, dtype="float32")
+    scales = terminal.load_model(args).layers[0].mlp.up.scales
+    assert len(scales.sharding.device_set) == devices
+    assert said in caplog.text and bool(said) == ("spread" in caplog.text)
 
 
 def test_convert_and_export(folder, tmp_path, capsys):

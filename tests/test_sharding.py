@@ -10,8 +10,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from random_model import random_model
 
+from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B
 from gpt_oss_jax.model import Transformer, init_cache
-from gpt_oss_jax.sharding import make_mesh, named_sharding, spelled
+from gpt_oss_jax.sharding import make_mesh, named_sharding, preset, spelled
 
 MESHES = [
     {"data": 8},
@@ -139,11 +140,35 @@ def test_axes_that_do_not_divide_are_replicated():
     assert sharding.spec == PartitionSpec(None, None, "tensor")
 
 
+def weights(config):
+    abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    return [variable for _, variable in nnx.to_flat_state(nnx.state(abstract))]
+
+
 def test_every_weight_names_its_axes(shardable):
-    abstract = nnx.eval_shape(lambda: Transformer(shardable, rngs=nnx.Rngs(0)))
-    mesh = make_mesh()
-    for _, variable in nnx.to_flat_state(nnx.state(abstract)):
-        named_sharding(mesh, variable.axes, variable.shape)
+    for variable in weights(shardable):
+        named_sharding(make_mesh(), variable.axes, variable.shape)
+
+
+@pytest.mark.parametrize(
+    ("devices", "mesh"),
+    [
+        (1, "none"),
+        (2, "expert=2"),
+        (4, "expert=4"),
+        (7, "expert=2,tensor=3"),  # Of which one stays idle: 7 divides nothing.
+        (8, "expert=8"),
+        (16, "expert=8,tensor=2"),  # As 16 do not divide the heads.
+    ],
+)
+def test_presets(devices, mesh):
+    for config in (GPT_OSS_20B, GPT_OSS_120B):
+        assert spelled(preset(weights(config), devices)) == mesh
+
+
+def test_a_preset_leaves_devices_idle_where_nothing_divides(shardable, tiny):
+    assert preset(weights(shardable), 8) in MESHES
+    assert preset(weights(tiny), 8) == {"expert": 1, "tensor": 5}
 
 
 def test_too_few_devices_are_refused():

@@ -11,6 +11,7 @@ import os
 import re
 import weakref
 from collections.abc import Collection, Iterator, Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ from gpt_oss_jax.checkpoint.stream import Request
 from gpt_oss_jax.kernels.target import platform
 from gpt_oss_jax.model import Transformer
 from gpt_oss_jax.model.moe import can_use_words
-from gpt_oss_jax.sharding import named_sharding
+from gpt_oss_jax.sharding import make_mesh, named_sharding, preset, spelled
 
 _LOGGER = logging.getLogger(__name__)
 # Not an attribute of the model: what is compiled for one would not serve another.
@@ -39,7 +40,7 @@ _ORIGINS: weakref.WeakKeyDictionary[Transformer, Folder] = weakref.WeakKeyDictio
 def load(
     path_or_id: str | os.PathLike,
     *,
-    mesh: Mesh | None = None,
+    mesh: Mesh | Literal["auto"] | None = None,
     dtype=None,
     implementation: str | None = None,
 ) -> Transformer:
@@ -58,7 +59,8 @@ def load(
         cache; "20b" and "120b" (also "gpt-oss:20b", "gpt-oss:120b") for the released ones; "tiny",
         the small model in the package; "synthetic:20b", random weights made on the device. What
         `convert` wrote is held against its checksums where this process reads a variable whole.
-      mesh: Devices to spread the model over, from `make_mesh`. None: the default device.
+      mesh: Devices to spread the model over, from `make_mesh`; "auto": all there are, as
+        `sharding.preset` has it. None: the default device.
       dtype: Of parameters, activations and cache. None: bfloat16 on accelerators, float32 on CPU.
         Experts stay in the 4.25 bits they come in.
       implementation: Name of the kernels to use. None: the fastest that can.
@@ -70,8 +72,12 @@ def load(
       ValueError: If there is no such checkpoint, or anything about it is not as it should be: then
         everything that is wrong is named. If the weights do not fit the device.
     """
+    spread = mesh == "auto"
+    mesh = None if spread else mesh
     if not isinstance(mesh, Mesh | None):
-        raise ValueError(f"mesh must be a jax.sharding.Mesh, such as of make_mesh, got {mesh!r}.")
+        raise ValueError(
+            f'mesh must be "auto" or a jax.sharding.Mesh, such as of make_mesh, got {mesh!r}.'
+        )
     dtype = _dtype(dtype, mesh)
     name = str(path_or_id)
     if name.startswith(synthetic.PREFIX):
@@ -93,6 +99,8 @@ def load(
             mesh=mesh,
         )
     )
+    if spread:
+        mesh = abstract.mesh = _preset(abstract)
     graphdef, state = nnx.split(abstract)
     variables = {"/".join(map(str, path)): x for path, x in nnx.to_flat_state(state)}
     targets = {path: _target(variable, mesh) for path, variable in variables.items()}
@@ -148,6 +156,16 @@ def _dtype(dtype, mesh: Mesh | None):
     raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r}.")
 
 
+def _preset(model: Transformer) -> Mesh | None:
+    """All devices that help, and one line that names them; None for one."""
+    sizes = preset((x for _, x in nnx.to_flat_state(nnx.state(model))), jax.device_count())
+    if set(sizes.values()) == {1}:
+        return None
+    mesh = make_mesh(**sizes)
+    _LOGGER.info("spread over %d devices, mesh %s", mesh.size, spelled(sizes))
+    return mesh
+
+
 def _platform(mesh: Mesh | None) -> str:
     return platform() if mesh is None else mesh.devices.flat[0].platform
 
@@ -198,10 +216,9 @@ def _tell_what_is_not_split(variables, targets, mesh: Mesh) -> None:
             shard = targets[path].sharding.shard_shape(x.shape)
             found[name] = found.get(name, 0) + math.prod(shard) * targets[path].dtype.itemsize
     if found:
-        sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
         _LOGGER.warning(
             "the mesh %s does not divide %s: each device holds %.2f GB of them",
-            sizes, "; ".join(sorted(found)), sum(found.values()) / 1e9,
+            spelled(mesh.shape), "; ".join(sorted(found)), sum(found.values()) / 1e9,
         )  # fmt: skip
 
 

@@ -44,7 +44,10 @@ def add(commands) -> None:
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument(
-        "--mesh", type=mesh_axes, metavar="AXIS=N,...", help="default: what leaves most memory free"
+        "--mesh",
+        type=mesh_axes,
+        metavar="AXIS=N,...",
+        help="none: one device; default: most memory free",
     )
     parser.add_argument(
         "--compile",

@@ -83,7 +83,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--mesh",
         type=mesh_axes,
         metavar="AXIS=N,...",
-        help="spread over devices, e.g. tensor=2 or expert=2,tensor=2; default: one device",
+        help="devices to spread over, e.g. expert=4 or data=2,expert=4; axes: "
+        f"{', '.join(MESH_AXES)}; none: one device; default: all, as plan says",
     )
 
 
@@ -105,7 +106,7 @@ def load_model(args: argparse.Namespace) -> Transformer:
         remark(f"JAX takes {share} of the GPU's memory (XLA_CLIENT_MEM_FRACTION={_MEM_FRACTION})")
     return load(
         args.model,
-        mesh=make_mesh(**args.mesh) if args.mesh else None,
+        mesh="auto" if args.mesh is None else make_mesh(**args.mesh) if args.mesh else None,
         dtype=jnp.dtype(args.dtype) if args.dtype else None,
     )
 
@@ -149,7 +150,9 @@ def positive(text: str) -> int:
 
 
 def mesh_axes(text: str) -> dict[str, int]:
-    """An option that says how to spread a model."""
+    """An option that says how to spread a model; `none`, over one device, has no axes."""
+    if text == "none":
+        return {}
     try:
         parts = [part.split("=") for part in text.split(",")]
         axes = {name: int(size) for name, size in parts}
@@ -162,6 +165,6 @@ def mesh_axes(text: str) -> dict[str, int]:
         or min(axes.values()) < 1
     ):
         raise argparse.ArgumentTypeError(
-            f"wanted sizes of {', '.join(MESH_AXES)}, such as expert=4, got {text!r}."
+            f"wanted sizes of {', '.join(MESH_AXES)}, such as expert=4, or none, got {text!r}."
         )
     return axes
