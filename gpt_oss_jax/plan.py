@@ -22,12 +22,13 @@ from gpt_oss_jax import cost
 from gpt_oss_jax.config import Config
 from gpt_oss_jax.generate.loop import prompt_calls
 from gpt_oss_jax.model import Transformer, init_cache
-from gpt_oss_jax.model.cache import MIN_SLOTS, bucket
+from gpt_oss_jax.model.cache import MIN_SLOTS, bucket, cache_sharding
 from gpt_oss_jax.model.moe import can_use_words
 from gpt_oss_jax.quant import MXArray
 from gpt_oss_jax.sharding import abstract_mesh, named_sharding, preset, spelled
 
 GIB = 2**30
+_CHUNK = 1024  # Tokens, as long prompts go in.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,10 +225,9 @@ def variables(config: Config, dtype, experts: str) -> dict[tuple, nnx.Variable]:
     return dict(nnx.to_flat_state(nnx.state(model)))
 
 
-def _rows(mesh: AbstractMesh, batch: int) -> int:
-    """Rows of a device, of those that `generate` makes of a batch."""
-    rows = (bucket(batch),)
-    return named_sharding(mesh, ("batch",), rows).shard_shape(rows)[0]
+def _part(mesh: AbstractMesh, axis: str, size: int) -> int:
+    """How many of the `size` along a logical axis are on one device."""
+    return named_sharding(mesh, (axis,), (size,)).shard_shape((size,))[0]
 
 
 def _largest(least: int, most: int, fits: Callable[[int], bool]) -> int:
@@ -276,11 +276,8 @@ class _Count:
         made = jax.eval_shape(lambda: init_cache(self.config, rows, slots, self.dtype))
         total = 0
         for x in jax.tree.leaves(made):
-            # Heads lie side by side and are not cut.
-            shape = (*x.shape[:2], self.config.num_key_value_heads)[: x.ndim]
-            axes = ("batch", None, "kv_heads")[: x.ndim]
-            part = math.prod(named_sharding(mesh, axes, shape).shard_shape(shape))
-            total += x.size * x.dtype.itemsize * part // math.prod(shape)
+            where = cache_sharding(mesh, x, self.config.num_key_value_heads)
+            total += math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize
         return total
 
     def workspace(self, mesh: AbstractMesh, context: int, batch: int) -> int:
@@ -289,9 +286,10 @@ class _Count:
         While it does, the smaller one is still there; beside either, the layer that is gathered.
         """
         c, b = self.config, self.dtype.itemsize
-        rows = _rows(mesh, batch)
+        rows = _part(mesh, "batch", bucket(batch))
         memory = self.kind.memory_gib * GIB
-        tokens = rows * max(prompt_calls(context, bucket(batch), self.kind.platform, memory))
+        chunk = max(prompt_calls(context, bucket(batch), self.kind.platform, memory))
+        tokens = rows * _part(mesh, "tokens", chunk)
         D, F, X = c.hidden_size, c.intermediate_size, c.experts_per_token
         experts = math.ceil(c.num_experts / mesh.shape["expert"])
         tile = min(256, max(16, 1 << (max(1, -(-tokens * X // c.num_experts)) - 1).bit_length()))
@@ -310,7 +308,7 @@ class _Count:
 
     def decode_bytes(self, mesh: AbstractMesh, context: int, batch: int) -> float:
         """Weights once, chosen experts only, and every row's cache."""
-        rows = math.ceil(batch * _rows(mesh, batch) / bucket(batch))
+        rows = math.ceil(batch * _part(mesh, "batch", bucket(batch)) / bucket(batch))
         experts = cost.expected_experts(self.config, rows)
         weights = cost.weight_bytes(self.config, self._weights(mesh, in_use=True), experts)
         return weights + self.cache(mesh, context, batch)
@@ -321,8 +319,9 @@ class _Count:
             path: named_sharding(mesh, x.axes, x.shape, in_use=True).shard_shape(x.shape)
             for path, x in self.variables.items()
         }
-        heads = (self.config.num_key_value_heads,)
-        (here,) = named_sharding(mesh, ("kv_heads",), heads).shard_shape(heads)
-        pairs = cost.visible_pairs(self.config, 0, context) / context * here / heads[0]
+        heads = self.config.num_key_value_heads
+        here = _part(mesh, "kv_heads", heads) / heads
+        pairs = cost.visible_pairs(self.config, 0, context) / context * here
         weights = cost.weight_flops(self.config, shapes, logits=1 / context)
-        return weights + cost.attention_flops(self.config, pairs)
+        tokens = _part(mesh, "tokens", _CHUNK) / _CHUNK
+        return (weights + cost.attention_flops(self.config, pairs)) * tokens

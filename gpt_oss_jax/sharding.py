@@ -17,12 +17,14 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
+MESH_AXES = ("data", "fsdp", "context", "expert", "tensor")
 
 # What is no expert is split over the devices that share them, too. `fsdp` takes whole experts, so
 # that no block of MXFP4 is cut, and no byte moves within an expert when they are gathered.
 LOGICAL_TO_MESH = {
     "batch": ("data", "fsdp"),
+    "tokens": ("context",),
+    "slots": ("context",),
     "vocab": ("expert", "tensor"),
     "embed": ("fsdp",),
     "kv_heads": ("expert", "tensor"),
@@ -32,8 +34,9 @@ LOGICAL_TO_MESH = {
     "expert_width": ("tensor",),
     "expert_width_blocks": ("tensor",),
 }
-# Rows of the up projection are split where whole MXFP4 blocks of the down projection are.
-_UNITS = {"expert_width": 32}
+# Rows of the up projection are split where whole MXFP4 blocks of the down projection are. A ring of
+# 128 slots, which all queries see, is not worth to be split.
+_UNITS = {"expert_width": 32, "slots": 128}
 _AT_REST = "fsdp"  # What splits weights only until they are used.
 
 
@@ -49,6 +52,7 @@ def make_mesh(
     *,
     data: int = 1,
     fsdp: int = 1,
+    context: int = 1,
     expert: int = 1,
     tensor: int = 1,
     devices: Sequence[jax.Device] | None = None,
@@ -59,6 +63,8 @@ def make_mesh(
       data: Devices that split the batch.
       fsdp: Devices that split the batch and, until they are used, all weights: to train, or where
         memory is short.
+      context: Devices that split the tokens of a prompt and the slots of the cache: for contexts
+        that are too long for one.
       expert: Devices that split the experts; with `tensor`, heads and vocabulary as well.
       tensor: Devices that split the width of each expert.
       devices: Their product in devices; the first of `jax.devices()` if None.
@@ -66,7 +72,7 @@ def make_mesh(
     Raises:
       ValueError: If there are fewer devices than asked for.
     """
-    sizes = dict(zip(MESH_AXES, (data, fsdp, expert, tensor), strict=True))
+    sizes = dict(zip(MESH_AXES, (data, fsdp, context, expert, tensor), strict=True))
     shape = tuple(sizes.values())
     if min(shape) < 1:
         raise ValueError(f"the sizes of a mesh must be at least 1, got {spelled(sizes)}.")
@@ -186,4 +192,4 @@ def _most(mesh: Mesh | AbstractMesh, names: Sequence[str], units: float | None) 
     subsets = itertools.chain.from_iterable(
         itertools.combinations(names, size) for size in range(len(names), -1, -1)
     )
-    return max((x for x in subsets if units is None or units % count(x) == 0), key=count)
+    return max((x for x in subsets if not x or units is None or units % count(x) == 0), key=count)

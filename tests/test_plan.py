@@ -46,7 +46,7 @@ def test_other_names_are_refused(text):
 
 
 @pytest.mark.parametrize("experts", ["mxfp4", "dense"])
-@pytest.mark.parametrize("axes", [{}, {"expert": 4, "tensor": 2}, {"fsdp": 4, "expert": 2}])
+@pytest.mark.parametrize("axes", [{}, {"expert": 4, "tensor": 2}, {"fsdp": 2, "context": 4}])
 def test_bytes_are_those_that_lie_on_a_device(shardable, axes, experts):
     mesh = make_mesh(**axes)
     model = random_model(shardable, experts=experts, mesh=mesh)

@@ -9,9 +9,14 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 from random_model import random_model
+from sizes import SHARDABLE
 
 from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B
+from gpt_oss_jax.generate import generate_batch
+from gpt_oss_jax.kernels import sharded
 from gpt_oss_jax.model import Transformer, init_cache
+from gpt_oss_jax.model.cache import cache_sharding
+from gpt_oss_jax.sampling import SamplingParams
 from gpt_oss_jax.sharding import make_mesh, named_sharding, preset, spelled
 
 MESHES = [
@@ -21,7 +26,6 @@ MESHES = [
     {"expert": 2, "tensor": 4},
     {"expert": 4, "tensor": 2},
     {"tensor": 8},
-    {"fsdp": 2},
     {"fsdp": 4, "tensor": 2},
 ]
 
@@ -57,6 +61,67 @@ def test_a_mesh_gives_the_logits_of_one_device(shardable, axes):
     )
 
 
+def chunks(model, place=lambda x: x):
+    """Logits of rows of several lengths, in chunks, and of a token after them; and the cache."""
+    lengths = np.array([16, 9, 0, 13])
+    tokens = np.random.default_rng(0).integers(0, 112, (6, 4, 16), np.int32)
+    cache = jax.tree.map(place, init_cache(model.config, 4, 256, jnp.float32, ring=8))
+    forward, found = jax.jit(type(model).forward), []
+    for i, chunk in enumerate(tokens):
+        offsets = np.arange(16 if i < 5 else 1, dtype=np.int32)
+        positions = np.where(offsets < lengths[:, None], i * lengths[:, None] + offsets, -1)
+        logits, cache = forward(model, chunk[:, : len(offsets)], positions.astype(np.int32), cache)
+        found.append(np.where(positions[..., None] < 0, 0, logits))
+    return np.concatenate(found, axis=1), cache
+
+
+@pytest.fixture(scope="module")
+def chunks_of_one_device():
+    return chunks(random_model(SHARDABLE))[0]
+
+
+@pytest.mark.parametrize(
+    "axes", [{"context": 2}, {"context": 2, "fsdp": 2, "tensor": 2}], ids=spelled
+)
+def test_a_split_context_gives_the_logits_of_one_device(chunks_of_one_device, axes):
+    """Of chunks of a prompt and of a decode step, in layers with a ring and with all slots."""
+    mesh, want = make_mesh(**axes), chunks_of_one_device
+    place = lambda x: jax.device_put(x, cache_sharding(mesh, x, 4))
+    got, cache = chunks(random_model(SHARDABLE, mesh=mesh), place)
+    assert [x.sharding.shard_shape(x.shape)[1] for x in cache.k] == [8, 128]
+    np.testing.assert_allclose(got, want, atol=2e-6 * float(np.ptp(want)))
+
+
+def test_generation_with_a_split_context(shardable):
+    """Keys are gathered for chunks of 128, and stay where they are for one token."""
+    prompts = [list(range(100)) * 2, [5] * 40]
+    one, two = (
+        generate_batch(
+            random_model(shardable, mesh=mesh), prompts, max_tokens=6, sampling=SamplingParams(0.0)
+        )
+        for mesh in (None, make_mesh(context=4))
+    )
+    assert [x.tokens for x in one] == [x.tokens for x in two]
+    keys = jnp.zeros((2, 512, 4, 10))
+    for tokens, moved in (128, False), (1, True):
+        queries = jnp.zeros((2, tokens, 4, 3, 10))
+        assert sharded.moves_queries(make_mesh(context=4), queries, keys) == moved
+
+
+def test_a_decode_step_moves_no_keys(shardable):
+    mesh = make_mesh(context=4)
+    m = random_model(shardable, mesh=mesh)
+    cache = jax.tree.map(
+        lambda x: jax.device_put(x, cache_sharding(mesh, x, 4)),
+        init_cache(shardable, 1, 512, jnp.float32),
+    )
+    token = np.ones((1, 1), np.int32)
+    text = jax.jit(type(m).forward).lower(m, token, token, cache).compile().as_text()
+    moved = re.findall(r" = \(?(\S+?)\[([\d,]*)\].* (?:all-|collective-|reduce-s)", text)
+    sizes = [np.prod([int(n) for n in shape.split(",")]) for _, shape in moved]
+    assert sizes and max(sizes) <= 4 * 3 * 10  # The heads of one query; of keys there are 20,480.
+
+
 @pytest.mark.parametrize("axes", [{"tensor": 4}, {"expert": 4, "tensor": 2}])
 @pytest.mark.parametrize("length", [1, 40])
 def test_dense_experts_on_a_mesh(shardable, axes, length):
@@ -83,12 +148,12 @@ def test_no_packed_byte_leaves_its_device(shardable, rows, length):
 
 @pytest.mark.parametrize(
     ("axes", "experts"),
-    [({"expert": 4, "tensor": 2}, "mxfp4"), ({"data": 2, "fsdp": 2, "expert": 2}, "dense")],
+    [({"expert": 4, "tensor": 2}, "mxfp4"), ({"data": 2, "fsdp": 2, "context": 2}, "dense")],
     ids=str,
 )
 def test_gradients_on_a_mesh_are_those_of_one_device(shardable, axes, experts):
     """And lie where the weights do."""
-    tokens = jax.random.randint(jax.random.key(0), (4, 13), 0, shardable.vocab_size)
+    tokens = jax.random.randint(jax.random.key(0), (4, 14), 0, shardable.vocab_size)
 
     def gradients(model):
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
@@ -150,20 +215,17 @@ def test_every_weight_names_its_axes(shardable):
         named_sharding(make_mesh(), variable.axes, variable.shape)
 
 
-@pytest.mark.parametrize(
-    ("devices", "mesh"),
-    [
+def test_presets():
+    released = [weights(config) for config in (GPT_OSS_20B, GPT_OSS_120B)]
+    for devices, mesh in [
         (1, "none"),
         (2, "expert=2"),
         (4, "expert=4"),
         (7, "expert=2,tensor=3"),  # Of which one stays idle: 7 divides nothing.
         (8, "expert=8"),
         (16, "expert=8,tensor=2"),  # As 16 do not divide the heads.
-    ],
-)
-def test_presets(devices, mesh):
-    for config in (GPT_OSS_20B, GPT_OSS_120B):
-        assert spelled(preset(weights(config), devices)) == mesh
+    ]:
+        assert [spelled(preset(x, devices)) for x in released] == [mesh] * 2
 
 
 def test_a_preset_leaves_devices_idle_where_nothing_divides(shardable, tiny):

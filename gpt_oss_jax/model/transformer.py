@@ -25,6 +25,7 @@ from gpt_oss_jax.model.layers import Embedding, Linear, RMSNorm, placed
 from gpt_oss_jax.model.moe import EXPERT_FORMATS, MoE
 from gpt_oss_jax.model.rope import cos_sin
 from gpt_oss_jax.model.tap import Tap
+from gpt_oss_jax.sharding import named_sharding
 
 
 class Block(nnx.Module):
@@ -204,6 +205,7 @@ class Transformer(nnx.Module):
         embedding = placed(self.embedding, self.mesh, in_use=False)
         gathered = functools.partial(placed, mesh=self.mesh, in_use=True)
         x_BTD = tap("embedding", embedding(tokens_BT))
+        x_BTD = self._split(x_BTD)
         keys, values = [], []
         for layer in self.layers:
             x_BTD, k_new, v_new = gathered(layer)(x_BTD, context)
@@ -218,6 +220,14 @@ class Transformer(nnx.Module):
         if cache is not None:
             cache = _updated(cache, keys, values, positions_BT)
         return (logits, cache, tap.captured) if tap.captures else (logits, cache)
+
+    def _split(self, x_BTD: jax.Array) -> jax.Array:
+        """Rows, then tokens, split over the mesh: XLA does not see how to do both at once."""
+        for axes in ("batch", None, None), ("batch", "tokens", None):
+            if self.mesh is not None:
+                where = named_sharding(self.mesh, axes, x_BTD.shape)
+                x_BTD = jax.lax.with_sharding_constraint(x_BTD, where)
+        return x_BTD
 
     def _few_launches(self, rows: int) -> bool:
         """Whether blocks can run as `Block._in_few_launches`, for so many rows."""
