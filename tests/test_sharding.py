@@ -16,6 +16,7 @@ from gpt_oss_jax.generate import generate_batch
 from gpt_oss_jax.kernels import sharded
 from gpt_oss_jax.model import Transformer, init_cache
 from gpt_oss_jax.model.cache import cache_sharding
+from gpt_oss_jax.plan import variables
 from gpt_oss_jax.sampling import SamplingParams
 from gpt_oss_jax.sharding import make_mesh, named_sharding, preset, spelled
 
@@ -216,7 +217,10 @@ def test_every_weight_names_its_axes(shardable):
 
 
 def test_presets():
-    released = [weights(config) for config in (GPT_OSS_20B, GPT_OSS_120B)]
+    released = [
+        variables(config, jnp.dtype(jnp.bfloat16), "mxfp4").values()
+        for config in (GPT_OSS_20B, GPT_OSS_120B)
+    ]
     for devices, mesh in [
         (1, "none"),
         (2, "expert=2"),
@@ -246,7 +250,7 @@ def test_explicit_axes_are_refused():
 
 def test_a_mesh_of_other_axes_is_refused():
     mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
-    with pytest.raises(ValueError, match="must have some of the axes data, fsdp, expert"):
+    with pytest.raises(ValueError, match="some of the axes data, fsdp, context, expert"):
         named_sharding(mesh, ("batch",))
 
 
