@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from gpt_oss_jax.config import Config
 from gpt_oss_jax.model import Transformer, init_cache
+from gpt_oss_jax.model.cache import cache_sharding
 from gpt_oss_jax.model.layers import rows_whole
 from gpt_oss_jax.model.moe import can_use_words
 from gpt_oss_jax.sharding import named_sharding
@@ -99,8 +100,8 @@ def compile_step(
                     projection.use_words(form=expert_form)
         return model
 
-    def on_mesh(x, axes, shape=None):
-        where = named_sharding(mesh, axes, shape or x.shape)
+    def on_mesh(x, axes):
+        where = named_sharding(mesh, axes, x.shape)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
     graphdef, state = nnx.split(nnx.eval_shape(make))
@@ -111,9 +112,9 @@ def compile_step(
         jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=where)
     )
     leaves, tree = jax.tree.flatten(nnx.from_flat_state(flat.items()))
-    axes = ("batch", None, "kv_heads")
+    kv_heads = config.num_key_value_heads
     cache = jax.tree.map(
-        lambda x: on_mesh(x, axes[: x.ndim], (*x.shape[:2], config.num_key_value_heads)[: x.ndim]),
+        lambda x: x.update(sharding=cache_sharding(mesh, x, kv_heads)),
         jax.eval_shape(lambda: init_cache(config, batch, context, dtype)),
     )
     rows = on_mesh(jax.ShapeDtypeStruct((batch, tokens), jnp.int32), ("batch", None))

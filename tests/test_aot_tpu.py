@@ -12,7 +12,7 @@ pytest.importorskip("libtpu", reason="`make test-tpu` installs the compiler for 
 
 from gpt_oss_jax import aot
 from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B
-from gpt_oss_jax.kernels import attention, expert_mlp
+from gpt_oss_jax.kernels import attention, expert_mlp, store_and_attend
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.model.moe import EXPERT_FORMS
 from gpt_oss_jax.quant import MXArray
@@ -150,3 +150,25 @@ def test_steps_of_whole_models(kind, devices, tokens):
 
 def size(shape: str) -> int:
     return functools.reduce(lambda a, b: a * int(b), filter(None, shape.split(",")), 1)
+
+
+def test_no_slot_leaves_its_device_where_the_context_is_split():
+    """By itself XLA gathers the cache to write one token."""
+    mesh = make_mesh(context=4, devices=aot.devices("v6e", 4))
+
+    def array(shape, *axes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, axes, shape))
+
+    new, row = array((1, 1, 8, 64), *[None] * 4), array((1, 1), None, None, dtype=jnp.int32)
+    cache = array((1, 4096, 512), None, "slots", None)
+    q, sinks = array((1, 1, 8, 8, 64), *[None] * 5), array((8, 8), None, None)
+    positions = array((1, 4096), None, None, dtype=jnp.int32)
+
+    def step(k_BSL, v_BSL, q, new, sinks, row, positions):
+        where = {"slots_BT": row, "q_pos_BT": row, "k_pos_BS": positions, "window": None}
+        return store_and_attend(q, new, new, k_BSL, v_BSL, sinks, **where, mesh=mesh)
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        run = jax.jit(step, donate_argnums=(0, 1))
+        text = run.lower(cache, cache, q, new, sinks, row, positions).compile().as_text()
+    assert "all-reduce" in text and "all-gather" not in text

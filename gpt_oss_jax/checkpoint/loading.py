@@ -31,7 +31,7 @@ from gpt_oss_jax.kernels.target import platform
 from gpt_oss_jax.model import Transformer
 from gpt_oss_jax.model.moe import EXPERT_FORMS, can_use_words
 from gpt_oss_jax.quant.tpu_folded import SPAN
-from gpt_oss_jax.sharding import named_sharding
+from gpt_oss_jax.sharding import named_sharding, spelled
 
 _LOGGER = logging.getLogger(__name__)
 # Not an attribute of the model: what is compiled for one would not serve another.
@@ -234,10 +234,9 @@ def _tell_what_is_not_split(variables, targets, mesh: Mesh) -> None:
             shard = targets[path].sharding.shard_shape(x.shape)
             found[name] = found.get(name, 0) + math.prod(shard) * targets[path].dtype.itemsize
     if found:
-        sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
         _LOGGER.warning(
             "the mesh %s does not divide %s: each device holds %.2f GB of them",
-            sizes, "; ".join(sorted(found)), sum(found.values()) / 1e9,
+            spelled(mesh.shape), "; ".join(sorted(found)), sum(found.values()) / 1e9,
         )  # fmt: skip
 
 

@@ -12,13 +12,14 @@ from gpt_oss_jax.cli.terminal import (
     mesh_axes,
     positive,
     remark,
+    say_one_of,
     sizes,
     write,
 )
 from gpt_oss_jax.config import Config
 from gpt_oss_jax.generate.loop import prompt_calls
 from gpt_oss_jax.plan import GIB, KINDS, POOL, Plan, parse_device, plan
-from gpt_oss_jax.sharding import make_mesh
+from gpt_oss_jax.sharding import make_mesh, spelled
 
 _DEFAULT_POOL = 0.75  # Of a GPU's memory, what JAX takes by itself.
 
@@ -47,7 +48,10 @@ def add(commands) -> None:
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument(
-        "--mesh", type=mesh_axes, metavar="AXIS=N,...", help="default: what leaves most memory free"
+        "--mesh",
+        type=mesh_axes,
+        metavar="AXIS=N,...",
+        help="none: one device; default: one GPU if that is enough, else all devices",
     )
     add_expert_form(parser)
     parser.add_argument(
@@ -78,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
     found = plan(config, kind, devices, **options)
     write(f"{args.model} on {_devices(found)}, {args.dtype}, ")
     write(f"context {args.context:,} tokens, batch {args.batch}\n\n{_table(found)}\n")
+    if found.spread:
+        say_one_of(args.model, devices, found.spread)
     if args.compile:
         _ask_compiler(config, found, dtype)
     return 0 if found.fits else 1
@@ -85,9 +91,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _devices(found: Plan) -> str:
     count = math.prod(found.mesh.values())
-    axes = ",".join(f"{name}={size}" for name, size in found.mesh.items() if size > 1)
-    what = f"{count} x {found.kind.name}" if count > 1 else found.kind.name
-    return f"{what} (--mesh {axes})" if axes else what
+    if count == 1:
+        return found.kind.name
+    return f"{count} x {found.kind.name} (--mesh {spelled(found.mesh)})"
 
 
 def _table(found: Plan) -> str:

@@ -18,8 +18,8 @@ from gpt_oss_jax.config import Config
 from gpt_oss_jax.kernels.dispatch import say_once
 from gpt_oss_jax.kernels.target import platform
 from gpt_oss_jax.model import Cache, Transformer, init_cache
+from gpt_oss_jax.model.cache import cache_sharding
 from gpt_oss_jax.sampling import sample
-from gpt_oss_jax.sharding import named_sharding
 
 STEPS = 16  # Tokens a row and call at most.
 # What XLA puts into CUDA graphs: what it does by itself on one GPU, and loops.
@@ -74,13 +74,9 @@ class Skeleton:
         if self.mesh is None:
             return tree
 
-        def place(x):
-            axes = ("batch", None, "kv_heads")[: x.ndim]
-            # Heads lie side by side, and none is cut.
-            shape = (*x.shape[:2], self.config.num_key_value_heads)[: x.ndim]
-            return lax.with_sharding_constraint(x, named_sharding(self.mesh, axes, shape))
-
-        return jax.tree.map(place, tree)
+        kv_heads = self.config.num_key_value_heads
+        where = jax.tree.map(lambda x: cache_sharding(self.mesh, x, kv_heads), tree)
+        return lax.with_sharding_constraint(tree, where)
 
 
 _skeleton = functools.cache(Skeleton)

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.layout import Format, Layout
-from jax.sharding import Sharding
+from jax.sharding import Mesh, Sharding
 
 from gpt_oss_jax.kernels import einsum
+from gpt_oss_jax.sharding import named_sharding
 
 
 class Packed(nnx.Variable):
@@ -20,6 +21,25 @@ class Packed(nnx.Variable):
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float, dtype) -> jax.Array:
     """Random weights with a standard deviation of `scale`."""
     return (scale * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
+
+
+def placed(module: nnx.Module, mesh: Mesh | None, *, in_use: bool) -> nnx.Module:
+    """The module with its weights where they rest or, gathered, are used; so are their gradients.
+
+    Those of gathered weights go back to where the weights rest.
+    """
+
+    def place(x: nnx.Variable) -> nnx.Variable:
+        at_rest = named_sharding(mesh, x.axes, x.shape)
+        used = named_sharding(mesh, x.axes, x.shape, in_use=True)
+        if used == at_rest:
+            return x
+        for where in (at_rest, used) if in_use else (at_rest,):
+            x = x.replace(jax.lax.with_sharding_constraint(x[...], where))
+        return x
+
+    is_variable = lambda x: isinstance(x, nnx.Variable)
+    return module if mesh is None else jax.tree.map(place, module, is_leaf=is_variable)
 
 
 def rows_whole(sharding: Sharding) -> Format:

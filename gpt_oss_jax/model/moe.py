@@ -147,13 +147,12 @@ class MoE(nnx.Module):
         self, x_BTD: jax.Array, experts_BTX: jax.Array, weights_BTX: jax.Array, context: Context
     ) -> jax.Array:
         """The weighted sum of these experts' outputs, [B, T, D]."""
-        y_MD = expert_mlp(
-            x_BTD.reshape(-1, x_BTD.shape[-1]),
-            experts_BTX.reshape(-1, self.experts_per_token),
-            weights_BTX.reshape(-1, self.experts_per_token),
+        return expert_mlp(
+            x_BTD,
+            experts_BTX,
+            weights_BTX,
             ExpertWeights(self.up.matrix, self.up.bias[...], self.down.matrix, self.down.bias[...]),
             limit=self.limit,
             implementation=context.implementation,
             mesh=context.mesh,
         )
-        return y_MD.reshape(x_BTD.shape)
