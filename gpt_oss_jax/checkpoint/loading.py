@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from gpt_oss_jax.checkpoint import synthetic
 from gpt_oss_jax.checkpoint.experts import Source, model_kind, with_experts
@@ -28,6 +28,7 @@ from gpt_oss_jax.checkpoint.source import open_safetensors
 from gpt_oss_jax.checkpoint.stream import Request
 from gpt_oss_jax.kernels.target import platform
 from gpt_oss_jax.model import Transformer
+from gpt_oss_jax.model.layers import rows_whole
 from gpt_oss_jax.model.moe import can_use_words
 from gpt_oss_jax.sharding import named_sharding
 
@@ -83,16 +84,8 @@ def load(
         # One dense matrix makes all of them dense: a model holds its experts in one way.
         config, kind = source.config, model_kind(source)
         arrays = lambda targets: _arrays(with_experts(source, kind), targets)
-    abstract = nnx.eval_shape(
-        lambda: Transformer(
-            config,
-            rngs=nnx.Rngs(0),
-            dtype=dtype,
-            experts=kind,
-            implementation=implementation,
-            mesh=mesh,
-        )
-    )
+    options = {"dtype": dtype, "experts": kind, "implementation": implementation, "mesh": mesh}
+    abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), **options))
     graphdef, state = nnx.split(abstract)
     variables = {"/".join(map(str, path)): x for path, x in nnx.to_flat_state(state)}
     targets = {path: _target(variable, mesh) for path, variable in variables.items()}
@@ -108,13 +101,52 @@ def load(
     model = nnx.merge(graphdef, nnx.from_flat_state(flat))
     if _platform(mesh) == "tpu":
         model.embedding.use_rows()
-        named = implementation in (None, "mosaic_tpu")
-        if kind == "mxfp4" and named and can_use_words(config, mesh):
+        if _in_words(model, kind):
             for layer in model.layers:
                 layer.mlp.use_words(mesh)
     if folder is not None:
         _ORIGINS[model] = folder
     return model
+
+
+def outline(
+    config: Config, *, experts: str = "mxfp4", mesh: Mesh | None = None, dtype=None
+) -> Transformer:
+    """The model that `load` returns, with `jax.ShapeDtypeStruct`s for arrays.
+
+    Programs lowered from it are those that run on the loaded one.
+
+    Args:
+      config: Sizes.
+      experts: "mxfp4" or "dense".
+      mesh: See `load`.
+      dtype: See `load`.
+    """
+    dtype = _dtype(dtype, mesh)
+
+    def make():
+        options = {"dtype": dtype, "experts": experts, "mesh": mesh}
+        model = Transformer(config, rngs=nnx.Rngs(0), **options)
+        if _platform(mesh) == "tpu" and _in_words(model, experts):
+            for layer in model.layers:
+                layer.mlp.use_words()
+        return model
+
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    flat = {path: x.replace(_target(x, mesh)) for path, x in nnx.to_flat_state(state)}
+    if _platform(mesh) == "tpu":
+        variable = flat["embedding", "weight"]
+        x = variable[...]
+        where = x.sharding or SingleDeviceSharding(jax.config.jax_default_device or jax.devices()[0])
+        table = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows_whole(where))
+        flat["embedding", "weight"] = variable.replace(table)
+    return nnx.merge(graphdef, nnx.from_flat_state(flat.items()))
+
+
+def _in_words(model: Transformer, experts: str) -> bool:
+    """Whether kernels for TPU will run, whose order experts are put into."""
+    named = model.implementation in (None, "mosaic_tpu")
+    return experts == "mxfp4" and named and can_use_words(model.config, model.mesh)
 
 
 def origin(model: Transformer) -> Folder | None:

@@ -150,8 +150,12 @@ def decode(leaves, state, sampling, stops_K, steps, skeleton):
       The new state, and a block: tokens int32 [B, STEPS], -1 where there is none, their
       log-probabilities, and whether any row still runs.
     """
-    run = _decode_program(platform() == "gpu" and skeleton.mesh is None)
-    return run(leaves, state, sampling, stops_K, steps, skeleton)
+    return decode_program(skeleton)(leaves, state, sampling, stops_K, steps, skeleton)
+
+
+def decode_program(skeleton: Skeleton):
+    """What `decode` calls, jitted, for the device that is there or named."""
+    return _decode_program(platform() == "gpu" and skeleton.mesh is None)
 
 
 @functools.cache

@@ -71,9 +71,9 @@ def _dispatched(model, prompts, lasts, n, sampling, stops):
     if budget == 0:
         return
     skeleton, leaves = device.split(model)
-    slots = bucket(min(furthest, longest + _ROOM), _MIN_SLOTS)
+    slots = first_slots(longest, furthest)
     state = _prefilled(leaves, skeleton, slots, prompts, lasts, n, sampling.seed)
-    padding = bucket(len(stops), 4) - len(stops)
+    padding = stop_slots(len(stops)) - len(stops)
     stops_K = np.array([*stops, *[-1] * padding], np.int32)
 
     taken, steps, block = 0, 1, ()
@@ -122,6 +122,16 @@ def _prefilled(leaves, skeleton, slots, prompts, lasts, n, seed) -> device.Decod
         of_rows((lasts[row // n] for row in range(rows)), -1),
         skeleton,
     )
+
+
+def first_slots(longest: int, furthest: int) -> int:
+    """Slots of the cache to begin with, for prompts and a last position of these; it grows."""
+    return bucket(min(furthest, longest + _ROOM), _MIN_SLOTS)
+
+
+def stop_slots(stops: int) -> int:
+    """Length of the array in which so many stop tokens come."""
+    return bucket(stops, 4)
 
 
 def prompt_chunk(longest: int, rows: int, kind: str) -> int:
