@@ -135,11 +135,12 @@ def outline(
     graphdef, state = nnx.split(nnx.eval_shape(make))
     flat = {path: x.replace(_target(x, mesh)) for path, x in nnx.to_flat_state(state)}
     if _platform(mesh) == "tpu":
-        variable = flat["embedding", "weight"]
-        x = variable[...]
-        where = x.sharding or SingleDeviceSharding(jax.config.jax_default_device or jax.devices()[0])
-        table = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows_whole(where))
-        flat["embedding", "weight"] = variable.replace(table)
+        ours = SingleDeviceSharding(jax.config.jax_default_device or jax.devices()[0])
+        table = flat["embedding", "weight"]
+        where = rows_whole(table.sharding or ours)
+        flat["embedding", "weight"] = table.replace(
+            jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=where)
+        )
     return nnx.merge(graphdef, nnx.from_flat_state(flat.items()))
 
 

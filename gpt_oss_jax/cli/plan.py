@@ -7,13 +7,16 @@ import os
 import jax.numpy as jnp
 
 from gpt_oss_jax import aot
-from gpt_oss_jax.checkpoint import open_source, synthetic
+from gpt_oss_jax.checkpoint import open_source, outline, synthetic
 from gpt_oss_jax.checkpoint.experts import model_kind
 from gpt_oss_jax.checkpoint.hub import ALIASES
 from gpt_oss_jax.cli.terminal import mesh_axes, positive, remark, write
 from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B, Config
+from gpt_oss_jax.generate import ahead
 from gpt_oss_jax.generate.loop import prompt_chunk
+from gpt_oss_jax.model.cache import MIN_SLOTS, bucket
 from gpt_oss_jax.plan import GIB, KINDS, POOL, Plan, parse_device, plan
+from gpt_oss_jax.sampling import SamplingParams
 from gpt_oss_jax.sharding import make_mesh
 
 _DEFAULT_POOL = 0.75  # Of a GPU's memory, what JAX takes by itself.
@@ -59,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     kind, devices = parse_device(args.device)
     if args.compile and kind.platform != "tpu":
         raise ValueError("--compile asks the compiler for TPU; name a TPU.")
-    config, experts = _sizes(args.model)
+    config, experts = sizes_of(args.model)
     if args.compile and experts != "mxfp4":
         raise ValueError("--compile asks about MXFP4 experts; this checkpoint has others.")
     dtype = jnp.dtype(args.dtype)
@@ -72,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if found.fits else 1
 
 
-def _sizes(name: str) -> tuple[Config, str]:
+def sizes_of(name: str) -> tuple[Config, str]:
     """Config and kind of the experts; those of the released models are known."""
     if name.startswith(synthetic.PREFIX):
         return synthetic.config_of(name), "mxfp4"
@@ -136,23 +139,24 @@ def _table(found: Plan) -> str:
 
 
 def _ask_compiler(config: Config, found: Plan, dtype) -> None:
-    mesh = make_mesh(
-        **found.mesh, devices=aot.devices(found.kind.name, math.prod(found.mesh.values()))
-    )
+    count = math.prod(found.mesh.values())
+    devices = aot.devices(found.kind.name, count)
+    rows, slots = bucket(found.batch), bucket(found.context - 1, MIN_SLOTS)
+    chunk = prompt_chunk(found.context, rows, found.kind.platform)
     arguments, temporaries = 0, {}
-    chunk = prompt_chunk(found.context, found.batch, found.kind.platform)
-    for name, tokens in (("decode", 1), ("prefill", min(found.context, chunk))):
-        remark(f"compiling {name} for {found.kind.name}")
-        program = aot.compile_step(
-            config, mesh, tokens=tokens, context=found.context, batch=found.batch, dtype=dtype
-        )
-        memory = program.memory_analysis()
-        # What a program does not use stays where it is.
-        arguments = max(arguments, memory.argument_size_in_bytes)
-        temporaries[name] = memory.temp_size_in_bytes
+    with aot.in_place_of_ours(devices[0]):
+        mesh = make_mesh(**found.mesh, devices=devices) if count > 1 else None
+        model = outline(config, mesh=mesh, dtype=dtype)
+        remark(f"compiling for {found.kind.name}")
+        for program in ahead.of_cache(model, rows, slots, [chunk], [SamplingParams()]):
+            remark(program.what)
+            memory = program.compiled.memory_analysis()
+            # What a program does not use stays where it is.
+            arguments = max(arguments, memory.argument_size_in_bytes)
+            temporaries[program.name] = memory.temp_size_in_bytes
     total = arguments + max(temporaries.values())
     estimate = found.weights + found.cache + found.workspace
-    parts = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in temporaries.items())
+    parts = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in temporaries.items() if size)
     write(
         f"\nThe compiler: {total / GIB:.2f} GiB, of these {arguments / GIB:.2f} weights and cache; "
         f"temporaries of {parts}.\nEstimated were {estimate / GIB:.2f} GiB, "
