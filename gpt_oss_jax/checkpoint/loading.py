@@ -26,6 +26,7 @@ from gpt_oss_jax.checkpoint.orbax import is_orbax, open_orbax
 from gpt_oss_jax.checkpoint.progress import progress
 from gpt_oss_jax.checkpoint.source import open_safetensors
 from gpt_oss_jax.checkpoint.stream import Request
+from gpt_oss_jax.config import Config
 from gpt_oss_jax.kernels.target import platform
 from gpt_oss_jax.model import Transformer
 from gpt_oss_jax.model.layers import rows_whole

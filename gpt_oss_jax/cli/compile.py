@@ -87,6 +87,11 @@ def run(args: argparse.Namespace) -> int:
         else:
             device, mesh = _named(args, config, experts)
             stack.enter_context(aot.in_place_of_ours(device))
+        if device.platform == "tpu" and jax.__version_info__ < (0, 11):
+            # Its names of programs hold the paths and lines of the code that leads to a kernel.
+            raise ValueError(
+                f"programs for TPU are found again from JAX 0.11 on, not {jax.__version__}."
+            )
         if args.output is not None:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             stack.enter_context(compile_archive.kept_in(directory))
@@ -128,12 +133,12 @@ def _named(args: argparse.Namespace, config: Config, experts: str):
 def _watched(programs, directory: Path) -> int:
     """Says of each program how long it took; returns how many there were."""
     known, count, start = set(compile_archive.programs(directory)), 0, time.perf_counter()
-    for count, program in enumerate(programs, 1):
+    for program in programs:
         now = set(compile_archive.programs(directory))
         size = sum(path.stat().st_size for path in now - known)
-        kept = f"{size / 1e6:.1f} MB" if size else "was there"
+        kept = f"{size / 1e6:.2f} MB" if size else "was there"
         remark(f"{program.what}: {time.perf_counter() - start:.1f} s, {kept}")
-        known, start = now, time.perf_counter()
+        known, count, start = now, count + 1, time.perf_counter()
     return count
 
 

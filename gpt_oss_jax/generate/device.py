@@ -93,9 +93,11 @@ def split(model: Transformer) -> tuple[Skeleton, tuple[jax.Array, ...]]:
     return _skeleton(treedef, model.config, mesh), tuple(leaves)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+# A cache is bound to a device if the weights are, as `prefill` returns it: otherwise a prompt's
+# first chunk and its second would be two programs. Unused arguments bind nothing.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), keep_unused=True)
 def empty_cache(leaves, skeleton, rows, slots):
-    """An empty cache, on the mesh of the weights."""
+    """An empty cache, where the weights are."""
     dtype = skeleton.model(leaves).dtype
     return skeleton.placed(init_cache(skeleton.config, rows, slots, dtype))
 
