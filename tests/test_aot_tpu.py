@@ -11,11 +11,14 @@ import pytest
 pytest.importorskip("libtpu", reason="`make test-tpu` installs the compiler for TPU")
 
 from gpt_oss_jax import aot
+from gpt_oss_jax.checkpoint import outline
 from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B
+from gpt_oss_jax.generate import ahead
 from gpt_oss_jax.kernels import attention, expert_mlp, store_and_attend
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.model.moe import EXPERT_FORMS
 from gpt_oss_jax.quant import MXArray
+from gpt_oss_jax.sampling import SamplingParams
 from gpt_oss_jax.sharding import make_mesh, named_sharding
 
 KINDS = ("v5e", "v5p", "v6e", "tpu7x")
@@ -32,7 +35,8 @@ class Target:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     def compile(self, function, *args):
-        return aot.compile_for(self.mesh, function, *args)
+        with aot.in_place_of_ours(self.mesh.devices.flat[0]):
+            return jax.jit(function).lower(*args).compile()
 
 
 target = functools.cache(Target)
@@ -127,13 +131,23 @@ def test_attention_reads_the_cache_in_place(kind, T, S, window, dtype):
     assert memory.temp_size_in_bytes < cache / 100 + (3 << 20)
 
 
-@pytest.mark.parametrize("tokens", [1, 256])
-@pytest.mark.parametrize(("kind", "devices"), [("v5e", 1), ("v5e", 8), ("v6e", 4), ("v5p", 4)])
-def test_steps_of_whole_models(kind, devices, tokens):
+@pytest.mark.parametrize(("kind", "count"), [("v5e", 1), ("v5e", 8), ("v6e", 4), ("v5p", 4)])
+def test_programs_of_whole_models(kind, count):
     """Kernels for every layer, rows and no weights between devices, and no weight copied."""
-    config = dataclasses.replace(GPT_OSS_120B, num_hidden_layers=3)
-    mesh = make_mesh(expert=devices, devices=aot.devices(kind, devices))
-    program = aot.compile_step(config, mesh, tokens=tokens, context=2048)
+    config, devices = (
+        dataclasses.replace(GPT_OSS_120B, num_hidden_layers=3),
+        aot.devices(kind, count),
+    )
+    mesh = make_mesh(expert=count, devices=devices) if count > 1 else None
+    options = {"memory": 0, "samplings": [SamplingParams(0.0)]}
+    with aot.in_place_of_ours(devices[0]):
+        found = ahead.of_cache(outline(config, mesh=mesh), 1, 2048, [256], **options)
+        programs = {program.name: program.compiled for program in found}
+    check(config, programs["decode"], 1, count)
+    check(config, programs["prefill"], 256, count)
+
+
+def check(config, program, tokens, devices):
     text = program.as_text()
     calls = re.findall(r'"tpu_custom_call".*op_name="(?:[^"]*/)?(expert_up|attention)_', text)
     # Of a prompt's last layer only keys and values are computed: nobody uses what it gives.
@@ -168,7 +182,7 @@ def test_no_slot_leaves_its_device_where_the_context_is_split():
         where = {"slots_BT": row, "q_pos_BT": row, "k_pos_BS": positions, "window": None}
         return store_and_attend(q, new, new, k_BSL, v_BSL, sinks, **where, mesh=mesh)
 
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    with aot.in_place_of_ours(mesh.devices.flat[0]):
         run = jax.jit(step, donate_argnums=(0, 1))
         text = run.lower(cache, cache, q, new, sinks, row, positions).compile().as_text()
     assert "all-reduce" in text and "all-gather" not in text

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from gpt_oss_jax.checkpoint import synthetic
 from gpt_oss_jax.checkpoint.experts import Source, model_kind, with_experts
@@ -27,8 +27,10 @@ from gpt_oss_jax.checkpoint.orbax import is_orbax, open_orbax
 from gpt_oss_jax.checkpoint.progress import progress
 from gpt_oss_jax.checkpoint.source import open_safetensors
 from gpt_oss_jax.checkpoint.stream import Request
+from gpt_oss_jax.config import Config
 from gpt_oss_jax.kernels.target import platform
 from gpt_oss_jax.model import Transformer
+from gpt_oss_jax.model.layers import rows_whole
 from gpt_oss_jax.model.moe import EXPERT_FORMS, can_use_words
 from gpt_oss_jax.quant.tpu_folded import SPAN
 from gpt_oss_jax.sharding import named_sharding, spelled
@@ -91,23 +93,10 @@ def load(
         # One dense matrix makes all of them dense: a model holds its experts in one way.
         config, kind = source.config, model_kind(source)
         arrays = lambda targets: _arrays(with_experts(source, kind), targets)
-    in_words = (
-        _platform(mesh) == "tpu"
-        and implementation in (None, "mosaic_tpu")
-        and kind == "mxfp4"
-        and can_use_words(config, mesh)
-    )
+    in_words = _in_words(config, kind, mesh, implementation)
     _check_form(expert_form, in_words)
-    abstract = nnx.eval_shape(
-        lambda: Transformer(
-            config,
-            rngs=nnx.Rngs(0),
-            dtype=dtype,
-            experts=kind,
-            implementation=implementation,
-            mesh=mesh,
-        )
-    )
+    options = {"dtype": dtype, "experts": kind, "implementation": implementation, "mesh": mesh}
+    abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), **options))
     graphdef, state = nnx.split(abstract)
     variables = {"/".join(map(str, path)): x for path, x in nnx.to_flat_state(state)}
     targets = {path: _target(variable, mesh) for path, variable in variables.items()}
@@ -129,6 +118,58 @@ def load(
     if folder is not None:
         _ORIGINS[model] = folder
     return model
+
+
+def outline(
+    config: Config,
+    *,
+    experts: str = "mxfp4",
+    mesh: Mesh | None = None,
+    dtype=None,
+    expert_form: str | None = None,
+) -> Transformer:
+    """The model that `load` returns, with `jax.ShapeDtypeStruct`s for arrays.
+
+    Programs lowered from it are those that run on the loaded one, if all of its experts fold where
+    they are to be folded.
+
+    Args:
+      config: Sizes.
+      experts: "mxfp4" or "dense".
+      mesh: See `load`.
+      dtype: See `load`.
+      expert_form: See `load`.
+    """
+    dtype, in_words = _dtype(dtype, mesh), _in_words(config, experts, mesh)
+    _check_form(expert_form, in_words)
+
+    def make():
+        options = {"dtype": dtype, "experts": experts, "mesh": mesh}
+        model = Transformer(config, rngs=nnx.Rngs(0), **options)
+        for layer in model.layers if in_words else ():
+            for projection in (layer.mlp.up, layer.mlp.down):
+                projection.use_words(form=expert_form or "packed")
+        return model
+
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    flat = {path: x.replace(_target(x, mesh)) for path, x in nnx.to_flat_state(state)}
+    if _platform(mesh) == "tpu":
+        ours = SingleDeviceSharding(jax.config.jax_default_device or jax.devices()[0])
+        table = flat["embedding", "weight"]
+        where = rows_whole(table.sharding or ours)
+        flat["embedding", "weight"] = table.replace(
+            jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=where)
+        )
+    return nnx.merge(graphdef, nnx.from_flat_state(flat.items()))
+
+
+def _in_words(
+    config: Config, experts: str, mesh: Mesh | None, implementation: str | None = None
+) -> bool:
+    """Whether kernels for TPU will run, whose order experts are put into."""
+    named = implementation in (None, "mosaic_tpu")
+    on_tpu = named and _platform(mesh) == "tpu"
+    return on_tpu and experts == "mxfp4" and can_use_words(config, mesh)
 
 
 def origin(model: Transformer) -> Folder | None:

@@ -6,6 +6,7 @@ import math
 import jax.numpy as jnp
 
 from gpt_oss_jax import aot
+from gpt_oss_jax.checkpoint import outline
 from gpt_oss_jax.cli.terminal import (
     FORMS,
     add_expert_form,
@@ -17,8 +18,11 @@ from gpt_oss_jax.cli.terminal import (
     write,
 )
 from gpt_oss_jax.config import Config
+from gpt_oss_jax.generate import ahead
 from gpt_oss_jax.generate.loop import prompt_calls
+from gpt_oss_jax.model.cache import MIN_SLOTS, bucket
 from gpt_oss_jax.plan import GIB, KINDS, POOL, Plan, parse_device, plan
+from gpt_oss_jax.sampling import SamplingParams
 from gpt_oss_jax.sharding import make_mesh, spelled
 
 _DEFAULT_POOL = 0.75  # Of a GPU's memory, what JAX takes by itself.
@@ -142,30 +146,26 @@ def _table(found: Plan) -> str:
 
 
 def _ask_compiler(config: Config, found: Plan, dtype) -> None:
-    mesh = make_mesh(
-        **found.mesh, devices=aot.devices(found.kind.name, math.prod(found.mesh.values()))
-    )
-    arguments, temporaries = 0, {}
+    count = math.prod(found.mesh.values())
+    devices = aot.devices(found.kind.name, count)
+    rows, slots = bucket(found.batch), bucket(found.context - 1, MIN_SLOTS)
     memory = found.kind.memory_gib * GIB
-    chunk = max(prompt_calls(found.context, found.batch, found.kind.platform, memory))
-    for name, tokens in (("decode", 1), ("prefill", min(found.context, chunk))):
-        remark(f"compiling {name} for {found.kind.name}")
-        program = aot.compile_step(
-            config,
-            mesh,
-            tokens=tokens,
-            context=found.context,
-            batch=found.batch,
-            dtype=dtype,
-            expert_form=found.expert_form or "packed",
-        )
-        memory = program.memory_analysis()
-        # What a program does not use stays where it is.
-        arguments = max(arguments, memory.argument_size_in_bytes)
-        temporaries[name] = memory.temp_size_in_bytes
+    chunk = max(prompt_calls(found.context, rows, found.kind.platform, memory))
+    options = {"memory": memory, "samplings": [SamplingParams()]}
+    arguments, temporaries = 0, {}
+    with aot.in_place_of_ours(devices[0]):
+        mesh = make_mesh(**found.mesh, devices=devices) if count > 1 else None
+        model = outline(config, mesh=mesh, dtype=dtype, expert_form=found.expert_form)
+        remark(f"compiling for {found.kind.name}")
+        for program in ahead.of_cache(model, rows, slots, [chunk], **options):
+            remark(program.what)
+            memory = program.compiled.memory_analysis()
+            # What a program does not use stays where it is.
+            arguments = max(arguments, memory.argument_size_in_bytes)
+            temporaries[program.name] = memory.temp_size_in_bytes
     total = arguments + max(temporaries.values())
     estimate = found.weights + found.cache + found.workspace
-    parts = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in temporaries.items())
+    parts = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in temporaries.items() if size)
     write(
         f"\nThe compiler: {total / GIB:.2f} GiB, of these {arguments / GIB:.2f} weights and cache; "
         f"temporaries of {parts}.\nEstimated were {estimate / GIB:.2f} GiB, "

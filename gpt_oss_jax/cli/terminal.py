@@ -81,10 +81,13 @@ def announced(pieces: Iterator[_T]) -> Iterator[_T]:
         yield from pieces
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """MODEL and how to load it."""
+def add_model_options(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    """MODEL, which may be left out if `optional`, and how to load it."""
     parser.add_argument(
-        "model", metavar="MODEL", help="a folder, a Hugging Face repository or tiny"
+        "model",
+        nargs="?" if optional else None,
+        metavar="MODEL",
+        help="a folder, a Hugging Face repository or tiny",
     )
     parser.add_argument(
         "--dtype",
