@@ -30,8 +30,9 @@ from gpt_oss_jax.checkpoint.stream import Request
 from gpt_oss_jax.config import Config
 from gpt_oss_jax.kernels.target import platform
 from gpt_oss_jax.model import Transformer
-from gpt_oss_jax.model.layers import rows_whole
-from gpt_oss_jax.model.moe import EXPERT_FORMS, can_use_words
+from gpt_oss_jax.model.layers import in_rows, rows_whole
+from gpt_oss_jax.model.moe import EXPERT_FORMS, MoE, can_use_words, folds, in_words
+from gpt_oss_jax.quant import MXArray
 from gpt_oss_jax.quant.tpu_folded import SPAN
 from gpt_oss_jax.sharding import named_sharding, spelled
 
@@ -93,8 +94,8 @@ def load(
         # One dense matrix makes all of them dense: a model holds its experts in one way.
         config, kind = source.config, model_kind(source)
         arrays = lambda targets: _arrays(with_experts(source, kind), targets)
-    in_words = _in_words(config, kind, mesh, implementation)
-    _check_form(expert_form, in_words)
+    use_words = _uses_words(config, kind, mesh, implementation)
+    _check_form(expert_form, use_words)
     options = {"dtype": dtype, "experts": kind, "implementation": implementation, "mesh": mesh}
     abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), **options))
     graphdef, state = nnx.split(abstract)
@@ -112,7 +113,7 @@ def load(
     model = nnx.merge(graphdef, nnx.from_flat_state(flat))
     if _platform(mesh) == "tpu":
         model.embedding.use_rows()
-    if in_words:
+    if use_words:
         names = [layer.mlp.use_words(mesh, expert_form or "packed") for layer in model.layers]
         _tell_what_is_not_folded(list(itertools.chain(*names)))
     if folder is not None:
@@ -140,13 +141,13 @@ def outline(
       dtype: See `load`.
       expert_form: See `load`.
     """
-    dtype, in_words = _dtype(dtype, mesh), _in_words(config, experts, mesh)
-    _check_form(expert_form, in_words)
+    dtype, use_words = _dtype(dtype, mesh), _uses_words(config, experts, mesh)
+    _check_form(expert_form, use_words)
 
     def make():
         options = {"dtype": dtype, "experts": experts, "mesh": mesh}
         model = Transformer(config, rngs=nnx.Rngs(0), **options)
-        for layer in model.layers if in_words else ():
+        for layer in model.layers if use_words else ():
             for projection in (layer.mlp.up, layer.mlp.down):
                 projection.use_words(form=expert_form or "packed")
         return model
@@ -163,7 +164,28 @@ def outline(
     return nnx.merge(graphdef, nnx.from_flat_state(flat.items()))
 
 
-def _in_words(
+def preparations(model: Transformer) -> Iterator[tuple[str, jax.stages.Lowered]]:
+    """What `load` itself runs on a TPU to make the model of this `outline`; named, and lowered."""
+    if _platform(model.mesh) != "tpu":
+        return
+    table = model.embedding.weight.get_value()
+    plain = jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=model.mesh and table.sharding)
+    yield "rows of the embedding", in_rows(table.sharding).lower(plain)
+    if model.layers[0].mlp.up.words_of is None:
+        return
+    form = "folded" if hasattr(model.layers[0].mlp.up, "factors") else "packed"
+    options = {"dtype": model.dtype, "experts": "mxfp4"}
+    mlp = nnx.eval_shape(lambda: MoE(model.config, 0, rngs=nnx.Rngs(0), **options))
+    for name, projection in (("up", mlp.up), ("down", mlp.down)):
+        blocks, scales = (_target(x, model.mesh) for x in (projection.blocks, projection.scales))
+        matrix = MXArray(blocks, scales)
+        if form == "folded":
+            yield f"whether experts fold, {name}", folds.lower(matrix)
+        run = in_words(model.mesh, model.config.num_experts, form)
+        yield f"experts {form}, {name}", run.lower(matrix)
+
+
+def _uses_words(
     config: Config, experts: str, mesh: Mesh | None, implementation: str | None = None
 ) -> bool:
     """Whether kernels for TPU will run, whose order experts are put into."""
@@ -248,11 +270,11 @@ def _memory(device: jax.Device) -> dict[str, int]:
     return device.memory_stats() or {}
 
 
-def _check_form(form: str | None, in_words: bool) -> None:
+def _check_form(form: str | None, use_words: bool) -> None:
     if form not in (None, *EXPERT_FORMS):
         known = " or ".join(map(repr, EXPERT_FORMS))
         raise ValueError(f"expert_form must be None, {known}, got {form!r}.")
-    if form is not None and not in_words:
+    if form is not None and not use_words:
         raise ValueError(
             f"expert_form={form!r} is for the kernels for TPU, which take MXFP4 experts that are "
             "whole on their device; leave it out here."

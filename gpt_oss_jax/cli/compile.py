@@ -5,6 +5,7 @@ They go into this machine's cache, or into an archive for another one, of which 
 
 import argparse
 import contextlib
+import itertools
 import tempfile
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt_oss_jax import aot, compile_archive
-from gpt_oss_jax.checkpoint import outline
+from gpt_oss_jax.checkpoint import outline, preparations
 from gpt_oss_jax.cli.terminal import (
     add_model_options,
     add_sampling_options,
@@ -103,7 +104,12 @@ def run(args: argparse.Namespace) -> int:
         # Those of `bench` are greedy; of the values of options no program depends.
         samplings = {x.tree_flatten()[1]: x for x in (sampling(args), SamplingParams(0.0))}
         memory = kind_of(device).memory_gib * GIB
-        made = ahead.programs(model, **of_use, memory=memory, samplings=list(samplings.values()))
+        of_use |= {"memory": memory, "samplings": list(samplings.values())}
+        loading = (
+            ahead.Program("load", f"load: {what}", lowered.compile())
+            for what, lowered in preparations(model)
+        )
+        made = itertools.chain(loading, ahead.programs(model, **of_use))
         count = _watched(made, directory)
         said = f"{count} programs for {device.device_kind} in {time.perf_counter() - start:.1f} s"
         if args.output is not None:

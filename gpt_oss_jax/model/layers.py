@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +53,16 @@ def rows_whole(sharding: Sharding) -> Format:
     return Format(Layout(major_to_minor=(0, 1)), sharding)
 
 
+@functools.cache
+def in_rows(sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
+    """What `Embedding.use_rows` runs, jitted."""
+
+    def rows(table):
+        return table
+
+    return jax.jit(rows, out_shardings=rows_whole(sharding))
+
+
 class Embedding(nnx.Module):
     """A table of one row a token."""
 
@@ -63,7 +75,7 @@ class Embedding(nnx.Module):
         """Puts the table into the order that a TPU reads rows from, once."""
         table = self.weight[...]
         # Not an assignment to its elements, which could put them back into the old order.
-        self.weight = self.weight.replace(jax.device_put(table, rows_whole(table.sharding)))
+        self.weight = self.weight.replace(in_rows(table.sharding)(table))
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """Rows of the tokens, [B, T, D]. Ids are clamped: check them where they come in."""

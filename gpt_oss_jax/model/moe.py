@@ -67,7 +67,7 @@ class Projection(nnx.Module):
 
     def folds(self) -> bool:
         """Whether `use_words` could fold an MXFP4 matrix exactly."""
-        return bool(_folds(self.matrix))
+        return bool(folds(self.matrix))
 
     def use_words(self, mesh: Mesh | None = None, form: str = "packed") -> None:
         """Puts an MXFP4 matrix into the order that kernels for TPU want, once, where it lies.
@@ -76,7 +76,7 @@ class Projection(nnx.Module):
           mesh: Where it lies.
           form: "packed", 4.25 bits a weight; "folded", 8.25 bits, only if it `folds`.
         """
-        words = _in_words(mesh, self.matrix.shape[0], form)(self.matrix)
+        words = in_words(mesh, self.matrix.shape[0], form)(self.matrix)
         self.words_of = self.matrix.shape
         axes = ("experts", None, None, None)
         self.blocks, self.scales = Packed(words.blocks, axes=axes), Packed(words.scales, axes=axes)
@@ -84,12 +84,15 @@ class Projection(nnx.Module):
             self.factors = Packed(words.factors, axes=("experts",))
 
 
-_folds = jax.jit(MXArray.folds)
+folds = jax.jit(MXArray.folds)
 
 
 @functools.cache
-def _in_words(mesh: Mesh | None, experts: int, form: str) -> Callable[[MXArray], MXArray]:
-    """Compiled once for all layers. Each device has its own experts, and none is moved."""
+def in_words(mesh: Mesh | None, experts: int, form: str) -> Callable[[MXArray], MXArray]:
+    """What `Projection.use_words` runs, jitted once for all layers.
+
+    Each device has its own experts, and none is moved.
+    """
     make = EXPERT_FORMS[form]
     if mesh is None:
         return jax.jit(make)
