@@ -9,8 +9,7 @@ from gpt_oss_jax import aot
 from gpt_oss_jax.checkpoint import outline
 from gpt_oss_jax.cli.terminal import (
     FORMS,
-    add_expert_form,
-    mesh_axes,
+    add_placement_options,
     positive,
     remark,
     say_one_of,
@@ -51,13 +50,7 @@ def add(commands) -> None:
         "--batch", type=positive, default=1, metavar="ROWS", help="default %(default)s"
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument(
-        "--mesh",
-        type=mesh_axes,
-        metavar="AXIS=N,...",
-        help="none: one device; default: one GPU if that is enough, else all devices",
-    )
-    add_expert_form(parser)
+    add_placement_options(parser)
     parser.add_argument(
         "--compile",
         action="store_true",

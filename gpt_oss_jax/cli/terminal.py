@@ -94,6 +94,11 @@ def add_model_options(parser: argparse.ArgumentParser, *, optional: bool = False
         choices=("bfloat16", "float32"),
         help="of weights, activations and cache; default: bfloat16, on a CPU float32",
     )
+    add_placement_options(parser)
+
+
+def add_placement_options(parser: argparse.ArgumentParser) -> None:
+    """What `plan` decides where it is not said."""
     parser.add_argument(
         "--mesh",
         type=mesh_axes,
@@ -102,16 +107,11 @@ def add_model_options(parser: argparse.ArgumentParser, *, optional: bool = False
         f"{', '.join(MESH_AXES)}; none: one device; "
         "default: one GPU if that is enough, else all devices",
     )
-    add_expert_form(parser)
-
-
-def add_expert_form(parser: argparse.ArgumentParser) -> None:
-    """In which form experts lie on a TPU."""
     parser.add_argument(
         "--expert-form",
         choices=tuple(EXPERT_FORMS),
-        help="of MXFP4 experts on TPU, 4.25 or 8.25 bits a weight; default: what plan takes: "
-        "folded for more than eight rows at once (tpu7x: any) if that fits, else packed",
+        help="of MXFP4 experts on TPU, 4.25 or 8.25 bits a weight; default: folded for more than "
+        "eight rows at once (tpu7x: any) if that fits, else packed",
     )
 
 

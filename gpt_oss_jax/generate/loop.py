@@ -140,8 +140,6 @@ def stop_slots(stops: int) -> int:
 def prompt_calls(longest: int, rows: int, kind: str, memory: float) -> list[int]:
     """Prompt tokens that each row gives to one call after the other: few calls, few sizes.
 
-
-
     Args:
       longest: Tokens of the longest prompt.
       rows: Of a call.
