@@ -321,7 +321,10 @@ class _ModelSource:
     def __init__(self, model: Transformer):
         self.config: Config = model.config
         state = nnx.to_flat_state(nnx.state(model))
-        self._arrays = {"/".join(map(str, path)): x[...] for path, x in state}
+        # The factors of folded experts follow from the rest.
+        self._arrays = {
+            "/".join(map(str, path)): x[...] for path, x in state if path[-1] != "factors"
+        }
         kinds = {
             matrix: "dense" if f"{matrix}/weight" in self._arrays else "mxfp4"
             for matrix in names.matrices(self.config)

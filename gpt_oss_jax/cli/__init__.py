@@ -17,11 +17,20 @@ from collections.abc import Sequence
 import jax
 
 from gpt_oss_jax import __version__, compile_cache, distributed
-from gpt_oss_jax.cli import bench, chat, checkpoints, doctor, generate, parity, plan
+from gpt_oss_jax.cli import (
+    bench,
+    chat,
+    checkpoints,
+    compile as compile_command,
+    doctor,
+    generate,
+    parity,
+    plan,
+)
 from gpt_oss_jax.cli.processes import join
 from gpt_oss_jax.cli.terminal import remark, take_gpu_memory
 
-COMMANDS = (chat, generate, checkpoints, bench, doctor, parity, plan)
+COMMANDS = (chat, generate, checkpoints, bench, doctor, parity, plan, compile_command)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -80,10 +80,12 @@ def run(args: argparse.Namespace) -> int:
     shapes = [
         (batch, prompt) for prompt, batch in itertools.product(args.prompt_tokens, args.batch)
     ]
+    context = max(args.prompt_tokens) + args.new_tokens
+    model = load_model(args, batch=max(args.batch), context=context)
     options = {"new_tokens": args.new_tokens, "repeats": args.repeats, "report": remark}
     done = []
     try:
-        for measured in measure(load_model(args), shapes, **options):
+        for measured in measure(model, shapes, **options):
             if not done:
                 write(_head(args.model, measured))
             write(_line(measured))

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("PROMPT must not be empty; leave it out for a conversation.")
     # Before the model is loaded, which takes a while: whatever may be wrong with the rest.
     params, _ = sampling(args), System(args.reasoning_effort, args.date)
-    model = load_model(args)
+    model = load_model(args, context=args.context)
     if args.context > model.config.max_context:
         remark(f"--context is cut to the model's {model.config.max_context:,} tokens")
     chat = Chat(

@@ -39,10 +39,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("TEXT must not be empty: there is nothing to continue.")
     remark("these models expect harmony, which `gpt-oss-jax chat` speaks; this is raw text")
     # Checked before the model is loaded, which takes a while.
-    params = sampling(args)
-    steps = generate(
-        load_model(args), encode_text(args.text), max_tokens=args.max_tokens, sampling=params
-    )
+    params, ids = sampling(args), encode_text(args.text)
+    model = load_model(args, context=len(ids) + args.max_tokens)
+    steps = generate(model, ids, max_tokens=args.max_tokens, sampling=params)
     # A character may be spread over several tokens.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for step in announced(steps):

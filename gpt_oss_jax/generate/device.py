@@ -18,6 +18,7 @@ from gpt_oss_jax.config import Config
 from gpt_oss_jax.kernels.dispatch import say_once
 from gpt_oss_jax.kernels.target import platform
 from gpt_oss_jax.model import Cache, Transformer, init_cache
+from gpt_oss_jax.model.cache import cache_sharding
 from gpt_oss_jax.sampling import sample
 from gpt_oss_jax.sharding import named_sharding
 
@@ -74,13 +75,9 @@ class Skeleton:
         if self.mesh is None:
             return tree
 
-        def place(x):
-            axes = ("batch", None, "kv_heads")[: x.ndim]
-            # Heads lie side by side, and none is cut.
-            shape = (*x.shape[:2], self.config.num_key_value_heads)[: x.ndim]
-            return lax.with_sharding_constraint(x, named_sharding(self.mesh, axes, shape))
-
-        return jax.tree.map(place, tree)
+        kv_heads = self.config.num_key_value_heads
+        where = jax.tree.map(lambda x: cache_sharding(self.mesh, x, kv_heads), tree)
+        return lax.with_sharding_constraint(tree, where)
 
     def whole(self, tree):
         """What the host reads, whole on every device: a process sees its own devices only."""
@@ -107,9 +104,11 @@ def memory(leaves: tuple[jax.Array, ...]) -> int:
     return (device.memory_stats() or {}).get("bytes_limit", 0)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+# A cache is bound to a device if the weights are, as `prefill` returns it: otherwise a prompt's
+# first chunk and its second would be two programs. Unused arguments bind nothing.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), keep_unused=True)
 def empty_cache(leaves, skeleton, rows, slots):
-    """An empty cache, on the mesh of the weights."""
+    """An empty cache, where the weights are."""
     dtype = skeleton.model(leaves).dtype
     return skeleton.placed(init_cache(skeleton.config, rows, slots, dtype))
 
@@ -158,13 +157,17 @@ def grown(state, skeleton, slots):
     return skeleton.placed(dataclasses.replace(state, cache=jax.tree.map(into, new, old)))
 
 
-def spare_bytes(leaves: tuple[jax.Array, ...]) -> int:
+def spare_bytes(leaves: tuple[jax.Array, ...], memory: int) -> int:
     """Memory beside the weights and the copies of one with which XLA tries out its products.
 
     Where nothing is known of the memory, it is taken to be large.
     """
-    sizes = [x.nbytes for x in leaves]
-    return (memory(leaves) or sys.maxsize) - sum(sizes) - 2 * max(sizes)
+    sizes = [_bytes(x) for x in leaves]
+    return (memory or sys.maxsize) - sum(sizes) - 2 * max(sizes)
+
+
+def _bytes(x: jax.Array | jax.ShapeDtypeStruct) -> int:
+    return x.size * x.dtype.itemsize
 
 
 def decode(leaves, state, sampling, stops_K, steps, skeleton, *, spare: int = 0):
@@ -176,10 +179,15 @@ def decode(leaves, state, sampling, stops_K, steps, skeleton, *, spare: int = 0)
       The new state, and a block: tokens int32 [B, STEPS], -1 where there is none, their
       log-probabilities, and whether any row still runs.
     """
-    one_gpu = platform() == "gpu" and skeleton.mesh is None
-    tight = one_gpu and sum(x.nbytes for x in jax.tree.leaves(state)) > spare
-    run = _decode_program(one_gpu, tight)
+    run = decode_program(state, skeleton, spare)
     return run(leaves, state, sampling, stops_K, steps, skeleton)
+
+
+def decode_program(state, skeleton: Skeleton, spare: int):
+    """What `decode` calls, jitted, for the device that is there or named."""
+    one_gpu = platform() == "gpu" and skeleton.mesh is None
+    tight = one_gpu and sum(map(_bytes, jax.tree.leaves(state))) > spare
+    return _decode_program(one_gpu, tight)
 
 
 @functools.cache

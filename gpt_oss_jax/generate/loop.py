@@ -74,11 +74,11 @@ def _dispatched(model, prompts, lasts, n, sampling, stops):
     if budget == 0:
         return
     skeleton, leaves = device.split(model)
-    slots = bucket(min(furthest, longest + _ROOM), _MIN_SLOTS)
+    slots = first_slots(longest, furthest)
     state = _prefilled(leaves, skeleton, slots, prompts, lasts, n, sampling.seed)
-    padding = bucket(len(stops), 4) - len(stops)
+    padding = stop_slots(len(stops)) - len(stops)
     stops_K = np.array([*stops, *[-1] * padding], np.int32)
-    spare = device.spare_bytes(leaves)
+    spare = device.spare_bytes(leaves, device.memory(leaves))
 
     taken, steps, block = 0, 1, ()
     try:
@@ -130,10 +130,18 @@ def _prefilled(leaves, skeleton, slots, prompts, lasts, n, seed) -> device.Decod
     )
 
 
+def first_slots(longest: int, furthest: int) -> int:
+    """Slots of the cache to begin with, for prompts and a last position of these; it grows."""
+    return bucket(min(furthest, longest + _ROOM), _MIN_SLOTS)
+
+
+def stop_slots(stops: int) -> int:
+    """Length of the array in which so many stop tokens come."""
+    return bucket(stops, 4)
+
+
 def prompt_calls(longest: int, rows: int, kind: str, memory: float) -> list[int]:
     """Prompt tokens that each row gives to one call after the other: few calls, few sizes.
-
-    A call has up to three eighths of its places empty where that is faster than smaller calls.
 
     Args:
       longest: Tokens of the longest prompt.
@@ -141,15 +149,27 @@ def prompt_calls(longest: int, rows: int, kind: str, memory: float) -> list[int]
       kind: "cpu", "gpu" or "tpu".
       memory: Bytes of a device.
     """
+    sizes, calls = call_sizes(rows, kind, memory), []
+    while longest > 0:
+        calls.append(first_call(longest, sizes))
+        longest -= calls[-1]
+    return calls
+
+
+def call_sizes(rows: int, kind: str, memory: float) -> list[int]:
+    """All that `prompt_calls`, of the same arguments, can consist of."""
     sizes = _CALLS
     if kind == "gpu":
         sizes += _GPU_CALLS + (_LARGE_GPU_CALLS if memory >= _LARGE_GPU else ())
-    sizes = [min(size, max(1, _MAX_CALL // rows)) for size in sizes]
-    calls = []
-    while longest > 0:
-        calls.append(max((size for size in sizes if 8 * longest > 5 * size), default=sizes[0]))
-        longest -= calls[-1]
-    return calls
+    return [min(size, max(1, _MAX_CALL // rows)) for size in sizes]
+
+
+def first_call(longest: int, sizes: list[int]) -> int:
+    """Tokens of the first call, for so many.
+
+    It has up to three eighths of its places empty where that is faster than smaller calls.
+    """
+    return max((size for size in sizes if 8 * longest > 5 * size), default=sizes[0])
 
 
 def _chunks(prompts, targets, calls):
