@@ -1,6 +1,6 @@
-"""Compiles a step of a released model for TPUs that are not there, and prints what it needs.
+"""Compiles a released model for TPUs that are not there, and prints what its programs need.
 
-Needs libtpu. From the root: python benchmarks/aot_tpu.py 120b v5e --expert 8 --tokens 1
+Needs libtpu. From the root: python benchmarks/aot_tpu.py 120b v5e --expert 8
 """
 
 import argparse
@@ -11,7 +11,10 @@ import time
 from collections import Counter
 
 from gpt_oss_jax import aot
+from gpt_oss_jax.checkpoint import outline
 from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B
+from gpt_oss_jax.generate import ahead
+from gpt_oss_jax.sampling import SamplingParams
 from gpt_oss_jax.sharding import make_mesh
 
 CONFIGS = {"20b": GPT_OSS_20B, "120b": GPT_OSS_120B}
@@ -25,17 +28,28 @@ def main():
     parser.add_argument("model", choices=CONFIGS)
     parser.add_argument("kind", help="v5e, v5p, v6e or tpu7x")
     parser.add_argument("--expert", type=int, default=1, help="devices that split the experts")
-    parser.add_argument("--tokens", type=int, default=1, help="new tokens of the step")
+    parser.add_argument("--tokens", type=int, default=1024, help="of a prompt, a row and call")
+    parser.add_argument("--batch", type=int, default=1, help="rows")
+    parser.add_argument("--expert-form", default="packed", help="packed or folded")
     parser.add_argument("--context", type=int, default=32768, help="slots of the cache")
     parser.add_argument("--layers", type=int, help="instead of all")
     args = parser.parse_args()
     config = CONFIGS[args.model]
     config = dataclasses.replace(config, num_hidden_layers=args.layers or config.num_hidden_layers)
-    mesh = make_mesh(expert=args.expert, devices=aot.devices(args.kind, args.expert))
+    devices = aot.devices(args.kind, args.expert)
+    mesh = make_mesh(expert=args.expert, devices=devices) if args.expert > 1 else None
+    options = {"memory": 0, "samplings": [SamplingParams(0.0)]}
     start = time.perf_counter()
-    program = aot.compile_step(config, mesh, tokens=args.tokens, context=args.context)
+    with aot.in_place_of_ours(devices[0]):
+        model = outline(config, mesh=mesh, expert_form=args.expert_form)
+        for program in ahead.of_cache(model, args.batch, args.context, [args.tokens], **options):
+            print(f"{program.what}: compiled in {time.perf_counter() - start:.0f} s")
+            report(program.compiled)
+            start = time.perf_counter()
+
+
+def report(program):
     memory, text = program.memory_analysis(), program.as_text()
-    print(f"compiled in {time.perf_counter() - start:.0f} s")
     print(f"arguments   {memory.argument_size_in_bytes / 1e9:.2f} GB a device")
     print(f"donated     {memory.alias_size_in_bytes / 1e9:.2f} GB")
     print(f"temporaries {memory.temp_size_in_bytes / 1e6:.1f} MB")

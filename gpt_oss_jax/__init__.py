@@ -6,6 +6,7 @@ Importing changes no setting of JAX or of the process.
 
 from gpt_oss_jax.chat import Chat as Chat
 from gpt_oss_jax.checkpoint import load as load, save as save
+from gpt_oss_jax.distributed import distributed_init as distributed_init
 from gpt_oss_jax.generate import (
     generate as generate,
     generate_batch as generate_batch,

@@ -1,34 +1,34 @@
-"""Compiles a step for TPUs that are not there, with the compiler in the `libtpu` package."""
+"""TPUs that are not there, for programs to be compiled for, with the compiler in `libtpu`.
+
+Knows nothing of models.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 from jax.experimental import topologies
-from jax.sharding import Mesh
+from jax.sharding import AbstractDevice, AbstractMesh
 
-from gpt_oss_jax.config import Config
-from gpt_oss_jax.model import Transformer, init_cache
-from gpt_oss_jax.model.layers import rows_whole
-from gpt_oss_jax.model.moe import can_use_words
-from gpt_oss_jax.sharding import named_sharding
-
-# Chips of a slice by how many there are; the smallest that has enough is taken.
+# Chips of a slice by how many devices there are; the smallest that has enough is taken.
 _SHAPES = {
     "v5e": {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4"},
     "v6e": {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4"},
     "v5p": {4: "2x2x1", 8: "2x2x2", 16: "2x2x4"},
-    "tpu7x": {8: "2x2x1", 16: "2x2x2"},
+    "tpu7x": {2: "1x1x1", 8: "2x2x1", 16: "2x2x2"},
 }
+# Of one host where the compiler would take another number of hosts than the clouds have.
+_ONE_HOST = {"1x1": (1, 1, 1), "1x1x1": (1, 1, 1), "2x4": (2, 4, 1)}
+# JAX gives it to the runtime where there is a TPU, and it is part of the names of programs.
+_RUNTIME_FLAG = "--xla_tpu_use_enhanced_launch_barrier"
 
 
 def devices(kind: str, count: int) -> list:
-    """Devices of a topology, of which nothing can be asked but to be compiled for.
+    """Devices of a slice, of which nothing can be asked but to be compiled for.
 
     Args:
       kind: "v5e", "v5p", "v6e" or "tpu7x".
@@ -47,11 +47,14 @@ def devices(kind: str, count: int) -> list:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     # Several may compile at once: no chip is taken.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    flags = os.environ.get("LIBTPU_INIT_ARGS", "")
+    if _RUNTIME_FLAG not in flags:
+        os.environ["LIBTPU_INIT_ARGS"] = f"{flags} {_RUNTIME_FLAG}=true".strip()
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError('the TPU compiler is needed: pip install "gpt-oss-jax[tpu]".')
-    one = {"chips_per_host_bounds": (1, 1, 1)} if shape == "1x1" else {}
+    hosts = {"chips_per_host_bounds": _ONE_HOST[shape]} if shape in _ONE_HOST else {}
     try:
-        found = topologies.get_topology_desc(f"{kind}:{shape}", platform="tpu", **one)
+        found = topologies.get_topology_desc(f"{kind}:{shape}", platform="tpu", **hosts)
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(
             f"the TPU compiler cannot be asked about {kind}:{shape}: {error}"
@@ -59,68 +62,11 @@ def devices(kind: str, count: int) -> list:
     return list(found.devices)[:count]
 
 
-def compile_for(mesh: Mesh, function: Callable, *args, **options):
-    """Compiles a function of arrays whose shardings are on the mesh; options are those of jit."""
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(function, **options).trace(*args).lower().compile()
-
-
-def compile_step(
-    config: Config,
-    mesh: Mesh,
-    *,
-    tokens: int = 1,
-    context: int = 8192,
-    batch: int = 1,
-    dtype=jnp.bfloat16,
-):
-    """Compiles one call of the model with a cache, which is donated.
-
-    Args:
-      config: Sizes.
-      mesh: Of `make_mesh`, over `devices`.
-      tokens: New tokens of each row: 1 decodes, more are a chunk of a prompt.
-      context: Slots of the cache.
-      batch: Rows.
-      dtype: Of what is not MXFP4.
-
-    Returns:
-      What `jax.stages.Lowered.compile` does: `memory_analysis()`, `as_text()`.
-    """
-
-    def make():
-        of = None if mesh.size == 1 else mesh
-        model = Transformer(config, rngs=nnx.Rngs(0), dtype=dtype, mesh=of)
-        if can_use_words(config, mesh):
-            for layer in model.layers:
-                layer.mlp.use_words()
-        return model
-
-    def on_mesh(x, axes, shape=None):
-        where = named_sharding(mesh, axes, shape or x.shape)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-    graphdef, state = nnx.split(nnx.eval_shape(make))
-    flat = {path: x.replace(on_mesh(x, x.axes)) for path, x in nnx.to_flat_state(state)}
-    table = flat["embedding", "weight"]
-    where = rows_whole(named_sharding(mesh, table.axes, table.shape))
-    flat["embedding", "weight"] = table.replace(
-        jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=where)
-    )
-    leaves, tree = jax.tree.flatten(nnx.from_flat_state(flat.items()))
-    axes = ("batch", None, "kv_heads")
-    cache = jax.tree.map(
-        lambda x: on_mesh(x, axes[: x.ndim], (*x.shape[:2], config.num_key_value_heads)[: x.ndim]),
-        jax.eval_shape(lambda: init_cache(config, batch, context, dtype)),
-    )
-    rows = on_mesh(jax.ShapeDtypeStruct((batch, tokens), jnp.int32), ("batch", None))
-
-    def step(cache, leaves, tokens_BT, positions_BT):
-        model = nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
-        if tokens > 1:
-            # Nobody uses the logits of a prompt, so none are computed.
-            return model.forward(tokens_BT, positions_BT, cache)[1]
-        logits, cache = model.forward(tokens_BT, positions_BT, cache)
-        return logits.argmax(-1), cache
-
-    return compile_for(mesh, step, cache, leaves, rows, rows, donate_argnums=0)
+@contextlib.contextmanager
+def in_place_of_ours(device) -> Iterator[None]:
+    """What is lowered meanwhile is for this device, as if JAX had found it on this machine."""
+    kind = AbstractDevice(device.device_kind, device.num_cores, device.platform)
+    # Without axes: a mesh that has some would be part of what is lowered.
+    mesh = AbstractMesh((), (), abstract_device=kind)
+    with jax.default_device(device), jax.sharding.use_abstract_mesh(mesh):
+        yield

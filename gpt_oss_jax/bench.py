@@ -128,7 +128,8 @@ def measure(
     def measurements():
         report("measuring the limits: copies and products")
         devices = _devices(model)
-        reached = limits.measure(devices[0], model.dtype, len(devices))
+        own = next(x for x in devices if x.process_index == jax.process_index())
+        reached = limits.measure(own, model.dtype, len(devices))
         for shape in shapes:
             yield _measured(model, reached, *shape, new_tokens, repeats, report)
 
@@ -248,7 +249,7 @@ def _routed(leaves, cache, tokens_BT, positions_BT, skeleton):
     # Padding goes to an expert that there is not.
     experts_LBTX = jnp.where(positions_BT[None, ..., None] >= 0, experts_LBTX, E)
     touched_LTE = jax.nn.one_hot(experts_LBTX, E, dtype=jnp.bool_).any(axis=(1, 3))
-    return skeleton.placed(cache), touched_LTE.sum(axis=-1)
+    return skeleton.placed(cache), skeleton.whole(touched_LTE.sum(axis=-1))
 
 
 def decode_cost(

@@ -19,10 +19,10 @@ def default_directory() -> Path:
     XLA's key for a CPU program does not hold the processor's features, so a home directory shared
     by different machines would hand one of them another's instructions.
     """
-    return user_cache() / "xla" / f"{platform.machine()}-{_processor_digest()}"
+    return user_cache() / "xla" / f"{platform.machine()}-{processor_digest()}"
 
 
-def _processor_digest() -> str:
+def processor_digest() -> str:
     """Eight hex digits that differ between processors of different features."""
     features = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
@@ -41,6 +41,10 @@ def enable() -> Path:
     Raises:
       OSError: the default directory cannot be made.
     """
+    if jax.__version_info__ < (0, 11):
+        # There they put the name of the directory into that of every program, which nobody who has
+        # another directory would find.
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     if jax.config.jax_compilation_cache_dir:
         return Path(jax.config.jax_compilation_cache_dir)
     directory = default_directory()

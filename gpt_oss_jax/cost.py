@@ -32,7 +32,7 @@ def visible_pairs(config: Config, start: int, stop: int) -> int:
 def weight_bytes(config: Config, sizes: Mapping[tuple, int], experts: float) -> float:
     """Bytes of weights that a decode step reads: all but untouched experts and the embedding.
 
-    Of the embedding one row each is read, which does not count.
+    Of the embedding one row each is read, which does not count, and of folded experts no scales.
 
     Args:
       config: Sizes of the model.
@@ -41,7 +41,8 @@ def weight_bytes(config: Config, sizes: Mapping[tuple, int], experts: float) -> 
     """
     total = 0.0
     for path, size in sizes.items():
-        if path[0] != "embedding":
+        is_kept_only = path[-1] == "scales" and (*path[:-1], "factors") in sizes
+        if path[0] != "embedding" and not is_kept_only:
             total += size * experts / config.num_experts if _is_expert(path) else size
     return total
 

@@ -5,28 +5,31 @@ Nothing is loaded and no device is touched. Run it as `gpt-oss-jax plan MODEL --
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh
 
 from gpt_oss_jax import cost
 from gpt_oss_jax.config import Config
 from gpt_oss_jax.generate.loop import prompt_calls
+from gpt_oss_jax.kernels.expert_matmul.mosaic_tpu import FEW_ROWS
 from gpt_oss_jax.model import Transformer, init_cache
-from gpt_oss_jax.model.cache import MIN_SLOTS, bucket
-from gpt_oss_jax.model.moe import can_use_words
+from gpt_oss_jax.model.cache import MIN_SLOTS, bucket, cache_sharding
+from gpt_oss_jax.model.moe import EXPERT_FORMS, can_use_words
 from gpt_oss_jax.quant import MXArray
-from gpt_oss_jax.sharding import MESH_AXES, named_sharding
+from gpt_oss_jax.sharding import abstract_mesh, named_sharding, preset, spelled
 
 GIB = 2**30
+_CHUNK = 1024  # Tokens, as long prompts go in.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +39,13 @@ class Kind:
     Attributes:
       name: As people write it.
       platform: "tpu" or "gpu".
-      memory_gib: What a program can have of it.
+      memory_gib: What a program can have of it; 0: not known.
       bandwidth_gb: Of its memory, 1e9 bytes a second; 0: not known.
       tflops: bfloat16, dense; 0: not known.
       devices_per_chip: What JAX counts as a device.
+      packed_rows: On TPU, up to how many rows at once are faster with packed experts than with
+        folded ones, by the compiler's schedule (benchmarks/results).
+      jax_name: What JAX calls a TPU.
     """
 
     name: str
@@ -48,6 +54,8 @@ class Kind:
     bandwidth_gb: float
     tflops: float
     devices_per_chip: int = 1
+    packed_rows: int = FEW_ROWS
+    jax_name: str = ""
 
 
 POOL = 0.95  # Of a GPU's memory, what the command line lets JAX take.
@@ -55,10 +63,10 @@ POOL = 0.95  # Of a GPU's memory, what the command line lets JAX take.
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("v5e", "tpu", 15.75, 819, 197),
-        Kind("v5p", "tpu", 95.73, 2765, 459),
-        Kind("v6e", "tpu", 31.24, 1640, 918),
-        Kind("tpu7x", "tpu", 94.74, 3690, 1153.5, devices_per_chip=2),
+        Kind("v5e", "tpu", 15.75, 819, 197, jax_name="TPU v5 lite"),
+        Kind("v5p", "tpu", 95.73, 2765, 459, jax_name="TPU v5"),
+        Kind("v6e", "tpu", 31.24, 1640, 918, jax_name="TPU v6 lite"),
+        Kind("tpu7x", "tpu", 94.74, 3690, 1153.5, 2, packed_rows=0, jax_name="TPU7x"),
         Kind("a100", "gpu", POOL * 79.2, 2039, 312),
         Kind("h100", "gpu", POOL * 79.2, 3350, 989),
         Kind("h200", "gpu", POOL * 139.8, 4800, 989),
@@ -79,21 +87,26 @@ class Plan:
     Attributes:
       kind: Of the devices.
       mesh: Sizes of its axes.
+      spread: That over all devices, where one GPU of several is enough; None elsewhere.
       context: Positions in the cache of each row.
       batch: Rows.
+      expert_form: "packed" or "folded", as `load` takes it; None where it takes neither.
       weights: Bytes of weights on each device.
       cache: Of keys and values.
       workspace: Of what a step makes on the way: the larger of prefill's and decode's.
       decode_bytes: That one decode step reads on each device at a full context.
       prefill_flops: That a token of a prompt which fills the context costs on each device.
       largest_context: At this batch; 0: none fits.
-      largest_batch: At this context; 0: none fits.
+      largest_batch: At this context; 0: none fits. Both in the form that takes the least memory,
+        unless one was named.
     """
 
     kind: Kind
     mesh: dict[str, int]
+    spread: dict[str, int] | None
     context: int
     batch: int
+    expert_form: str | None
     weights: int
     cache: int
     workspace: int
@@ -155,6 +168,15 @@ def parse_device(text: str) -> tuple[Kind, int]:
     return kind, count * kind.devices_per_chip
 
 
+def kind_of(device: jax.Device) -> Kind:
+    """The kind of a device that is there; its memory is what JAX says that it can have of it."""
+    known = (kind for kind in KINDS.values() if kind.jax_name == device.device_kind)
+    if kind := next(known, None):
+        return kind
+    memory = (device.memory_stats() or {}).get("bytes_limit", 0)
+    return Kind(device.device_kind, device.platform, memory / GIB, 0, 0)
+
+
 def plan(
     config: Config,
     kind: Kind,
@@ -165,8 +187,11 @@ def plan(
     dtype=jnp.bfloat16,
     experts: str = "mxfp4",
     mesh: dict[str, int] | None = None,
+    expert_form: str | None = None,
 ) -> Plan:
     """Counts what a model needs on each device.
+
+    Folded experts take about twice the bytes of packed ones, and no decoding.
 
     Args:
       config: Sizes.
@@ -176,44 +201,55 @@ def plan(
       batch: Rows.
       dtype: Of what is not MXFP4.
       experts: "mxfp4", or "dense" for those of a checkpoint that has them in bfloat16.
-      mesh: Sizes of the axes data, expert and tensor; None: what leaves the most memory free.
+      mesh: Sizes of axes of `make_mesh`; None: those of `preset`, or one GPU if all of it fits.
+      expert_form: On TPU, "packed" or "folded"; None: folded where a device has more rows than
+        `Kind.packed_rows` and all of it fits so, else packed.
 
     Raises:
-      ValueError: If a number is too small, or the mesh needs more devices than there are.
+      ValueError: If a number is too small, or the mesh needs more devices than there are, or the
+        experts cannot be in that form.
     """
     if min(context, batch, devices) < 1:
         raise ValueError(f"wanted at least 1 of each, got {context=}, {batch=}, {devices=}.")
     if context > config.max_context:
         raise ValueError(f"the model's context is {config.max_context:,} tokens, got {context:,}.")
     dtype = jnp.dtype(dtype)
-    count = _Count(config, kind, dtype, variables(config, dtype, experts))
+    parts, spread = variables(config, dtype, experts), None
+    count = _Count(config, kind, dtype, parts, abstract_mesh({}), expert_form or "packed")
     if mesh is None:
-        # Whole experts, which kernels for TPU want, unless they leave much undivided.
-        sizes = [(count.weights(_abstract(m)), m) for m in _meshes(devices)]
-        smallest = min(size for size, _ in sizes)
-        mesh = next(m for size, m in sizes if size <= 1.05 * smallest)
+        mesh = preset(parts.values(), devices)
+        # The fastest kernels for GPUs do without a mesh.
+        if kind.platform == "gpu" and spelled(mesh) != "none" and count.fits(context, batch):
+            mesh, spread = {}, mesh
     if math.prod(mesh.values()) > devices:
         raise ValueError(
-            f"the mesh {mesh} needs {math.prod(mesh.values())} devices, not {devices}."
+            f"the mesh {spelled(mesh)} needs {math.prod(mesh.values())} devices, not {devices}."
         )
-    on = _abstract(mesh)
-    free = kind.memory_gib * GIB - count.weights(on)
-
-    def fits(context: int, batch: int) -> bool:
-        return count.cache(on, context, batch) + count.workspace(on, context, batch) <= free
-
+    on = abstract_mesh(mesh)
+    in_words = experts == "mxfp4" and kind.platform == "tpu" and can_use_words(config, on)
+    if expert_form is not None and not (in_words and expert_form in EXPERT_FORMS):
+        raise ValueError(
+            f"expert_form is {' or '.join(EXPERT_FORMS)}, of MXFP4 experts on TPU that are whole "
+            f"on their device; got {expert_form!r} for {kind.name} and the mesh {spelled(mesh)}."
+        )
+    count = least = dataclasses.replace(count, mesh=on)
+    if in_words and expert_form is None and count.rows(batch) > kind.packed_rows:
+        folded = dataclasses.replace(count, expert_form="folded")
+        count = folded if folded.fits(context, batch) else count
     return Plan(
         kind=kind,
         mesh=dict(on.shape),
+        spread=spread,
         context=context,
         batch=batch,
-        weights=count.weights(on),
-        cache=count.cache(on, context, batch),
-        workspace=count.workspace(on, context, batch),
-        decode_bytes=count.decode_bytes(on, context, batch),
-        prefill_flops=count.prefill_flops(on, context),
-        largest_context=_largest(MIN_SLOTS, config.max_context, lambda n: fits(n, batch)),
-        largest_batch=_largest(1, 4096, lambda n: fits(context, n)),
+        expert_form=count.expert_form if in_words else None,
+        weights=count.weights,
+        cache=count.cache(context, batch),
+        workspace=count.workspace(context, batch),
+        decode_bytes=count.decode_bytes(context, batch),
+        prefill_flops=count.prefill_flops(context),
+        largest_context=_largest(MIN_SLOTS, config.max_context, lambda n: least.fits(n, batch)),
+        largest_batch=_largest(1, 4096, lambda n: least.fits(context, n)),
     )
 
 
@@ -226,16 +262,17 @@ def variables(config: Config, dtype, experts: str) -> dict[tuple, nnx.Variable]:
     return dict(nnx.to_flat_state(nnx.state(model)))
 
 
-def _meshes(devices: int) -> Iterator[dict[str, int]]:
-    """Ways to share one model between all devices, those with more whole experts first."""
-    for tensor in range(1, devices + 1):
-        if devices % tensor == 0:
-            yield {"data": 1, "expert": devices // tensor, "tensor": tensor}
+@functools.cache
+def _in_form(expert_form: str, shape: tuple[int, ...]) -> MXArray:
+    """Shapes of what becomes of blocks of this shape."""
+    blocks, scales = (jax.ShapeDtypeStruct(x, jnp.uint8) for x in (shape, shape[:-1]))
+    return jax.eval_shape(EXPERT_FORMS[expert_form], MXArray(blocks, scales))
 
 
-def _abstract(mesh: dict[str, int]) -> AbstractMesh:
-    shape = tuple(mesh.get(name, 1) for name in MESH_AXES)
-    return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+@functools.cache
+def _cache(config: Config, rows: int, slots: int, dtype) -> list[jax.ShapeDtypeStruct]:
+    """Shapes of what a cache consists of."""
+    return jax.tree.leaves(jax.eval_shape(lambda: init_cache(config, rows, slots, dtype)))
 
 
 def _largest(least: int, most: int, fits: Callable[[int], bool]) -> int:
@@ -253,74 +290,102 @@ class _Count:
     kind: Kind
     dtype: jnp.dtype
     variables: dict
+    mesh: AbstractMesh
+    expert_form: str
 
-    def weights(self, mesh: AbstractMesh) -> int:
-        return sum(self._weights(mesh).values())
+    def fits(self, context: int, batch: int) -> bool:
+        needed = self.weights + self.cache(context, batch) + self.workspace(context, batch)
+        return needed <= self.kind.memory_gib * GIB
 
-    def _weights(self, mesh: AbstractMesh) -> dict[tuple, int]:
+    def rows(self, batch: int) -> int:
+        return math.ceil(batch * self._part("batch", bucket(batch)) / bucket(batch))
+
+    @functools.cached_property
+    def weights(self) -> int:
+        return sum(self._at_rest.values())
+
+    @functools.cached_property
+    def _at_rest(self) -> dict[tuple, int]:
+        return self._weights(in_use=False)
+
+    @functools.cached_property
+    def _in_use(self) -> dict[tuple, int]:
+        return self._weights(in_use=True)
+
+    def _shard(self, axes: tuple[str | None, ...], shape: tuple[int, ...], *, in_use: bool):
+        return named_sharding(self.mesh, axes, shape, in_use=in_use).shard_shape(shape)
+
+    def _part(self, axis: str, size: int) -> int:
+        """How many of the `size` along a logical axis are on one device."""
+        return self._shard((axis,), (size,), in_use=False)[0]
+
+    def _weights(self, *, in_use: bool) -> dict[tuple, int]:
         found = {}
         for path, x in self.variables.items():
-            shape = named_sharding(mesh, x.axes, x.shape).shard_shape(x.shape)
-            found[path] = math.prod(shape) * x.dtype.itemsize
+            found[path] = math.prod(self._shard(x.axes, x.shape, in_use=in_use)) * x.dtype.itemsize
         if self.kind.platform != "tpu":
             return found
         for path, blocks in self.variables.items():
-            # Kernels for TPU have words, a little larger.
-            if path[-1] == "blocks" and can_use_words(self.config, mesh):
-                scales = path[:-1] + ("scales",)
-                parts = (blocks, self.variables[scales])
-                of = MXArray(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in parts))
-                words = jax.eval_shape(MXArray.in_words, of)
-                axes = ("experts", None, None, None)
-                for name, x in ((path, words.blocks), (scales, words.scales)):
-                    shape = named_sharding(mesh, axes, x.shape).shard_shape(x.shape)
-                    found[name] = math.prod(shape) * x.dtype.itemsize
+            # Kernels for TPU have words, a little larger, or folded ones.
+            if path[-1] == "blocks" and can_use_words(self.config, self.mesh):
+                words = _in_form(self.expert_form, blocks.shape)
+                for name in ("blocks", "scales", "factors"):
+                    if (x := getattr(words, name)) is not None:
+                        axes = ("experts", None, None, None)[: x.ndim]
+                        shape = self._shard(axes, x.shape, in_use=in_use)
+                        found[*path[:-1], name] = math.prod(shape) * x.dtype.itemsize
         return found
 
-    def cache(self, mesh: AbstractMesh, context: int, batch: int) -> int:
+    def cache(self, context: int, batch: int) -> int:
         """Of the rows and slots that `generate` makes of them."""
         rows, slots = bucket(batch), bucket(context - 1, MIN_SLOTS)
-        made = jax.eval_shape(lambda: init_cache(self.config, rows, slots, self.dtype))
         total = 0
-        for x in jax.tree.leaves(made):
-            # Heads lie side by side and are not cut.
-            shape = (*x.shape[:2], self.config.num_key_value_heads)[: x.ndim]
-            axes = ("batch", None, "kv_heads")[: x.ndim]
-            part = math.prod(named_sharding(mesh, axes, shape).shard_shape(shape))
-            total += x.size * x.dtype.itemsize * part // math.prod(shape)
+        for x in _cache(self.config, rows, slots, self.dtype):
+            where = cache_sharding(self.mesh, x, self.config.num_key_value_heads)
+            total += math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize
         return total
 
-    def workspace(self, mesh: AbstractMesh, context: int, batch: int) -> int:
+    def workspace(self, context: int, batch: int) -> int:
         """Of prefill, whose rows go through the experts sorted, or of a cache that grows.
 
-        While it does, the smaller one is still there.
+        While it does, the smaller one is still there; beside either, the layer that is gathered.
         """
         c, b = self.config, self.dtype.itemsize
-        rows = math.ceil(bucket(batch) / mesh.shape["data"])
+        rows = self._part("batch", bucket(batch))
         memory = self.kind.memory_gib * GIB
-        tokens = rows * max(prompt_calls(context, bucket(batch), self.kind.platform, memory))
+        chunk = max(prompt_calls(context, bucket(batch), self.kind.platform, memory))
+        tokens = rows * self._part("tokens", chunk)
         D, F, X = c.hidden_size, c.intermediate_size, c.experts_per_token
-        experts = math.ceil(c.num_experts / mesh.shape["expert"])
+        experts = math.ceil(c.num_experts / self.mesh.shape["expert"])
         tile = min(256, max(16, 1 << (max(1, -(-tokens * X // c.num_experts)) - 1).bit_length()))
         sorted_rows = tokens * X + experts * tile
         mlp = sorted_rows * (2 * D + F) * b + tokens * X * D * 4
-        return max(mlp + rows * c.vocab_size * 4 * 2, self.cache(mesh, context // 2, batch))
+        step = max(mlp + rows * c.vocab_size * 4 * 2, self.cache(context // 2, batch))
+        return step + self._gathered
 
-    def decode_bytes(self, mesh: AbstractMesh, context: int, batch: int) -> float:
+    @functools.cached_property
+    def _gathered(self) -> int:
+        """What the largest layer takes more where it is used than where it rests."""
+        found = collections.Counter()
+        for of, sign in ((self._in_use, 1), (self._at_rest, -1)):
+            for path, size in of.items():
+                found[path[:2]] += sign * size
+        return max(found.values())
+
+    def decode_bytes(self, context: int, batch: int) -> float:
         """Weights once, chosen experts only, and every row's cache."""
-        rows = math.ceil(batch / mesh.shape["data"])
-        experts = cost.expected_experts(self.config, rows)
-        weights = cost.weight_bytes(self.config, self._weights(mesh), experts)
-        return weights + self.cache(mesh, context, batch)
+        experts = cost.expected_experts(self.config, self.rows(batch))
+        weights = cost.weight_bytes(self.config, self._in_use, experts)
+        return weights + self.cache(context, batch)
 
-    def prefill_flops(self, mesh: AbstractMesh, context: int) -> float:
+    def prefill_flops(self, context: int) -> float:
         """Of the mean token of a prompt that fills the context; only its last one has logits."""
         shapes = {
-            path: named_sharding(mesh, x.axes, x.shape).shard_shape(x.shape)
-            for path, x in self.variables.items()
+            path: self._shard(x.axes, x.shape, in_use=True) for path, x in self.variables.items()
         }
-        heads = (self.config.num_key_value_heads,)
-        (here,) = named_sharding(mesh, ("kv_heads",), heads).shard_shape(heads)
-        pairs = cost.visible_pairs(self.config, 0, context) / context * here / heads[0]
+        heads = self.config.num_key_value_heads
+        here = self._part("kv_heads", heads) / heads
+        pairs = cost.visible_pairs(self.config, 0, context) / context * here
         weights = cost.weight_flops(self.config, shapes, logits=1 / context)
-        return weights + cost.attention_flops(self.config, pairs)
+        tokens = self._part("tokens", _CHUNK) / _CHUNK
+        return (weights + cost.attention_flops(self.config, pairs)) * tokens

@@ -1,40 +1,58 @@
 """Where arrays live on a mesh: one table from logical axes to mesh axes.
 
 Weights carry logical axis names (`axes` in their metadata); nothing outside this file names a mesh
-axis. Knows nothing of the model.
+axis. Over `fsdp` weights are split where they rest and whole where they are used, as rows differ
+from device to device there. Knows nothing of the model.
 """
 
 from __future__ import annotations
 
+import collections
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "expert", "tensor")
+MESH_AXES = ("data", "fsdp", "context", "expert", "tensor")
 
-# What is no expert is split over the devices that share them, too.
+# What is no expert is split over the devices that share them, too. `fsdp` takes whole experts, so
+# that no block of MXFP4 is cut, and no byte moves within an expert when they are gathered.
 LOGICAL_TO_MESH = {
-    "batch": ("data",),
+    "batch": ("data", "fsdp"),
+    "tokens": ("context",),
+    "slots": ("context",),
     "vocab": ("expert", "tensor"),
-    "embed": (),
+    "embed": ("fsdp",),
     "kv_heads": ("expert", "tensor"),
     "heads": (),
     "head_dim": (),
-    "experts": ("expert",),
+    "experts": ("expert", "fsdp"),
     "expert_width": ("tensor",),
     "expert_width_blocks": ("tensor",),
 }
-# Rows of the up projection are split where whole MXFP4 blocks of the down projection are.
-_UNITS = {"expert_width": 32}
+# Rows of the up projection are split where whole MXFP4 blocks of the down projection are. A ring of
+# 128 slots, which all queries see, is not worth to be split.
+_UNITS = {"expert_width": 32, "slots": 128}
+_AT_REST = "fsdp"  # What splits weights only until they are used.
+
+
+class Weight(Protocol):
+    """An array, there or not, whose dimensions have logical names."""
+
+    axes: tuple[str | None, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
 
 
 def make_mesh(
     *,
     data: int = 1,
+    fsdp: int = 1,
+    context: int = 1,
     expert: int = 1,
     tensor: int = 1,
     devices: Sequence[jax.Device] | None = None,
@@ -43,6 +61,10 @@ def make_mesh(
 
     Args:
       data: Devices that split the batch.
+      fsdp: Devices that split the batch and, until they are used, all weights: to train, or where
+        memory is short.
+      context: Devices that split the tokens of a prompt and the slots of the cache: for contexts
+        that are too long for one.
       expert: Devices that split the experts; with `tensor`, heads and vocabulary as well.
       tensor: Devices that split the width of each expert.
       devices: Their product in devices; the first of `jax.devices()` if None.
@@ -50,23 +72,77 @@ def make_mesh(
     Raises:
       ValueError: If there are fewer devices than asked for.
     """
-    shape = (data, expert, tensor)
-    wanted = int(np.prod(shape))
+    sizes = dict(zip(MESH_AXES, (data, fsdp, context, expert, tensor), strict=True))
+    shape = tuple(sizes.values())
     if min(shape) < 1:
-        raise ValueError(f"data, expert and tensor must be at least 1, got {shape}.")
+        raise ValueError(f"the sizes of a mesh must be at least 1, got {spelled(sizes)}.")
+    wanted = math.prod(shape)
     devices = jax.devices() if devices is None else list(devices)
     if len(devices) < wanted:
         raise ValueError(
-            f"{data=} x {expert=} x {tensor=} needs {wanted} devices, got {len(devices)}."
+            f"the mesh {spelled(sizes)} needs {wanted} devices, got {len(devices)}: make its sizes "
+            "smaller."
         )
     # Explicit axes are JAX's default, under which a plain gather from a sharded table raises.
-    return Mesh(
-        np.asarray(devices[:wanted]).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3
-    )
+    auto = (AxisType.Auto,) * len(shape)
+    return Mesh(np.asarray(devices[:wanted]).reshape(shape), MESH_AXES, axis_types=auto)
+
+
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh of no devices, to ask how it would split; an axis that is not named has size 1."""
+    shape = tuple(sizes.get(name, 1) for name in MESH_AXES)
+    return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def preset(weights: Iterable[Weight], devices: int) -> dict[str, int]:
+    """The mesh to spread one model over so many devices with, if nobody asks for another.
+
+    All devices share one model; as many as divide most of it, if not all do. Experts stay whole,
+    which kernels for TPU want, unless splitting their width saves more than a twentieth of the
+    memory.
+
+    Args:
+      weights: Of the model; their `axes`, `shape` and `dtype` are looked at.
+      devices: How many there are, of any kind.
+
+    Returns:
+      Sizes for `make_mesh`.
+    """
+    alike = collections.Counter((x.axes, x.shape, x.dtype.itemsize) for x in weights)
+
+    def bytes_of(weight, shape) -> int:
+        return math.prod(shape) * weight[-1] * alike[weight]
+
+    def bytes_on_a_device(weight, sizes: Mapping[str, int]) -> int:
+        axes, shape, _ = weight
+        return bytes_of(
+            weight, named_sharding(abstract_mesh(sizes), axes, shape).shard_shape(shape)
+        )
+
+    total, most = max(((bytes_of(x, x[1]), x) for x in alike), key=lambda x: x[0])
+    for count in range(devices, 0, -1):
+        meshes = [
+            {"expert": count // tensor, "tensor": tensor}
+            for tensor in range(1, count + 1)
+            if count % tensor == 0
+        ]
+        if dividing := [x for x in meshes if count * bytes_on_a_device(most, x) == total]:
+            break
+    needed = [sum(bytes_on_a_device(weight, x) for weight in alike) for x in dividing]
+    return next(x for x, size in zip(dividing, needed, strict=True) if size <= 1.05 * min(needed))
+
+
+def spelled(sizes: Mapping[str, int]) -> str:
+    """The sizes of a mesh as `--mesh` takes them, without those of one: "data=2,expert=4"."""
+    return ",".join(f"{name}={size}" for name, size in sizes.items() if size != 1) or "none"
 
 
 def named_sharding(
-    mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int] | None = None
+    mesh: Mesh | AbstractMesh,
+    axes: Sequence[str | None],
+    shape: Sequence[int] | None = None,
+    *,
+    in_use: bool = False,
 ) -> NamedSharding:
     """The sharding of an array with these logical axes.
 
@@ -75,6 +151,9 @@ def named_sharding(
       axes: A key of `LOGICAL_TO_MESH` or None for each dimension.
       shape: If given, a dimension that its mesh axes do not divide evenly is split over those of
         them that do, the most devices possible; over none, it is replicated.
+      in_use: Whether a weight is gathered for a layer that is about to use it.
+
+    A mesh axis splits one dimension, the first that names it and that it divides.
 
     Raises:
       ValueError: If an axis is unknown, the mesh has Explicit axes or none that the table names, or
@@ -92,21 +171,25 @@ def named_sharding(
         )
     if shape is not None and len(shape) != len(axes):
         raise ValueError(f"axes {tuple(axes)} must name every dimension of shape {tuple(shape)}.")
-    spec = []
+    spec, taken = [], set()
     for i, axis in enumerate(axes):
         if axis is not None and axis not in LOGICAL_TO_MESH:
             raise ValueError(f"axis must be one of {', '.join(LOGICAL_TO_MESH)}, got {axis!r}.")
         units = None if shape is None else shape[i] / _UNITS.get(axis, 1)
-        names = _most(mesh, LOGICAL_TO_MESH.get(axis, ()), units)
+        names = [x for x in LOGICAL_TO_MESH.get(axis, ()) if x not in taken]
+        if in_use and axis != "batch":
+            names = [x for x in names if x != _AT_REST]
+        names = _most(mesh, names, units)
+        taken |= set(names)
         spec.append(names[0] if len(names) == 1 else names or None)
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def _most(mesh: Mesh, names: Sequence[str], units: float | None) -> tuple[str, ...]:
+def _most(mesh: Mesh | AbstractMesh, names: Sequence[str], units: float | None) -> tuple[str, ...]:
     """Those axes of the mesh that divide so many units between the most devices."""
-    names = [name for name in names if name in mesh.shape]
+    names = [name for name in names if mesh.shape.get(name, 1) > 1]
     count = lambda some: math.prod(mesh.shape[name] for name in some)
     subsets = itertools.chain.from_iterable(
         itertools.combinations(names, size) for size in range(len(names), -1, -1)
     )
-    return max((x for x in subsets if units is None or units % count(x) == 0), key=count)
+    return max((x for x in subsets if not x or units is None or units % count(x) == 0), key=count)

@@ -221,7 +221,7 @@ SHAPES = ["--batch", "1,3", "--prompt-tokens", "16,8", "--new-tokens", "9", "--r
 @pytest.fixture
 def small_model(shardable, monkeypatch):
     monkeypatch.setattr(cli, "_enable_compile_cache", lambda: None)
-    monkeypatch.setattr(cli_bench, "load_model", lambda args: random_model(shardable))
+    monkeypatch.setattr(cli_bench, "load_model", lambda args, **_: random_model(shardable))
 
 
 def test_the_command_prints_a_table_and_a_list(small_model, capsys):
@@ -250,7 +250,7 @@ def test_what_was_measured_before_a_shape_failed_is_said(measured, monkeypatch, 
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     monkeypatch.setattr(cli, "_enable_compile_cache", lambda: None)
-    monkeypatch.setattr(cli_bench, "load_model", lambda args: None)
+    monkeypatch.setattr(cli_bench, "load_model", lambda args, **_: None)
     monkeypatch.setattr(cli_bench, "measure", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         cli.main(["bench", "small"])
@@ -287,7 +287,7 @@ def test_options_that_are_no_numbers_are_refused(capsys):
     ],
 )
 def test_a_plot_that_cannot_be_is_refused_at_once(path, said, monkeypatch, capsys):
-    def fail(args):
+    def fail(args, **_):
         raise AssertionError("loaded")
 
     monkeypatch.setattr(cli, "_enable_compile_cache", lambda: None)
@@ -307,7 +307,7 @@ def test_the_command_draws(measured, monkeypatch, tmp_path, capsys):
         dataclasses.replace(found, prompt_tokens=9),
     ]
     monkeypatch.setattr(cli, "_enable_compile_cache", lambda: None)
-    monkeypatch.setattr(cli_bench, "load_model", lambda args: None)
+    monkeypatch.setattr(cli_bench, "load_model", lambda args, **_: None)
     monkeypatch.setattr(cli_bench, "measure", lambda *args, **options: iter(found))
     for name, start in (("x.svg", b"<?xml"), ("x.png", b"\x89PNG")):
         assert cli.main(["bench", "small", "--plot", str(tmp_path / name)]) == 0

@@ -67,9 +67,9 @@ def test_loads_the_same_as_safetensors(folders, dtype):
     )
 
 
-@pytest.mark.parametrize("axes", [{"expert": 8}, {"expert": 2, "tensor": 2, "data": 2}])
+@pytest.mark.parametrize("axes", [{"expert": 8}, {"expert": 2, "tensor": 2, "fsdp": 2}])
 def test_restores_onto_another_mesh(folders, tmp_path, axes):
-    model = load(folders / "hf", mesh=make_mesh(tensor=2), dtype=jnp.bfloat16)
+    model = load(folders / "hf", mesh=make_mesh(tensor=2, fsdp=4), dtype=jnp.bfloat16)
     save(model, tmp_path / "saved")
     mesh = make_mesh(**axes)
     for dtype in (jnp.bfloat16, jnp.float32):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import pytest
@@ -18,7 +19,7 @@ from gpt_oss_jax import __version__, cli, compile_cache
 from gpt_oss_jax.chat import Reply
 from gpt_oss_jax.checkpoint import synthetic, writer
 from gpt_oss_jax.cli import chat as cli_chat, terminal
-from gpt_oss_jax.config import Config
+from gpt_oss_jax.config import GPT_OSS_20B, Config
 from gpt_oss_jax.harmony import encode_text
 
 # Harmony needs the released vocabulary; all else is as small as it gets.
@@ -256,7 +257,7 @@ def test_closed_streams_are_no_error(folder):
 
 @pytest.mark.parametrize("arguments", [["--top-p", "7"], ["--date", "x"], ["-c", "0"]], ids=str)
 def test_wrong_options_are_refused_before_the_model_is_loaded(monkeypatch, arguments):
-    monkeypatch.setattr(cli_chat, "load_model", lambda args: pytest.fail("loaded"))
+    monkeypatch.setattr(cli_chat, "load_model", lambda args, **_: pytest.fail("loaded"))
     try:
         assert cli.main(["chat", "tiny", "hello", *arguments]) == 2
     except SystemExit as exit:
@@ -298,9 +299,63 @@ def test_options_reach_the_model(folder, capsys):
         assert repr(mesh) in capsys.readouterr().err
 
 
-def test_mesh_spreads_the_model(folder):
-    args = argparse.Namespace(model=folder, mesh={"expert": 4}, dtype="float32")
-    assert len(terminal.load_model(args).layers[0].mlp.up.scales.sharding.device_set) == 4
+@pytest.mark.parametrize(
+    ("mesh", "devices", "said"),
+    [
+        ("expert=4", 4, ""),
+        (None, 8, "spread over 8 of 8 devices, --mesh expert=8"),
+        ("none", 1, ""),
+    ],
+)
+def test_a_model_is_spread_over_all_devices_or_those_asked_for(folder, capsys, mesh, devices, said):
+    axes = mesh and terminal.mesh_axes(mesh)
+    args = argparse.Namespace(model=folder, mesh=axes, dtype="float32", expert_form=None)
+    scales = terminal.load_model(args).layers[0].mlp.up.scales
+    assert len(scales.sharding.device_set) == devices
+    err = capsys.readouterr().err
+    assert said in err and bool(said) == ("spread over" in err)
+
+
+@pytest.mark.parametrize(
+    ("gib", "mesh", "context", "devices", "said"),
+    [
+        (15.2, None, 8192, 1, "running on 1 of 2 GPUs, where 20b fits; --mesh expert=2 spreads it"),
+        (15.2, None, 131_072, 2, "spread over 2 of 2 devices, --mesh expert=2"),
+        (15.2, {"expert": 2}, 8192, 2, ""),
+        (15.2, {}, 131_072, 1, ""),
+        (0, None, 8192, 2, "spread over 2 of 2 devices, --mesh expert=2"),
+    ],
+)
+def test_one_gpu_is_the_default_if_it_is_enough(
+    monkeypatch, capsys, gib, mesh, context, devices, said
+):
+    """Not if it does not tell its memory."""
+    stats = {"bytes_limit": int(gib * 2**30)} if gib else None
+    gpu = types.SimpleNamespace(platform="gpu", device_kind="card", memory_stats=lambda: stats)
+    args = argparse.Namespace(model="20b", mesh=mesh, dtype=None, expert_form=None)
+    monkeypatch.setattr(terminal, "make_mesh", lambda devices, **sizes: max(sizes.values()))
+    options = {"batch": 1, "context": context}
+    found, form = terminal.placement(args, [gpu, gpu], GPT_OSS_20B, "mxfp4", **options)
+    assert (found or 1) == devices and form is None
+    assert capsys.readouterr().err == (said and f"gpt-oss-jax: {said}\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "asked", "form"),
+    [
+        ("TPU v6 lite", 8, None, "packed"),
+        ("TPU v6 lite", 9, None, "folded"),
+        ("TPU v6 lite", 9, "packed", "packed"),
+        ("TPU7x", 1, None, "folded"),
+        ("TPU v9", 9, None, "packed"),
+    ],
+)
+def test_on_a_tpu_the_form_of_experts_is_that_of_plan(monkeypatch, name, batch, asked, form):
+    tpu = types.SimpleNamespace(platform="tpu", device_kind=name, memory_stats=lambda: None)
+    monkeypatch.setattr(jax, "devices", lambda: [tpu])
+    monkeypatch.setattr(terminal, "load", lambda model, **options: options["expert_form"])
+    args = argparse.Namespace(model="20b", mesh=None, dtype=None, expert_form=asked)
+    assert terminal.load_model(args, batch=batch, context=512) == form
 
 
 def test_convert_and_export(folder, tmp_path, capsys):

@@ -22,9 +22,11 @@ expert_mlp = jax.jit(api.expert_mlp, static_argnames=("limit", "implementation")
 dense_mlp = jax.jit(oracle.expert_mlp, static_argnames="limit")
 E, X, D, F = 11, 2, 96, 160
 # One row, the last count that is gathered, the first that is grouped, several tiles an expert.
+# The kernels for TPU take weights in two forms.
 ROWS = {
     "xla": [1, xla._FEW_PAIRS // X, xla._FEW_PAIRS // X + 1, 300],
     "mosaic_tpu": [1, mosaic_tpu.FEW_ROWS, mosaic_tpu.FEW_ROWS + 1, 300],
+    "mosaic_tpu, folded": [mosaic_tpu.FEW_ROWS, 300],
 }
 KERNELS = api.IMPLEMENTATIONS
 implementations = pytest.mark.parametrize("implementation", list(ROWS))
@@ -37,7 +39,7 @@ at_every_count = pytest.mark.parametrize(
 def where_it_runs(request):
     """A test of an implementation for TPU runs as on one."""
     callspec = getattr(request.node, "callspec", None)
-    tpu = callspec is not None and callspec.params.get("implementation") == "mosaic_tpu"
+    tpu = callspec is not None and "mosaic_tpu" in callspec.params.get("implementation", "")
     with as_on_a_tpu() if tpu else contextlib.nullcontext():
         yield
 
@@ -68,10 +70,16 @@ def rows(M, dtype=jnp.float32, experts=E):
 
 def laid_out(w, implementation):
     """The weights as the implementation wants them."""
-    if implementation != "mosaic_tpu":
+    if implementation == "xla":
         return w
-    up, down = jax.jit(lambda w: (w.up.in_words(), w.down.in_words()))(w)
+    form = MXArray.folded if implementation.endswith("folded") else MXArray.in_words
+    up, down = jax.jit(lambda w: (form(w.up), form(w.down)))(w)
     return dataclasses.replace(w, up=up, down=down)
+
+
+def run(args, w, implementation):
+    name = implementation.split(",")[0]
+    return expert_mlp(*args, laid_out(w, implementation), limit=7.0, implementation=name)
 
 
 def dense(w):
@@ -82,7 +90,7 @@ def dense(w):
 @at_every_count
 def test_equals_the_oracle(implementation, M):
     w, args = weights(), rows(M)
-    got = expert_mlp(*args, laid_out(w, implementation), limit=7.0, implementation=implementation)
+    got = run(args, w, implementation)
     want = dense_mlp(*args, *dense(w), limit=7.0)
     np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
 
@@ -102,8 +110,9 @@ def test_ids_past_the_experts_add_nothing(implementation, M, own):
     w, (x, experts, weight) = weights(), rows(M)
     some = jax.tree.map(lambda a: a[:own], w)
     ours = laid_out(some, implementation)
-    run = jax.jit(functools.partial(KERNELS[implementation], limit=7.0, some_elsewhere=True))
-    got = run(x, jnp.minimum(experts, own), weight, ours)
+    kernel = KERNELS[implementation.split(",")[0]]
+    on_a_device = jax.jit(functools.partial(kernel, limit=7.0, some_elsewhere=True))
+    got = on_a_device(x, jnp.minimum(experts, own), weight, ours)
     want = dense_mlp(x, experts, jnp.where(experts < own, weight, 0), *dense(w), limit=7.0)
     scale = float(jnp.abs(dense_mlp(x, experts, weight, *dense(w), limit=7.0)).max())
     np.testing.assert_allclose(got, want, atol=1e-5 * scale)
@@ -112,7 +121,7 @@ def test_ids_past_the_experts_add_nothing(implementation, M, own):
 @at_every_count
 def test_bf16(implementation, M):
     w, args = weights(dtype=jnp.bfloat16), rows(M, jnp.bfloat16)
-    got = expert_mlp(*args, laid_out(w, implementation), limit=7.0, implementation=implementation)
+    got = run(args, w, implementation)
     assert got.dtype == jnp.bfloat16
     want = dense_mlp(*args, *dense(w), limit=7.0)
     error = jnp.linalg.norm(got.astype(jnp.float32) - want) / jnp.linalg.norm(want)
@@ -123,7 +132,7 @@ def test_bf16(implementation, M):
 @pytest.mark.parametrize("M", [3, 200])
 def test_every_row_may_choose_the_same_experts(implementation, M):
     w, args = weights(), rows(M, jnp.float32, X)
-    got = expert_mlp(*args, laid_out(w, implementation), limit=7.0, implementation=implementation)
+    got = run(args, w, implementation)
     want = dense_mlp(*args, *dense(w), limit=7.0)
     np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
 
@@ -153,8 +162,8 @@ def test_gradients_through_packed_weights_equal_the_oracle(implementation):
 
     def got(x, weight, biases):
         ours = dataclasses.replace(laid_out(w, implementation), **biases)
-        y = api.expert_mlp(x, chosen, weight, ours, limit=7.0, implementation=implementation)
-        return (y**2).sum()
+        name = implementation.split(",")[0]
+        return (api.expert_mlp(x, chosen, weight, ours, limit=7.0, implementation=name) ** 2).sum()
 
     def want(x, weight, biases):
         ours = dataclasses.replace(w, **biases)
@@ -169,9 +178,10 @@ def test_gradients_through_packed_weights_equal_the_oracle(implementation):
         np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
 
 
-def test_tpu_words_serve_the_xla_version_too():
+@pytest.mark.parametrize("form", ["mosaic_tpu", "mosaic_tpu, folded"])
+def test_tpu_words_serve_the_xla_version_too(form):
     w, args = weights(), rows(3)
-    got = expert_mlp(*args, laid_out(w, "mosaic_tpu"), limit=7.0, implementation="xla")
+    got = expert_mlp(*args, laid_out(w, form), limit=7.0, implementation="xla")
     np.testing.assert_array_equal(got, expert_mlp(*args, w, limit=7.0, implementation="xla"))
 
 

@@ -14,10 +14,19 @@ OUTSIDE = {"convert", "benchmarks", "examples", "tests"}
 
 LAYERS = [
     {"_compat", "directories"},
-    {"compile_cache", "config", "quant", "sampling", "sharding", "distributed", "harmony"},
-    {"kernels"},
+    {
+        "aot",
+        "compile_cache",
+        "config",
+        "quant",
+        "sampling",
+        "sharding",
+        "distributed",
+        "harmony",
+    },
+    {"kernels", "compile_archive"},
     {"model"},
-    {"checkpoint", "generate", "aot", "cost", "limits"},
+    {"checkpoint", "generate", "cost", "limits"},
     {"parity", "plan", "tools"},
     {"chat"},
     {"__init__"},

@@ -12,7 +12,7 @@ from gpt_oss_jax.generate import device, generate_batch
 from gpt_oss_jax.generate.loop import prompt_calls
 from gpt_oss_jax.plan import KINDS, Kind, parse_device, plan
 from gpt_oss_jax.sampling import SamplingParams
-from gpt_oss_jax.sharding import make_mesh
+from gpt_oss_jax.sharding import MESH_AXES, make_mesh
 
 CARD = Kind("card", "gpu", 1.0, 100, 10)
 
@@ -46,7 +46,7 @@ def test_other_names_are_refused(text):
 
 
 @pytest.mark.parametrize("experts", ["mxfp4", "dense"])
-@pytest.mark.parametrize("axes", [{}, {"expert": 4, "tensor": 2}, {"data": 2, "expert": 4}])
+@pytest.mark.parametrize("axes", [{}, {"expert": 4, "tensor": 2}, {"fsdp": 2, "context": 4}])
 def test_bytes_are_those_that_lie_on_a_device(shardable, axes, experts):
     mesh = make_mesh(**axes)
     model = random_model(shardable, experts=experts, mesh=mesh)
@@ -61,7 +61,7 @@ def test_bytes_are_those_that_lie_on_a_device(shardable, axes, experts):
     assert found.weights == here(jax.tree.leaves(nnx.state(model)))
     skeleton, leaves = device.split(model)
     assert found.cache == here(jax.tree.leaves(device.empty_cache(leaves, skeleton, 4, 512)))
-    assert found.mesh == {"data": 1, "expert": 1, "tensor": 1} | axes
+    assert found.mesh == dict.fromkeys(MESH_AXES, 1) | axes
 
 
 def test_the_cache_is_that_of_generate(shardable, monkeypatch):
@@ -88,6 +88,50 @@ def test_on_tpu_words_are_counted_where_load_makes_them(shardable, tmp_path, mon
         here = sum(s.data.nbytes for s in shards if s.device == mesh.devices.flat[0])
         assert plan(shardable, kind, mesh.size, dtype="float32", mesh=axes).weights == here
         assert (model.layers[0].mlp.up.words_of is None) == (axes == {"expert": 2, "tensor": 2})
+    for axes in ({"expert": 4}, {"expert": 2, "fsdp": 2}):
+        form = {"mesh": make_mesh(**axes), "dtype": "float32", "expert_form": "folded"}
+        model = load(folder, **form)
+        shards = (s for x in jax.tree.leaves(nnx.state(model)) for s in x.addressable_shards)
+        here = sum(s.data.nbytes for s in shards if s.device == mesh.devices.flat[0])
+        assert plan(shardable, kind, 4, **form | {"mesh": axes}).weights == here
+
+
+def test_experts_are_folded_for_many_rows_where_that_fits():
+    def form(kind, batch, devices=1, **options):
+        found = plan(GPT_OSS_20B, KINDS[kind], devices, batch=batch, **{"context": 2048} | options)
+        assert found.fits
+        return found.expert_form
+
+    assert (form("v6e", 8), form("v6e", 9)) == ("packed", "folded")
+    assert form("v6e", 16, 4, mesh={"data": 2, "expert": 2}) == "packed"
+    assert form("v6e", 32, context=8192) == "packed"  # 10 GB more do not fit beside that cache.
+    assert form("tpu7x", 1) == "folded"
+    assert form("v6e", 9, 2, mesh={"tensor": 2}) is None
+    with pytest.raises(ValueError, match="on TPU .* got 'folded' for h200"):
+        plan(GPT_OSS_20B, KINDS["h200"], expert_form="folded")
+    packed, folded = (
+        plan(GPT_OSS_20B, KINDS["v6e"], batch=64, expert_form=x) for x in ("packed", "folded")
+    )
+    assert (packed.expert_form, folded.expert_form) == ("packed", "folded")
+    # All experts are read, in 8 bits instead of 4.25; the scales are only kept.
+    values = 24 * 32 * 3 * 2880 * 2880
+    assert 1 < (folded.weights - packed.weights) / (values / 2) < 1.03
+    assert 0.99 < (folded.decode_bytes - packed.decode_bytes) / (values * 3.75 / 8) < 1.03
+
+
+def test_one_gpu_is_the_default_where_it_is_enough():
+    """Of TPUs all are taken; so are those that are asked for."""
+    one, gpu = dict.fromkeys(MESH_AXES, 1), KINDS["h100"]
+    found = plan(GPT_OSS_120B, gpu, 4)
+    assert found.fits and found.mesh == one and found.spread == {"expert": 4, "tensor": 1}
+    for kind, devices, options in [
+        (gpu, 4, {"batch": 16, "context": 131_072}),
+        (gpu, 4, {"mesh": {"expert": 4}}),
+        (KINDS["v5p"], 4, {}),
+    ]:
+        found = plan(GPT_OSS_120B, kind, devices, **options)
+        assert found.mesh == one | {"expert": 4} and found.spread is None
+    assert plan(GPT_OSS_120B, gpu).spread is None
 
 
 def test_no_memory_at_all_is_refused():
@@ -113,8 +157,16 @@ def test_released_sizes():
     assert plan(GPT_OSS_120B, KINDS["h100"]).fits
     assert not plan(GPT_OSS_120B, KINDS["v6e"]).fits
     on_four = plan(GPT_OSS_120B, KINDS["v6e"], 4)
-    assert on_four.fits and on_four.mesh == {"data": 1, "expert": 4, "tensor": 1}
+    assert on_four.fits and on_four.mesh == dict.fromkeys(MESH_AXES, 1) | {"expert": 4}
     assert on_four.weights < 65.25e9 / 4 * 1.05
+
+
+def test_what_is_used_is_gathered_beside_the_weights_at_rest():
+    """At most the unembedding, the largest of the layers."""
+    one, four = plan(GPT_OSS_20B, CARD), plan(GPT_OSS_20B, CARD, 4, mesh={"fsdp": 4})
+    assert four.weights < 1.01 * one.weights / 4
+    assert four.workspace - one.workspace == 201_088 * 2880 * 2 * 3 / 4
+    assert four.decode_bytes == one.decode_bytes
 
 
 def test_what_makes_no_sense_is_refused(shardable):
@@ -135,10 +187,19 @@ def test_the_command(capsys, monkeypatch):
     assert "It fits. Largest context" in out and "tokens/s" in out
     assert cli.main(["plan", "120b", "--device", "v6e-4"]) == 0
     assert "4 x v6e (--mesh expert=4)" in capsys.readouterr().out
+    assert cli.main(["plan", "20b", "--device", "v6e", "--batch", "16"]) == 0
+    assert "experts folded, 8.25 bits a weight" in capsys.readouterr().out
+    rows = ["--batch", "16", "--expert-form", "packed"]
+    assert cli.main(["plan", "20b", "--device", "v6e", *rows]) == 0
+    assert "experts packed, 4.25 bits a weight" in capsys.readouterr().out
     assert cli.main(["plan", "20b", "--device", "16GB"]) == 0
     assert "export XLA_CLIENT_MEM_FRACTION=0.95" in capsys.readouterr().out
     assert cli.main(["plan", "120b", "--device", "16GB"]) == 1
     assert "does NOT fit: 4" in capsys.readouterr().out
+    assert cli.main(["plan", "20b", "--device", "2xh100"]) == 0
+    told = capsys.readouterr()
+    assert "20b on h100, bfloat16" in told.out
+    assert "running on 1 of 2 GPUs, where 20b fits; --mesh expert=2 spreads it" in told.err
     assert cli.main(["plan", "20b", "--device", "v5e-4", "--mesh", "expert=2"]) == 0
     assert "2 x v5e (--mesh expert=2)" in capsys.readouterr().out
     assert cli.main(["plan", "openai/gpt-oss-none-20b", "--device", "v5e"]) == 2

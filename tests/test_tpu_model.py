@@ -16,11 +16,21 @@ from gpt_oss_jax.parity import compare, values
 from gpt_oss_jax.sharding import make_mesh
 
 
-def test_a_model_in_words_is_the_same_model(tmp_path):
+@pytest.mark.parametrize("form", [None, "folded"])
+def test_a_model_in_words_is_the_same_model(tmp_path, caplog, form):
+    """One matrix has too many scales to be folded: it is packed, and a line says so."""
     plain = load("tiny")
+    scales = plain.layers[1].mlp.up.scales
+    scales[...] = scales[...].at[2, 3, 0, 1].set(60)
+    save(plain, tmp_path / "plain", format="hf-mxfp4")
     with as_on_a_tpu():
-        words = load("tiny", dtype=jnp.float32)
-    assert all(layer.mlp.up.words_of and layer.mlp.down.words_of for layer in words.layers)
+        words = load(tmp_path / "plain", dtype=jnp.float32, expert_form=form)
+    matrices = [m for layer in words.layers for m in (layer.mlp.up.matrix, layer.mlp.down.matrix)]
+    assert all(m.words_of for m in matrices)
+    folded = [m.factors is not None for m in matrices]
+    assert folded == [form == "folded" and i != 2 for i in range(len(matrices))]
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.partition(":")[0] for line in said] == ["layers.1.mlp.up"] * (form == "folded")
 
     tokens_BT = jnp.asarray([[200006, 1428, 200008, 4827, 382, 220, 17, 659, 220, 17, 30]])
     want = jax.jit(lambda m, t: m(t))(plain, tokens_BT)
@@ -28,16 +38,22 @@ def test_a_model_in_words_is_the_same_model(tmp_path):
         got = jax.jit(lambda m, t: m(t))(words, tokens_BT)
     np.testing.assert_allclose(got, want, atol=2e-6 * float(jnp.abs(want).max()))
 
-    for name, model in (("plain", plain), ("words", words)):
-        save(model, tmp_path / name, format="hf-mxfp4")
+    save(words, tmp_path / "words", format="hf-mxfp4")
     files = sorted(p.name for p in (tmp_path / "plain").iterdir())
     assert any(name.endswith(".safetensors") for name in files)
     for name in files:
         assert (tmp_path / "words" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_kernels_run_on_each_device_of_a_mesh(shardable, monkeypatch, rows):
+def test_a_form_is_for_the_kernels_that_take_it():
+    with pytest.raises(ValueError, match="expert_form='folded' is for the kernels for TPU"):
+        load("tiny", expert_form="folded")
+    with pytest.raises(ValueError, match="must be None, 'packed' or 'folded', got 'flat'"):
+        load("tiny", expert_form="flat")
+
+
+@pytest.mark.parametrize(("rows", "form"), [(1, "packed"), (3, "folded")])
+def test_kernels_run_on_each_device_of_a_mesh(shardable, monkeypatch, rows, form):
     """Few experts are left to a device, to some none of those that were chosen."""
     tokens = jax.random.randint(jax.random.key(rows), (rows, 13), 0, shardable.vocab_size)
     positions = jnp.broadcast_to(jnp.arange(13), tokens.shape)
@@ -48,11 +64,19 @@ def test_kernels_run_on_each_device_of_a_mesh(shardable, monkeypatch, rows):
         found, cache = run(model, *args[0], init_cache(shardable, rows, 16, jnp.float32))
         return found, run(model, *args[1], cache)[0]
 
-    want = logits(random_model(shardable))
+    def made(mesh=None):
+        """Experts of a device have scales, and so factors, of their own."""
+        model = random_model(shardable, mesh=mesh)
+        for layer in model.layers:
+            scales = layer.mlp.down.scales
+            scales[...] = scales[...].at[3].add(2)
+        return model
+
+    want = logits(made())
     mesh = make_mesh(expert=4)
-    model = random_model(shardable, mesh=mesh)
+    model = made(mesh)
     for layer in model.layers:
-        layer.mlp.use_words(mesh)
+        assert not layer.mlp.use_words(mesh, form)
         words = layer.mlp.down.blocks[...]
         assert words.sharding.shard_shape(words.shape)[0] == shardable.num_experts // 4
     for module in (attention, experts):

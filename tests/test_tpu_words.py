@@ -7,7 +7,7 @@ import pytest
 from as_tpu import as_on_a_tpu
 from jax.experimental import pallas as pl
 
-from gpt_oss_jax.kernels.expert_matmul import mosaic_tpu
+from gpt_oss_jax.kernels.expert_matmul import tpu_decode
 from gpt_oss_jax.quant import MXArray, mxfp4, tpu_words
 
 
@@ -44,19 +44,18 @@ def decoded(m: MXArray) -> np.ndarray:
 
     def body(words, scales, values, powers):
         every = pl.ds(0, N)
-        for chunk, start, stop in mosaic_tpu._chunks(words):
-            decoded = mosaic_tpu._decode(words[0, 0, start // 8 : stop // 8, every])
+        for chunk, start, stop in tpu_decode.chunks(words):
+            decoded = tpu_decode.decode(words[0, 0, start // 8 : stop // 8, every])
             values[start:stop, :] = decoded.astype(jnp.float32)
-            powers[8 * chunk : 8 * chunk + 8, :] = mosaic_tpu._decode_scales(
-                scales, 0, chunk, every
-            )
+            found = tpu_decode.decode_scales(scales, 0, chunk, every)
+            powers[8 * chunk : 8 * chunk + 8, :] = found
 
     shapes = [(K, N), (8 * -(-K // 256), N)]
     with as_on_a_tpu():
         values, powers = pl.pallas_call(
             body, out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
         )(words.blocks, words.scales)
-    values = np.asarray(values, np.float64).reshape(K // 32, 32, N) * mosaic_tpu._X_SCALE
+    values = np.asarray(values, np.float64).reshape(K // 32, 32, N) * tpu_decode.LACKS
     return (values * np.asarray(powers, np.float64)[: K // 32, None]).reshape(K, N)[:, : m.shape[1]]
 
 

@@ -1,22 +1,24 @@
 """Loads a model: from a folder, an Orbax checkpoint, the hub, a bucket, the package, or thin air.
 
-Tensors go one at a time from the file into their shards; the model is made around them.
+Tensors go one at a time from the file into their shards; the model is made around them. Of several
+processes each reads what its own devices hold.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
 import re
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from gpt_oss_jax.checkpoint import synthetic
 from gpt_oss_jax.checkpoint.experts import Source, model_kind, with_experts
@@ -26,10 +28,14 @@ from gpt_oss_jax.checkpoint.orbax import is_orbax, open_orbax
 from gpt_oss_jax.checkpoint.progress import progress
 from gpt_oss_jax.checkpoint.source import open_safetensors
 from gpt_oss_jax.checkpoint.stream import Request
+from gpt_oss_jax.config import Config
 from gpt_oss_jax.kernels.target import platform
 from gpt_oss_jax.model import Transformer
-from gpt_oss_jax.model.moe import can_use_words
-from gpt_oss_jax.sharding import named_sharding
+from gpt_oss_jax.model.layers import in_rows, rows_whole
+from gpt_oss_jax.model.moe import EXPERT_FORMS, MoE, can_use_words, folds, in_words
+from gpt_oss_jax.quant import MXArray
+from gpt_oss_jax.quant.tpu_folded import SPAN
+from gpt_oss_jax.sharding import named_sharding, spelled
 
 _LOGGER = logging.getLogger(__name__)
 # Not an attribute of the model: what is compiled for one would not serve another.
@@ -42,6 +48,7 @@ def load(
     mesh: Mesh | None = None,
     dtype=None,
     implementation: str | None = None,
+    expert_form: str | None = None,
 ) -> Transformer:
     """Loads a model.
 
@@ -62,13 +69,18 @@ def load(
       dtype: Of parameters, activations and cache. None: bfloat16 on accelerators, float32 on CPU.
         Experts stay in the 4.25 bits they come in.
       implementation: Name of the kernels to use. None: the fastest that can.
+      expert_form: Of the experts on TPU: "packed", in 4.25 bits; or "folded", in 8.25 bits that are
+        multiplied as they are, which pays where more than eight rows are generated at once, by what
+        `plan` finds. Both are exact, and what would not be stays packed, which is logged. None:
+        packed.
 
     Returns:
       The model.
 
     Raises:
       ValueError: If there is no such checkpoint, or anything about it is not as it should be: then
-        everything that is wrong is named. If the weights do not fit the device.
+        everything that is wrong is named. If the weights do not fit the device. If `expert_form` is
+        named where no kernels for TPU take the experts.
     """
     if not isinstance(mesh, Mesh | None):
         raise ValueError(f"mesh must be a jax.sharding.Mesh, such as of make_mesh, got {mesh!r}.")
@@ -83,20 +95,14 @@ def load(
         # One dense matrix makes all of them dense: a model holds its experts in one way.
         config, kind = source.config, model_kind(source)
         arrays = lambda targets: _arrays(with_experts(source, kind), targets)
-    abstract = nnx.eval_shape(
-        lambda: Transformer(
-            config,
-            rngs=nnx.Rngs(0),
-            dtype=dtype,
-            experts=kind,
-            implementation=implementation,
-            mesh=mesh,
-        )
-    )
+    use_words = _uses_words(config, kind, mesh, implementation)
+    _check_form(expert_form, use_words)
+    options = {"dtype": dtype, "experts": kind, "implementation": implementation, "mesh": mesh}
+    abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), **options))
     graphdef, state = nnx.split(abstract)
     variables = {"/".join(map(str, path)): x for path, x in nnx.to_flat_state(state)}
     targets = {path: _target(variable, mesh) for path, variable in variables.items()}
-    _check_room(targets.values(), mesh)
+    _check_room(targets, mesh, expert_form == "folded")
     if mesh is not None:
         _tell_what_is_not_split(variables, targets, mesh)
     total = sum(x.size * x.dtype.itemsize for x in targets.values())
@@ -108,13 +114,85 @@ def load(
     model = nnx.merge(graphdef, nnx.from_flat_state(flat))
     if _platform(mesh) == "tpu":
         model.embedding.use_rows()
-        named = implementation in (None, "mosaic_tpu")
-        if kind == "mxfp4" and named and can_use_words(config, mesh):
-            for layer in model.layers:
-                layer.mlp.use_words(mesh)
+    if use_words:
+        names = [layer.mlp.use_words(mesh, expert_form or "packed") for layer in model.layers]
+        _tell_what_is_not_folded(list(itertools.chain(*names)))
     if folder is not None:
         _ORIGINS[model] = folder
     return model
+
+
+def outline(
+    config: Config,
+    *,
+    experts: str = "mxfp4",
+    mesh: Mesh | None = None,
+    dtype=None,
+    expert_form: str | None = None,
+) -> Transformer:
+    """The model that `load` returns, with `jax.ShapeDtypeStruct`s for arrays.
+
+    Programs lowered from it are those that run on the loaded one, if all of its experts fold where
+    they are to be folded.
+
+    Args:
+      config: Sizes.
+      experts: "mxfp4" or "dense".
+      mesh: See `load`.
+      dtype: See `load`.
+      expert_form: See `load`.
+    """
+    dtype, use_words = _dtype(dtype, mesh), _uses_words(config, experts, mesh)
+    _check_form(expert_form, use_words)
+
+    def make():
+        options = {"dtype": dtype, "experts": experts, "mesh": mesh}
+        model = Transformer(config, rngs=nnx.Rngs(0), **options)
+        for layer in model.layers if use_words else ():
+            for projection in (layer.mlp.up, layer.mlp.down):
+                projection.use_words(form=expert_form or "packed")
+        return model
+
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    flat = {path: x.replace(_target(x, mesh)) for path, x in nnx.to_flat_state(state)}
+    if _platform(mesh) == "tpu":
+        ours = SingleDeviceSharding(jax.config.jax_default_device or jax.devices()[0])
+        table = flat["embedding", "weight"]
+        where = rows_whole(table.sharding or ours)
+        flat["embedding", "weight"] = table.replace(
+            jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=where)
+        )
+    return nnx.merge(graphdef, nnx.from_flat_state(flat.items()))
+
+
+def preparations(model: Transformer) -> Iterator[tuple[str, jax.stages.Lowered]]:
+    """What `load` itself runs on a TPU to make the model of this `outline`; named, and lowered."""
+    if _platform(model.mesh) != "tpu":
+        return
+    table = model.embedding.weight.get_value()
+    plain = jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=model.mesh and table.sharding)
+    yield "rows of the embedding", in_rows(table.sharding).lower(plain)
+    if model.layers[0].mlp.up.words_of is None:
+        return
+    form = "folded" if hasattr(model.layers[0].mlp.up, "factors") else "packed"
+    options = {"dtype": model.dtype, "experts": "mxfp4"}
+    mlp = nnx.eval_shape(lambda: MoE(model.config, 0, rngs=nnx.Rngs(0), **options))
+    for name, projection in (("up", mlp.up), ("down", mlp.down)):
+        blocks, scales = (_target(x, model.mesh) for x in (projection.blocks, projection.scales))
+        matrix = MXArray(blocks, scales)
+        if form == "folded":
+            yield f"whether experts fold, {name}", folds.lower(matrix)
+        run = in_words(model.mesh, model.config.num_experts, form)
+        yield f"experts {form}, {name}", run.lower(matrix)
+
+
+def _uses_words(
+    config: Config, experts: str, mesh: Mesh | None, implementation: str | None = None
+) -> bool:
+    """Whether kernels for TPU will run, whose order experts are put into."""
+    named = implementation in (None, "mosaic_tpu")
+    on_tpu = named and _platform(mesh) == "tpu"
+    return on_tpu and experts == "mxfp4" and can_use_words(config, mesh)
 
 
 def origin(model: Transformer) -> Folder | None:
@@ -157,17 +235,27 @@ def _target(variable: nnx.Variable, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding)
 
 
-def _check_room(targets: Collection[jax.ShapeDtypeStruct], mesh: Mesh | None) -> None:
+def _check_room(
+    targets: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh | None, folded: bool
+) -> None:
     """Refuses what cannot fit before anything of it is read.
 
     Raises:
-      ValueError: If a device has less memory free than its part of the weights needs.
+      ValueError: If a device has less memory free than its part of the weights needs, or this
+        process has no device of the mesh.
     """
+    if mesh is not None and not mesh.local_devices:
+        raise ValueError(
+            f"the mesh must have devices of every process, got {mesh.size} of the "
+            f"{jax.device_count()} there are, and none of process {jax.process_index()}."
+        )
     needed = 0
-    for x in targets:
+    for path, x in targets.items():
         shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
-        needed += math.prod(shape) * x.dtype.itemsize
-    for device in jnp.zeros(()).devices() if mesh is None else mesh.local_devices:
+        bytes_ = math.prod(shape) * x.dtype.itemsize
+        needed += 2 * bytes_ if folded and path.endswith("/blocks") else bytes_
+    ours = jax.device_put(np.zeros(())).devices()  # Which compiles nothing.
+    for device in ours if mesh is None else mesh.local_devices:
         stats = _memory(device)
         limit = stats.get("bytes_limit") or math.inf  # Allocators without a pool say 0.
         free = limit - stats.get("bytes_in_use", 0)
@@ -189,6 +277,25 @@ def _memory(device: jax.Device) -> dict[str, int]:
     return device.memory_stats() or {}
 
 
+def _check_form(form: str | None, use_words: bool) -> None:
+    if form not in (None, *EXPERT_FORMS):
+        known = " or ".join(map(repr, EXPERT_FORMS))
+        raise ValueError(f"expert_form must be None, {known}, got {form!r}.")
+    if form is not None and not use_words:
+        raise ValueError(
+            f"expert_form={form!r} is for the kernels for TPU, which take MXFP4 experts that are "
+            "whole on their device; leave it out here."
+        )
+
+
+def _tell_what_is_not_folded(names: Sequence[str]) -> None:
+    if names:
+        _LOGGER.warning(
+            "%s: scales span more than 2^%d in an expert, so that folding would round; packed in "
+            "4.25 bits instead", ", ".join(names), SPAN,
+        )  # fmt: skip
+
+
 def _tell_what_is_not_split(variables, targets, mesh: Mesh) -> None:
     """Says which weights are split over fewer axes of the mesh than the table has for them."""
     found: dict[str, int] = {}
@@ -198,10 +305,9 @@ def _tell_what_is_not_split(variables, targets, mesh: Mesh) -> None:
             shard = targets[path].sharding.shard_shape(x.shape)
             found[name] = found.get(name, 0) + math.prod(shard) * targets[path].dtype.itemsize
     if found:
-        sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
         _LOGGER.warning(
             "the mesh %s does not divide %s: each device holds %.2f GB of them",
-            sizes, "; ".join(sorted(found)), sum(found.values()) / 1e9,
+            spelled(mesh.shape), "; ".join(sorted(found)), sum(found.values()) / 1e9,
         )  # fmt: skip
 
 

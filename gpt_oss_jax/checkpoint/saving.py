@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import zlib
@@ -20,7 +21,9 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
+from gpt_oss_jax import distributed
 from gpt_oss_jax.checkpoint import names, orbax, writer
 from gpt_oss_jax.checkpoint.experts import Source, expert_kinds, with_experts
 from gpt_oss_jax.checkpoint.files import Folder, LocalFolder, open_folder
@@ -61,6 +64,10 @@ def save(
     on stderr. Experts in MXFP4 are written as they are, or decoded, exactly, for "hf-bf16"; dense
     ones are quantised for "hf-mxfp4" and "original".
 
+    Of a model that is spread over several processes, which all call this, process 0 writes one
+    variable after the other; each is whole on every device then, and no two are. For "orbax" there
+    must be room on the disk for two.
+
     Args:
       model: To write.
       path: A folder that does not exist.
@@ -75,7 +82,18 @@ def save(
     folder = origin(model) if files_from is None else open_folder(resolve(files_from))
     files = {} if folder is None else _side_files(folder)
     source = _ModelSource(model)
-    _write(source, path, format, files)
+    if source.spread and distributed.index():
+        source.serve()
+        return
+    try:
+        if format == "orbax" and distributed.count() > 1:
+            _write_orbax_apart(source, path, files)
+        else:
+            _write(source, path, format, files)
+    except Exception as error:
+        source.dismiss(str(error))
+        raise
+    source.dismiss(None)
     if source.rounded:
         sys.stderr.write(
             f"Rounded to bfloat16: {len(source.rounded)} float32 tensors that it cannot hold "
@@ -86,7 +104,8 @@ def save(
 def convert(src: str | os.PathLike, dst: str | os.PathLike) -> None:
     """Writes any checkpoint that `load` takes as an Orbax one, tensor by tensor.
 
-    Killed on the way, it goes on where it was when it is called again.
+    Killed on the way, it goes on where it was when it is called again. As `export` does, it takes
+    one process for each disk.
 
     Args:
       src: What `load` takes.
@@ -101,6 +120,9 @@ def convert(src: str | os.PathLike, dst: str | os.PathLike) -> None:
 def export(src: str | os.PathLike, dst: str | os.PathLike, to: str) -> None:
     """Writes any checkpoint that `load` takes in another format, tensor by tensor.
 
+    Where several processes call it, process 0 writes while the others wait; then those write, too,
+    that do not see the folder, because they have another disk.
+
     Args:
       src: What `load` takes.
       dst: A folder that does not exist.
@@ -109,9 +131,16 @@ def export(src: str | os.PathLike, dst: str | os.PathLike, to: str) -> None:
     Raises:
       ValueError: As `load` and `save`.
     """
-    _check(dst, to)
+    path = _check(dst, to)
     source = open_source(src)
-    _write(source, dst, to, _side_files(source.folder), _fingerprint(source))
+
+    def write():
+        if to == "orbax" and distributed.count() > 1:
+            _convert_apart(src, path)
+        else:
+            _write(source, path, to, _side_files(source.folder), _fingerprint(source))
+
+    distributed.once(write, path.exists)
 
 
 def _write(
@@ -167,6 +196,34 @@ def _write(
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def _write_orbax_apart(source: Source, path, files: Mapping[str, bytes]) -> None:
+    """Writes safetensors beside the target, and converts them."""
+    path = _check(path, "orbax")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    layout = "hf-bf16" if expert_kinds(source) == {"dense"} else "hf-mxfp4"
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as work:
+        _write(source, Path(work, "safetensors"), layout, files)
+        _convert_apart(Path(work, "safetensors"), path)
+
+
+def _convert_apart(src, path: Path) -> None:
+    """Converts in a process of its own: Orbax waits for all of JAX's, where one writes.
+
+    Raises:
+      ValueError: As `convert`.
+    """
+    code = "import sys; from gpt_oss_jax.checkpoint import convert; convert(*sys.argv[1:])"
+    search = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, search))}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(src), str(path)],
+        env=os.environ | environment, stderr=subprocess.PIPE, text=True, errors="replace",
+    )  # fmt: skip
+    if done.returncode:
+        _, _, why = done.stderr.rpartition("\nValueError: ")
+        raise ValueError(f"{path} could not be written: {why.strip()}")
 
 
 def _work_folder(path: Path, resumable: bool) -> Path:
@@ -264,7 +321,10 @@ class _ModelSource:
     def __init__(self, model: Transformer):
         self.config: Config = model.config
         state = nnx.to_flat_state(nnx.state(model))
-        self._arrays = {"/".join(map(str, path)): x[...] for path, x in state}
+        # The factors of folded experts follow from the rest.
+        self._arrays = {
+            "/".join(map(str, path)): x[...] for path, x in state if path[-1] != "factors"
+        }
         kinds = {
             matrix: "dense" if f"{matrix}/weight" in self._arrays else "mxfp4"
             for matrix in names.matrices(self.config)
@@ -279,15 +339,16 @@ class _ModelSource:
             for name, projection in (("up", layer.mlp.up), ("down", layer.mlp.down))
             if projection.words_of is not None
         }
-        if not all(x.is_fully_addressable for x in self._arrays.values()):
-            raise ValueError("a model spread over several processes cannot be saved from one.")
+        self.spread = not all(x.is_fully_addressable for x in self._arrays.values())
         if odd := self._arrays.keys() ^ self.variables.keys():
             raise ValueError(f"a plain gpt-oss model is wanted; odd are {', '.join(sorted(odd))}.")
 
     def stream(self, requests: Iterable[Request]) -> Iterator[np.ndarray]:
         """Whole variables, in order."""
         for request in requests:
-            array = np.asarray(jax.device_get(self._array(request.path)))
+            if self.spread:
+                distributed.broadcast({"path": request.path})
+            array = self._whole(request.path)
             if array.dtype == np.float32:
                 array, exact = _narrow(array)
                 if not exact:
@@ -299,6 +360,28 @@ class _ModelSource:
                     f"to be saved, got {array.dtype}: cast it first."
                 )
             yield array
+
+    def serve(self) -> None:
+        """Gives process 0 what it streams, until it is done.
+
+        Raises:
+          ValueError: If it failed.
+        """
+        while "path" in (message := distributed.broadcast(None)):
+            self._whole(message["path"])
+        if message["error"] is not None:
+            raise ValueError(f"process 0: {message['error']}")
+
+    def dismiss(self, error: str | None) -> None:
+        """Tells those who serve that all is streamed, or that it failed."""
+        if self.spread:
+            distributed.broadcast({"error": error})
+
+    def _whole(self, path: str) -> np.ndarray:
+        array = self._array(path)
+        if self.spread:
+            return multihost_utils.process_allgather(array, tiled=True)
+        return np.asarray(jax.device_get(array))
 
     def _array(self, path: str) -> jax.Array:
         matrix, _, part = path.rpartition("/")

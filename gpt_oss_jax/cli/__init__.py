@@ -16,11 +16,21 @@ from collections.abc import Sequence
 
 import jax
 
-from gpt_oss_jax import __version__, compile_cache
-from gpt_oss_jax.cli import bench, chat, checkpoints, doctor, generate, parity, plan
+from gpt_oss_jax import __version__, compile_cache, distributed
+from gpt_oss_jax.cli import (
+    bench,
+    chat,
+    checkpoints,
+    compile as compile_command,
+    doctor,
+    generate,
+    parity,
+    plan,
+)
+from gpt_oss_jax.cli.processes import join
 from gpt_oss_jax.cli.terminal import remark, take_gpu_memory
 
-COMMANDS = (chat, generate, checkpoints, bench, doctor, parity, plan)
+COMMANDS = (chat, generate, checkpoints, bench, doctor, parity, plan, compile_command)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,8 +62,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="gpt-oss-jax: %(message)s", force=True)
     logging.getLogger("gpt_oss_jax").setLevel(logging.INFO)
     try:
+        code = _run(args)
+    except SystemExit as ended:
+        distributed.leave(ended.code)
+        raise
+    if code:
+        # Other processes would wait for this one.
+        distributed.leave(code)
+    return code
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
         take_gpu_memory()
         _enable_compile_cache()
+        if "coordinator" in args:
+            join(args)
         return args.run(args)
     except KeyboardInterrupt:
         return 130
@@ -64,7 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
         if args.debug:
             raise
-        remark(_one_line(error))
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            distributed.await_news()
+        remark(_one_line(error), error=True)
         return 2
 
 

@@ -6,8 +6,10 @@ import itertools
 import json
 from collections.abc import Sequence
 
+from gpt_oss_jax import distributed
 from gpt_oss_jax.bench import Measurement, measure
 from gpt_oss_jax.cli import bench_plot
+from gpt_oss_jax.cli.processes import add_process_options
 from gpt_oss_jax.cli.terminal import add_model_options, load_model, positive, remark, write
 
 _GROUPS = {"": 13, "first token": 19, "prompts": 18, "decoding": 23, "experts": 15, "a step": 26}
@@ -42,6 +44,7 @@ def add(commands) -> None:
         "be real: MODEL may be synthetic:20b or synthetic:120b, made on the device.",
     )
     add_model_options(parser)
+    add_process_options(parser)
     parser.add_argument(
         "--batch",
         type=_several,
@@ -77,10 +80,12 @@ def run(args: argparse.Namespace) -> int:
     shapes = [
         (batch, prompt) for prompt, batch in itertools.product(args.prompt_tokens, args.batch)
     ]
+    context = max(args.prompt_tokens) + args.new_tokens
+    model = load_model(args, batch=max(args.batch), context=context)
     options = {"new_tokens": args.new_tokens, "repeats": args.repeats, "report": remark}
     done = []
     try:
-        for measured in measure(load_model(args), shapes, **options):
+        for measured in measure(model, shapes, **options):
             if not done:
                 write(_head(args.model, measured))
             write(_line(measured))
@@ -89,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         # A later shape may not fit the memory; what was measured before it is said.
         if done:
             write(json.dumps([{"model": args.model} | dataclasses.asdict(x) for x in done]) + "\n")
-    if args.plot:
+    if args.plot and not distributed.index():
         bench_plot.draw(args.model, done, args.plot)
         remark(f"{args.plot} is written")
     return 0

@@ -1,10 +1,13 @@
 """`gpt-oss-jax chat`: a harmony conversation in the terminal, or one question and its answer."""
 
 import argparse
+import contextlib
 import datetime
 import sys
 
+from gpt_oss_jax import distributed
 from gpt_oss_jax.chat import Chat
+from gpt_oss_jax.cli.processes import add_process_options
 from gpt_oss_jax.cli.terminal import (
     DIM,
     add_model_options,
@@ -27,6 +30,7 @@ def add(commands) -> None:
     """Declare `chat MODEL ["PROMPT"]`."""
     parser = commands.add_parser("chat", help="talk to a model, or ask it one thing")
     add_model_options(parser)
+    add_process_options(parser)
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="ask this and leave")
     parser.add_argument(
         "-r", "--reasoning-effort", choices=REASONING_EFFORTS, default="medium", metavar="EFFORT",
@@ -66,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("PROMPT must not be empty; leave it out for a conversation.")
     # Before the model is loaded, which takes a while: whatever may be wrong with the rest.
     params, _ = sampling(args), System(args.reasoning_effort, args.date)
-    model = load_model(args)
+    model = load_model(args, context=args.context)
     if args.context > model.config.max_context:
         remark(f"--context is cut to the model's {model.config.max_context:,} tokens")
     chat = Chat(
@@ -123,13 +127,16 @@ def _print_pieces(chat: Chat, text: str, show_reasoning: bool) -> None:
 def converse(chat: Chat, args: argparse.Namespace) -> bool:
     """Answer line after line. Ctrl-C drops the line or the reply, never the conversation.
 
+    Of several processes one cannot drop what the others go on with: there it ends all.
+
     Returns:
       Whether there is no script that missed an answer: a person at the terminal has seen it.
     """
-    by_hand = sys.stdin.isatty()
+    by_hand, alone = distributed.broadcast(sys.stdin.isatty()), distributed.count() == 1
     if by_hand:
-        _remember_lines()
-        remark("Ctrl-C stops a reply, Ctrl-D leaves")
+        if not distributed.index():
+            _remember_lines()
+        remark("Ctrl-C stops a reply, Ctrl-D leaves" if alone else "Ctrl-D leaves")
     well = True
     while True:
         try:
@@ -142,7 +149,7 @@ def converse(chat: Chat, args: argparse.Namespace) -> bool:
                     write("\n")
                 return well or by_hand
             except KeyboardInterrupt:
-                if not by_hand:
+                if not (by_hand and alone):
                     raise
                 write("\n")
                 remark("stopped; the conversation goes on without that")
@@ -151,12 +158,28 @@ def converse(chat: Chat, args: argparse.Namespace) -> bool:
                 remark(str(error))
         except KeyboardInterrupt:
             # Again, while that was said.
-            if not by_hand:
+            if not (by_hand and alone):
                 raise
 
 
 def _next_line(by_hand: bool) -> str:
-    """What is typed next; the prompt is no part of answers that go elsewhere."""
+    """What is typed next, at process 0.
+
+    Raises:
+      EOFError: At the end of what is typed.
+    """
+    line = None
+    if not distributed.index():
+        with contextlib.suppress(EOFError):
+            line = _typed(by_hand)
+    line = distributed.broadcast(line)
+    if line is None:
+        raise EOFError
+    return line
+
+
+def _typed(by_hand: bool) -> str:
+    """The prompt is no part of answers that go elsewhere."""
     if by_hand and not sys.stdout.isatty():
         sys.stderr.write("> ")
         sys.stderr.flush()

@@ -4,6 +4,7 @@ import argparse
 
 from gpt_oss_jax.checkpoint import convert, export
 from gpt_oss_jax.checkpoint.writer import FORMATS
+from gpt_oss_jax.cli.processes import add_process_options
 from gpt_oss_jax.cli.terminal import remark
 
 
@@ -32,6 +33,7 @@ def add(commands) -> None:
 def _add_paths(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="whatever can be loaded")
     parser.add_argument("target", metavar="DST", help="a folder that does not exist yet")
+    add_process_options(parser)
 
 
 def _convert(args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 import argparse
 import codecs
 
+from gpt_oss_jax.cli.processes import add_process_options
 from gpt_oss_jax.cli.terminal import (
     add_model_options,
     add_sampling_options,
@@ -21,6 +22,7 @@ def add(commands) -> None:
     """Declare `generate MODEL "TEXT"`."""
     parser = commands.add_parser("generate", help="continue a text, without harmony")
     add_model_options(parser)
+    add_process_options(parser)
     parser.add_argument(
         "text", metavar="TEXT", help="what to continue; special tokens are plain text"
     )
@@ -37,10 +39,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("TEXT must not be empty: there is nothing to continue.")
     remark("these models expect harmony, which `gpt-oss-jax chat` speaks; this is raw text")
     # Checked before the model is loaded, which takes a while.
-    params = sampling(args)
-    steps = generate(
-        load_model(args), encode_text(args.text), max_tokens=args.max_tokens, sampling=params
-    )
+    params, ids = sampling(args), encode_text(args.text)
+    model = load_model(args, context=len(ids) + args.max_tokens)
+    steps = generate(model, ids, max_tokens=args.max_tokens, sampling=params)
     # A character may be spread over several tokens.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for step in announced(steps):

@@ -2,22 +2,29 @@
 
 import argparse
 import math
-import os
 
 import jax.numpy as jnp
 
 from gpt_oss_jax import aot
-from gpt_oss_jax.checkpoint import open_source, synthetic
-from gpt_oss_jax.checkpoint.experts import model_kind
-from gpt_oss_jax.checkpoint.hub import ALIASES
-from gpt_oss_jax.cli.terminal import mesh_axes, positive, remark, write
-from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B, Config
+from gpt_oss_jax.checkpoint import outline
+from gpt_oss_jax.cli.terminal import (
+    FORMS,
+    add_placement_options,
+    positive,
+    remark,
+    say_one_of,
+    sizes,
+    write,
+)
+from gpt_oss_jax.config import Config
+from gpt_oss_jax.generate import ahead
 from gpt_oss_jax.generate.loop import prompt_calls
+from gpt_oss_jax.model.cache import MIN_SLOTS, bucket
 from gpt_oss_jax.plan import GIB, KINDS, POOL, Plan, parse_device, plan
-from gpt_oss_jax.sharding import make_mesh
+from gpt_oss_jax.sampling import SamplingParams
+from gpt_oss_jax.sharding import make_mesh, spelled
 
 _DEFAULT_POOL = 0.75  # Of a GPU's memory, what JAX takes by itself.
-_RELEASED = {"openai/gpt-oss-20b": GPT_OSS_20B, "openai/gpt-oss-120b": GPT_OSS_120B}
 
 
 def add(commands) -> None:
@@ -43,9 +50,7 @@ def add(commands) -> None:
         "--batch", type=positive, default=1, metavar="ROWS", help="default %(default)s"
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument(
-        "--mesh", type=mesh_axes, metavar="AXIS=N,...", help="default: what leaves most memory free"
-    )
+    add_placement_options(parser)
     parser.add_argument(
         "--compile",
         action="store_true",
@@ -59,43 +64,41 @@ def run(args: argparse.Namespace) -> int:
     kind, devices = parse_device(args.device)
     if args.compile and kind.platform != "tpu":
         raise ValueError("--compile asks the compiler for TPU; name a TPU.")
-    config, experts = _sizes(args.model)
+    config, experts = sizes(args.model)
     if args.compile and experts != "mxfp4":
         raise ValueError("--compile asks about MXFP4 experts; this checkpoint has others.")
     dtype = jnp.dtype(args.dtype)
-    rows = {"context": args.context, "batch": args.batch}
-    found = plan(config, kind, devices, **rows, dtype=dtype, experts=experts, mesh=args.mesh)
+    options = {
+        "context": args.context,
+        "batch": args.batch,
+        "dtype": dtype,
+        "experts": experts,
+        "mesh": args.mesh,
+        "expert_form": args.expert_form,
+    }
+    found = plan(config, kind, devices, **options)
     write(f"{args.model} on {_devices(found)}, {args.dtype}, ")
     write(f"context {args.context:,} tokens, batch {args.batch}\n\n{_table(found)}\n")
+    if found.spread:
+        say_one_of(args.model, devices, found.spread)
     if args.compile:
         _ask_compiler(config, found, dtype)
     return 0 if found.fits else 1
 
 
-def _sizes(name: str) -> tuple[Config, str]:
-    """Config and kind of the experts; those of the released models are known."""
-    if name.startswith(synthetic.PREFIX):
-        return synthetic.config_of(name), "mxfp4"
-    released = _RELEASED.get(ALIASES.get(name, name))
-    if released is not None and not os.path.isdir(name):
-        return released, "mxfp4"
-    source = open_source(name, download=False)
-    return source.config, model_kind(source)
-
-
 def _devices(found: Plan) -> str:
     count = math.prod(found.mesh.values())
-    axes = ",".join(f"{name}={size}" for name, size in found.mesh.items() if size > 1)
-    what = f"{count} x {found.kind.name}" if count > 1 else found.kind.name
-    return f"{what} (--mesh {axes})" if axes else what
+    if count == 1:
+        return found.kind.name
+    return f"{count} x {found.kind.name} (--mesh {spelled(found.mesh)})"
 
 
 def _table(found: Plan) -> str:
     gib = lambda size: f"{size / GIB:>9.2f} GiB"
+    where = " on each device" if max(found.mesh.values()) > 1 else ""
+    form = f", {FORMS[found.expert_form]}" if found.expert_form else ""
     lines = [
-        f"{'weights':<12}{gib(found.weights)} on each device"
-        if max(found.mesh.values()) > 1
-        else f"{'weights':<12}{gib(found.weights)}",
+        f"{'weights':<12}{gib(found.weights)}{where}{form}",
         f"{'cache':<12}{gib(found.cache)}",
         f"{'workspace':<12}{gib(found.workspace)}, an estimate",
         f"{'margin':<12}{gib(found.margin)} of {found.kind.memory_gib:.2f} that JAX can have",
@@ -136,24 +139,26 @@ def _table(found: Plan) -> str:
 
 
 def _ask_compiler(config: Config, found: Plan, dtype) -> None:
-    mesh = make_mesh(
-        **found.mesh, devices=aot.devices(found.kind.name, math.prod(found.mesh.values()))
-    )
-    arguments, temporaries = 0, {}
+    count = math.prod(found.mesh.values())
+    devices = aot.devices(found.kind.name, count)
+    rows, slots = bucket(found.batch), bucket(found.context - 1, MIN_SLOTS)
     memory = found.kind.memory_gib * GIB
-    chunk = max(prompt_calls(found.context, found.batch, found.kind.platform, memory))
-    for name, tokens in (("decode", 1), ("prefill", min(found.context, chunk))):
-        remark(f"compiling {name} for {found.kind.name}")
-        program = aot.compile_step(
-            config, mesh, tokens=tokens, context=found.context, batch=found.batch, dtype=dtype
-        )
-        memory = program.memory_analysis()
-        # What a program does not use stays where it is.
-        arguments = max(arguments, memory.argument_size_in_bytes)
-        temporaries[name] = memory.temp_size_in_bytes
+    chunk = max(prompt_calls(found.context, rows, found.kind.platform, memory))
+    options = {"memory": memory, "samplings": [SamplingParams()]}
+    arguments, temporaries = 0, {}
+    with aot.in_place_of_ours(devices[0]):
+        mesh = make_mesh(**found.mesh, devices=devices) if count > 1 else None
+        model = outline(config, mesh=mesh, dtype=dtype, expert_form=found.expert_form)
+        remark(f"compiling for {found.kind.name}")
+        for program in ahead.of_cache(model, rows, slots, [chunk], **options):
+            remark(program.what)
+            memory = program.compiled.memory_analysis()
+            # What a program does not use stays where it is.
+            arguments = max(arguments, memory.argument_size_in_bytes)
+            temporaries[program.name] = memory.temp_size_in_bytes
     total = arguments + max(temporaries.values())
     estimate = found.weights + found.cache + found.workspace
-    parts = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in temporaries.items())
+    parts = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in temporaries.items() if size)
     write(
         f"\nThe compiler: {total / GIB:.2f} GiB, of these {arguments / GIB:.2f} weights and cache; "
         f"temporaries of {parts}.\nEstimated were {estimate / GIB:.2f} GiB, "

@@ -5,31 +5,51 @@ It knows no command.
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from gpt_oss_jax.checkpoint import load
+from gpt_oss_jax import distributed
+from gpt_oss_jax.checkpoint import load, open_source, synthetic
+from gpt_oss_jax.checkpoint.experts import model_kind
+from gpt_oss_jax.checkpoint.hub import ALIASES
+from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B, Config
 from gpt_oss_jax.model import Transformer
+from gpt_oss_jax.model.moe import EXPERT_FORMS
+from gpt_oss_jax.plan import kind_of, plan
 from gpt_oss_jax.sampling import SamplingParams
-from gpt_oss_jax.sharding import make_mesh
+from gpt_oss_jax.sharding import MESH_AXES, make_mesh, spelled
 
 DIM = "\033[2m"
 _PATIENCE = 2.0  # Seconds.
 _MEM_FRACTION, _OLD_MEM_FRACTION = "0.95", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+FORMS = {
+    "packed": "experts packed, 4.25 bits a weight",
+    "folded": "experts folded, 8.25 bits a weight",
+}
+_RELEASED = {"openai/gpt-oss-20b": GPT_OSS_20B, "openai/gpt-oss-120b": GPT_OSS_120B}
 _T = TypeVar("_T")
 _PLAIN = "\033[0m"
 # A model may write what a terminal takes for commands.
 _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
-def remark(text: str) -> None:
-    """One line to the person at the terminal; never part of an answer."""
+def remark(text: str, *, error: bool = False) -> None:
+    """One line to the person at the terminal; never part of an answer.
+
+    Of several processes only process 0 makes remarks; each says its own errors.
+    """
+    if distributed.index():
+        if not error:
+            return
+        text = f"process {distributed.index()}: {text}"
     sys.stderr.write(f"gpt-oss-jax: {text}\n")
     sys.stderr.flush()
 
@@ -69,21 +89,37 @@ def announced(pieces: Iterator[_T]) -> Iterator[_T]:
         yield from pieces
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """MODEL and how to load it."""
+def add_model_options(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    """MODEL, which may be left out if `optional`, and how to load it."""
     parser.add_argument(
-        "model", metavar="MODEL", help="a folder, a Hugging Face repository or tiny"
+        "model",
+        nargs="?" if optional else None,
+        metavar="MODEL",
+        help="a folder, a Hugging Face repository or tiny",
     )
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
         help="of weights, activations and cache; default: bfloat16, on a CPU float32",
     )
+    add_placement_options(parser)
+
+
+def add_placement_options(parser: argparse.ArgumentParser) -> None:
+    """What `plan` decides where it is not said."""
     parser.add_argument(
         "--mesh",
         type=mesh_axes,
         metavar="AXIS=N,...",
-        help="spread over devices, e.g. tensor=2 or expert=2,tensor=2; default: one device",
+        help="devices to spread over, e.g. expert=4 or data=2,expert=4; axes: "
+        f"{', '.join(MESH_AXES)}; none: one device; "
+        "default: one GPU if that is enough, else all devices",
+    )
+    parser.add_argument(
+        "--expert-form",
+        choices=tuple(EXPERT_FORMS),
+        help="of MXFP4 experts on TPU, 4.25 or 8.25 bits a weight; default: folded for more than "
+        "eight rows at once (tpu7x: any) if that fits, else packed",
     )
 
 
@@ -93,8 +129,14 @@ def take_gpu_memory() -> None:
         os.environ["XLA_CLIENT_MEM_FRACTION"] = _MEM_FRACTION
 
 
-def load_model(args: argparse.Namespace) -> Transformer:
-    """The model that `add_model_options` asked for."""
+def load_model(args: argparse.Namespace, *, batch: int = 1, context: int = 8192) -> Transformer:
+    """The model that `add_model_options` asked for.
+
+    Args:
+      args: Of the command line.
+      batch: Rows that it is to be run with at once.
+      context: Tokens of each.
+    """
     try:
         platform = jax.devices()[0].platform
     except Exception as error:  # Of any kind, a busy TPU or a missing driver.
@@ -103,11 +145,71 @@ def load_model(args: argparse.Namespace) -> Transformer:
     if platform == "gpu" and os.environ.get("XLA_CLIENT_MEM_FRACTION") == _MEM_FRACTION:
         share = f"{100 * float(_MEM_FRACTION):.0f}%"
         remark(f"JAX takes {share} of the GPU's memory (XLA_CLIENT_MEM_FRACTION={_MEM_FRACTION})")
-    return load(
-        args.model,
-        mesh=make_mesh(**args.mesh) if args.mesh else None,
-        dtype=jnp.dtype(args.dtype) if args.dtype else None,
+    of_model = sizes(args.model, download=True)
+    mesh, form = placement(args, jax.devices(), *of_model, batch=batch, context=context)
+    dtype = jnp.dtype(args.dtype) if args.dtype else None
+    return load(args.model, mesh=mesh, dtype=dtype, expert_form=form)
+
+
+def placement(
+    args: argparse.Namespace,
+    devices: Sequence[jax.Device],
+    config: Config,
+    experts: str,
+    *,
+    batch: int,
+    context: int,
+) -> tuple[Mesh | None, str | None]:
+    """The mesh, None for one device, and the form of experts: those asked for or those of `plan`.
+
+    What `plan` has chosen is said.
+
+    Args:
+      args: What `add_model_options` asked for.
+      devices: That are there, or are named.
+      config: Sizes.
+      experts: Their kind, as `sizes` returns it.
+      batch: Rows at once.
+      context: Tokens of each.
+    """
+    kind, context = kind_of(devices[0]), min(context, config.max_context)
+    found = plan(
+        config,
+        kind,
+        len(devices),
+        context=context,
+        batch=batch,
+        dtype=args.dtype or ("float32" if kind.platform == "cpu" else "bfloat16"),
+        experts=experts,
+        mesh=args.mesh,
+        expert_form=args.expert_form,
     )
+    count = math.prod(found.mesh.values())
+    if found.spread:
+        say_one_of(args.model, len(devices), found.spread)
+    elif args.mesh is None and count > 1:
+        remark(f"spread over {count} of {len(devices)} devices, --mesh {spelled(found.mesh)}")
+    if found.expert_form and args.expert_form is None:
+        remark(f"{FORMS[found.expert_form]}, for {batch} x {context:,} tokens")
+    return make_mesh(**found.mesh, devices=devices) if count > 1 else None, found.expert_form
+
+
+def say_one_of(model: str, devices: int, spread: Mapping[str, int]) -> None:
+    """Why other GPUs idle, and what would spread the model over them."""
+    remark(
+        f"running on 1 of {devices} GPUs, where {model} fits; --mesh {spelled(spread)} spreads it"
+    )
+
+
+def sizes(name: str, *, download: bool = False) -> tuple[Config, str]:
+    """Config and kind of the experts; those of the released models are known."""
+    if name.startswith(synthetic.PREFIX):
+        return synthetic.config_of(name), "mxfp4"
+    released = _RELEASED.get(ALIASES.get(name, name))
+    if released is not None and not os.path.isdir(name):
+        return released, "mxfp4"
+    source = open_source(name, download=download)
+    return source.config, model_kind(source)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -149,7 +251,9 @@ def positive(text: str) -> int:
 
 
 def mesh_axes(text: str) -> dict[str, int]:
-    """An option that says how to spread a model."""
+    """An option that says how to spread a model; `none`, over one device, has no axes."""
+    if text == "none":
+        return {}
     try:
         parts = [part.split("=") for part in text.split(",")]
         axes = {name: int(size) for name, size in parts}
@@ -158,10 +262,10 @@ def mesh_axes(text: str) -> dict[str, int]:
     if (
         not axes
         or len(axes) < len(parts)
-        or not set(axes) <= {"data", "expert", "tensor"}
+        or not set(axes) <= set(MESH_AXES)
         or min(axes.values()) < 1
     ):
         raise argparse.ArgumentTypeError(
-            f"wanted sizes of data, expert or tensor, such as expert=4, got {text!r}."
+            f"wanted sizes of {', '.join(MESH_AXES)}, such as expert=4, or none, got {text!r}."
         )
     return axes

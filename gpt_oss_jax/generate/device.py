@@ -18,6 +18,7 @@ from gpt_oss_jax.config import Config
 from gpt_oss_jax.kernels.dispatch import say_once
 from gpt_oss_jax.kernels.target import platform
 from gpt_oss_jax.model import Cache, Transformer, init_cache
+from gpt_oss_jax.model.cache import cache_sharding
 from gpt_oss_jax.sampling import sample
 from gpt_oss_jax.sharding import named_sharding
 
@@ -74,13 +75,15 @@ class Skeleton:
         if self.mesh is None:
             return tree
 
-        def place(x):
-            axes = ("batch", None, "kv_heads")[: x.ndim]
-            # Heads lie side by side, and none is cut.
-            shape = (*x.shape[:2], self.config.num_key_value_heads)[: x.ndim]
-            return lax.with_sharding_constraint(x, named_sharding(self.mesh, axes, shape))
+        kv_heads = self.config.num_key_value_heads
+        where = jax.tree.map(lambda x: cache_sharding(self.mesh, x, kv_heads), tree)
+        return lax.with_sharding_constraint(tree, where)
 
-        return jax.tree.map(place, tree)
+    def whole(self, tree):
+        """What the host reads, whole on every device: a process sees its own devices only."""
+        if self.mesh is None:
+            return tree
+        return lax.with_sharding_constraint(tree, named_sharding(self.mesh, ()))
 
 
 _skeleton = functools.cache(Skeleton)
@@ -97,12 +100,15 @@ def split(model: Transformer) -> tuple[Skeleton, tuple[jax.Array, ...]]:
 
 def memory(leaves: tuple[jax.Array, ...]) -> int:
     """Bytes that JAX can have of a device of the weights; 0 if it does not say."""
-    return (min(leaves[0].devices(), key=lambda d: d.id).memory_stats() or {}).get("bytes_limit", 0)
+    device = min(leaves[0].sharding.addressable_devices, key=lambda d: d.id)
+    return (device.memory_stats() or {}).get("bytes_limit", 0)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+# A cache is bound to a device if the weights are, as `prefill` returns it: otherwise a prompt's
+# first chunk and its second would be two programs. Unused arguments bind nothing.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), keep_unused=True)
 def empty_cache(leaves, skeleton, rows, slots):
-    """An empty cache, on the mesh of the weights."""
+    """An empty cache, where the weights are."""
     dtype = skeleton.model(leaves).dtype
     return skeleton.placed(init_cache(skeleton.config, rows, slots, dtype))
 
@@ -119,7 +125,8 @@ def score_chunk(leaves, cache, tokens_BT, positions_BT, next_BT, skeleton):
     """Log-probabilities [B, T] of the tokens after those of a chunk, and the cache after it."""
     logits_BTV, cache = skeleton.model(leaves).forward(tokens_BT, positions_BT, cache)
     chosen_BT = jnp.take_along_axis(logits_BTV, next_BT[..., None], axis=-1)[..., 0]
-    return chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1), skeleton.placed(cache)
+    logprobs_BT = chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
+    return skeleton.whole(logprobs_BT), skeleton.placed(cache)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -150,13 +157,17 @@ def grown(state, skeleton, slots):
     return skeleton.placed(dataclasses.replace(state, cache=jax.tree.map(into, new, old)))
 
 
-def spare_bytes(leaves: tuple[jax.Array, ...]) -> int:
+def spare_bytes(leaves: tuple[jax.Array, ...], memory: int) -> int:
     """Memory beside the weights and the copies of one with which XLA tries out its products.
 
     Where nothing is known of the memory, it is taken to be large.
     """
-    sizes = [x.nbytes for x in leaves]
-    return (memory(leaves) or sys.maxsize) - sum(sizes) - 2 * max(sizes)
+    sizes = [_bytes(x) for x in leaves]
+    return (memory or sys.maxsize) - sum(sizes) - 2 * max(sizes)
+
+
+def _bytes(x: jax.Array | jax.ShapeDtypeStruct) -> int:
+    return x.size * x.dtype.itemsize
 
 
 def decode(leaves, state, sampling, stops_K, steps, skeleton, *, spare: int = 0):
@@ -168,10 +179,15 @@ def decode(leaves, state, sampling, stops_K, steps, skeleton, *, spare: int = 0)
       The new state, and a block: tokens int32 [B, STEPS], -1 where there is none, their
       log-probabilities, and whether any row still runs.
     """
-    one_gpu = platform() == "gpu" and skeleton.mesh is None
-    tight = one_gpu and sum(x.nbytes for x in jax.tree.leaves(state)) > spare
-    run = _decode_program(one_gpu, tight)
+    run = decode_program(state, skeleton, spare)
     return run(leaves, state, sampling, stops_K, steps, skeleton)
+
+
+def decode_program(state, skeleton: Skeleton, spare: int):
+    """What `decode` calls, jitted, for the device that is there or named."""
+    one_gpu = platform() == "gpu" and skeleton.mesh is None
+    tight = one_gpu and sum(map(_bytes, jax.tree.leaves(state))) > spare
+    return _decode_program(one_gpu, tight)
 
 
 @functools.cache
@@ -223,4 +239,5 @@ def _decode(leaves, state, sampling, stops_K, steps, skeleton):
     tokens_BC = jnp.full((B, STEPS), -1, jnp.int32)
     carry = jnp.int32(0), state, tokens_BC, jnp.zeros((B, STEPS), jnp.float32)
     _, state, tokens_BC, logprobs_BC = lax.while_loop(unfinished, advance, carry)
-    return skeleton.placed(state), (tokens_BC, logprobs_BC, ~jnp.all(state.done_B))
+    block = tokens_BC, logprobs_BC, ~jnp.all(state.done_B)
+    return skeleton.placed(state), skeleton.whole(block)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from gpt_oss_jax import distributed
 from gpt_oss_jax.generate import device
 from gpt_oss_jax.kernels.target import platform
 from gpt_oss_jax.model import Transformer
@@ -73,11 +74,11 @@ def _dispatched(model, prompts, lasts, n, sampling, stops):
     if budget == 0:
         return
     skeleton, leaves = device.split(model)
-    slots = bucket(min(furthest, longest + _ROOM), _MIN_SLOTS)
+    slots = first_slots(longest, furthest)
     state = _prefilled(leaves, skeleton, slots, prompts, lasts, n, sampling.seed)
-    padding = bucket(len(stops), 4) - len(stops)
+    padding = stop_slots(len(stops)) - len(stops)
     stops_K = np.array([*stops, *[-1] * padding], np.int32)
-    spare = device.spare_bytes(leaves)
+    spare = device.spare_bytes(leaves, device.memory(leaves))
 
     taken, steps, block = 0, 1, ()
     try:
@@ -116,6 +117,8 @@ def _prefilled(leaves, skeleton, slots, prompts, lasts, n, seed) -> device.Decod
     if n > 1:
         cache = device.copied(cache, of_rows(np.arange(rows) // n, 0), skeleton)
     seeds = [secrets.randbits(32) if seed is None else seed for _ in range(rows)]
+    if seed is None and skeleton.mesh is not None and skeleton.mesh.is_multi_process:
+        seeds = distributed.broadcast(seeds)
     return device.begin(
         cache,
         of_rows(seeds, 0, np.uint32),
@@ -127,10 +130,18 @@ def _prefilled(leaves, skeleton, slots, prompts, lasts, n, seed) -> device.Decod
     )
 
 
+def first_slots(longest: int, furthest: int) -> int:
+    """Slots of the cache to begin with, for prompts and a last position of these; it grows."""
+    return bucket(min(furthest, longest + _ROOM), _MIN_SLOTS)
+
+
+def stop_slots(stops: int) -> int:
+    """Length of the array in which so many stop tokens come."""
+    return bucket(stops, 4)
+
+
 def prompt_calls(longest: int, rows: int, kind: str, memory: float) -> list[int]:
     """Prompt tokens that each row gives to one call after the other: few calls, few sizes.
-
-    A call has up to three eighths of its places empty where that is faster than smaller calls.
 
     Args:
       longest: Tokens of the longest prompt.
@@ -138,15 +149,27 @@ def prompt_calls(longest: int, rows: int, kind: str, memory: float) -> list[int]
       kind: "cpu", "gpu" or "tpu".
       memory: Bytes of a device.
     """
+    sizes, calls = call_sizes(rows, kind, memory), []
+    while longest > 0:
+        calls.append(first_call(longest, sizes))
+        longest -= calls[-1]
+    return calls
+
+
+def call_sizes(rows: int, kind: str, memory: float) -> list[int]:
+    """All that `prompt_calls`, of the same arguments, can consist of."""
     sizes = _CALLS
     if kind == "gpu":
         sizes += _GPU_CALLS + (_LARGE_GPU_CALLS if memory >= _LARGE_GPU else ())
-    sizes = [min(size, max(1, _MAX_CALL // rows)) for size in sizes]
-    calls = []
-    while longest > 0:
-        calls.append(max((size for size in sizes if 8 * longest > 5 * size), default=sizes[0]))
-        longest -= calls[-1]
-    return calls
+    return [min(size, max(1, _MAX_CALL // rows)) for size in sizes]
+
+
+def first_call(longest: int, sizes: list[int]) -> int:
+    """Tokens of the first call, for so many.
+
+    It has up to three eighths of its places empty where that is faster than smaller calls.
+    """
+    return max((size for size in sizes if 8 * longest > 5 * size), default=sizes[0])
 
 
 def _chunks(prompts, targets, calls):

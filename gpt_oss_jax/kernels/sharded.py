@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from gpt_oss_jax.kernels.attention import xla
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.quant import MXArray
 from gpt_oss_jax.sharding import named_sharding
@@ -19,23 +20,91 @@ _UP = ("experts", "expert_width", None, "embed", None)
 _DOWN = ("experts", "embed", "expert_width_blocks", None)
 _DENSE_DOWN = ("experts", "embed", "expert_width")
 _WORDS = ("experts", None, None, None)
+_ROWS = ("batch", "tokens")
 
 
 def attention(mesh: Mesh, kernel: Callable[..., jax.Array], q, k, v, sinks, q_pos, k_pos):
-    """Attention with rows and heads split; every device has all keys of its own."""
-    spec = lambda x, *axes: named_sharding(mesh, axes[: x.ndim], x.shape).spec
-    of_keys = spec(k, "batch", None, "kv_heads", "head_dim")
-    of_queries = spec(q, "batch", None, "kv_heads", "heads", "head_dim")
-    specs = (
-        of_queries,
+    """Attention with rows, queries and heads split; every device has all keys of its own.
+
+    Where queries are split and keys are, too, these are gathered: 4 K H bytes a key in bfloat16.
+    """
+    specs = _attention_specs(mesh, q, k, sinks, q_pos, k_pos, queries="tokens", keys=None)
+    run = jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
+    return run(q, k, v, sinks, q_pos, k_pos)
+
+
+def write(mesh: Mesh, heads: int, stored_BSL, slots_BT, new_BTL) -> jax.Array:
+    """`xla.write`, with so many heads side by side; where slots are split, each device its own.
+
+    XLA writes a single slot as a slice, for which it would gather all of them.
+    """
+    spec = lambda x, keys: (
+        named_sharding(mesh, ("batch", keys, "kv_heads"), (*x.shape[:2], heads)).spec
+    )
+    of_stored, of_new = spec(stored_BSL, "slots"), spec(new_BTL, None)
+    split = _names(of_stored[1])
+    if not split:
+        return xla.write(stored_BSL, slots_BT, new_BTL)
+
+    def local(stored, slots, new):
+        own = stored.shape[1]
+        slots -= lax.axis_index(split) * own
+        return xla.write(stored, jnp.where(slots < 0, own, slots), new)
+
+    of_slots = named_sharding(mesh, ("batch", None), slots_BT.shape).spec
+    specs = of_stored, of_slots, of_new
+    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=of_stored, check_vma=False)
+    return run(stored_BSL, slots_BT, new_BTL)
+
+
+def moves_queries(mesh: Mesh, q: jax.Array, k: jax.Array) -> bool:
+    """Whether keys are split, and queries and what comes of them are fewer bytes to be moved.
+
+    In bfloat16 that is 10 G K H bytes a query: it is gathered, and its float32 result summed, which
+    moves it twice. It holds for a decode step, and for part of a prompt after a long one.
+    """
+    slots = named_sharding(mesh, ("slots",), k.shape[1:2]).spec[0]
+    return slots is not None and 2 * k.nbytes > q.nbytes + 8 * q.size
+
+
+def attention_to_parts(
+    mesh: Mesh, to_some: Callable[..., jax.Array], q, k, v, sinks, q_pos, k_pos
+) -> jax.Array:
+    """Attention with rows, keys and heads split: every query goes to all keys, which stay.
+
+    Devices agree on the largest score, the sink included, and sum what is relative to it; the sink
+    is counted once, after that.
+    """
+    specs = _attention_specs(mesh, q, k, sinks, q_pos, k_pos, queries=None, keys="slots")
+    slots = _names(specs[1][1])
+
+    def local(q, k, v, sinks, q_pos, k_pos):
+        out, own, total = jnp.split(
+            to_some(q, k, v, q_pos_BT=q_pos, k_pos_BS=k_pos), (q.shape[-1], q.shape[-1] + 1), -1
+        )
+        sinks = sinks.astype(jnp.float32)[..., None]
+        largest = lax.stop_gradient(jnp.maximum(lax.pmax(own, slots), sinks))
+        share = jnp.exp(own - largest)
+        out, total = lax.psum((out * share, total * share), slots)
+        return (out / (total + jnp.exp(sinks - largest))).astype(q.dtype)
+
+    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
+    axes = ("batch", "tokens", "kv_heads", "heads", "head_dim")
+    where = named_sharding(mesh, axes, q.shape, in_use=True)
+    return lax.with_sharding_constraint(run(q, k, v, sinks, q_pos, k_pos), where)
+
+
+def _attention_specs(mesh: Mesh, q, k, sinks, q_pos, k_pos, *, queries, keys):
+    spec = lambda x, *axes: named_sharding(mesh, axes, x.shape, in_use=True).spec
+    of_keys = spec(k, "batch", keys, "kv_heads", "head_dim")
+    return (
+        spec(q, "batch", queries, "kv_heads", "heads", "head_dim"),
         of_keys,
         of_keys,
         spec(sinks, "kv_heads", "heads"),
-        spec(q_pos, "batch", None),
-        spec(k_pos, "batch", None),
+        spec(q_pos, "batch", queries),
+        spec(k_pos, "batch", keys),
     )
-    run = jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=of_queries, check_vma=False)
-    return run(q, k, v, sinks, q_pos, k_pos)
 
 
 def expert_mlp(mesh: Mesh, kernel: Callable[..., jax.Array], x_MD, experts_MX, weights_MX, w):
@@ -46,7 +115,7 @@ def expert_mlp(mesh: Mesh, kernel: Callable[..., jax.Array], x_MD, experts_MX, w
     about as many devices as there are.
     """
     specs = _specs(mesh, w)
-    of_rows = named_sharding(mesh, ("batch", None), x_MD.shape).spec
+    of_rows = named_sharding(mesh, (*_ROWS[: x_MD.ndim - 1], None), x_MD.shape).spec
     experts, width = (_names(specs.up_bias[i]) for i in (0, 1))
     own = w.up.shape[0] // math.prod(mesh.shape[name] for name in experts)
 
@@ -74,13 +143,14 @@ def expert_mlp(mesh: Mesh, kernel: Callable[..., jax.Array], x_MD, experts_MX, w
 
 def _specs(mesh: Mesh, w: ExpertWeights) -> ExpertWeights:
     def spec(x, axes):
-        return named_sharding(mesh, axes[: x.ndim], x.shape).spec
+        return named_sharding(mesh, axes[: x.ndim], x.shape, in_use=True).spec
 
     def matrix(m, axes):
         if not isinstance(m, MXArray):
             return spec(m, axes)
         axes = axes if m.words_of is None else _WORDS
-        return MXArray(spec(m.blocks, axes), spec(m.scales, axes), m.words_of)
+        factors = None if m.factors is None else spec(m.factors, axes)
+        return MXArray(spec(m.blocks, axes), spec(m.scales, axes), m.words_of, factors)
 
     up_bias = spec(w.up_bias, _UP)
     if isinstance(w.up, MXArray) and w.up.words_of is not None:

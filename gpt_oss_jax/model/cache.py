@@ -8,12 +8,15 @@ slots position p lies in slot p % R.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from gpt_oss_jax.config import Config
 from gpt_oss_jax.kernels.attention.xla import write as write
+from gpt_oss_jax.sharding import named_sharding
 
 
 @jax.tree_util.register_dataclass
@@ -88,6 +91,17 @@ def init_cache(
         full_positions=jnp.full((batch, max_len), -1, jnp.int32),
         ring_positions=jnp.full((batch, ring), -1, jnp.int32),
     )
+
+
+def cache_sharding(mesh: Mesh | AbstractMesh, x: Any, kv_heads: int) -> NamedSharding:
+    """Of keys or values of the cache, positions, or anything else with a row for each row.
+
+    Positions, small and for all, are whole on every device that has their row.
+    """
+    # Heads lie side by side, and none is cut.
+    shape = (*x.shape[:2], kv_heads)[: x.ndim]
+    axes = ("batch", "slots" if x.ndim == 3 else None, "kv_heads")
+    return named_sharding(mesh, axes[: x.ndim], shape)
 
 
 def full_slots(positions_BT: jax.Array, size: int) -> jax.Array:

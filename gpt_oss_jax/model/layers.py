@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.layout import Format, Layout
-from jax.sharding import Sharding
+from jax.sharding import Mesh, Sharding
 
 from gpt_oss_jax.kernels import einsum
+from gpt_oss_jax.sharding import named_sharding
 
 
 class Packed(nnx.Variable):
@@ -22,6 +25,25 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float, dtype) -> jax.A
     return (scale * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
 
 
+def placed(module: nnx.Module, mesh: Mesh | None, *, in_use: bool) -> nnx.Module:
+    """The module with its weights where they rest or, gathered, are used; so are their gradients.
+
+    Those of gathered weights go back to where the weights rest.
+    """
+
+    def place(x: nnx.Variable) -> nnx.Variable:
+        at_rest = named_sharding(mesh, x.axes, x.shape)
+        used = named_sharding(mesh, x.axes, x.shape, in_use=True)
+        if used == at_rest:
+            return x
+        for where in (at_rest, used) if in_use else (at_rest,):
+            x = x.replace(jax.lax.with_sharding_constraint(x[...], where))
+        return x
+
+    is_variable = lambda x: isinstance(x, nnx.Variable)
+    return module if mesh is None else jax.tree.map(place, module, is_leaf=is_variable)
+
+
 def rows_whole(sharding: Sharding) -> Format:
     """Where a TPU should have a table.
 
@@ -29,6 +51,16 @@ def rows_whole(sharding: Sharding) -> Format:
     every program that looks up several tokens copies the whole table first.
     """
     return Format(Layout(major_to_minor=(0, 1)), sharding)
+
+
+@functools.cache
+def in_rows(sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
+    """What `Embedding.use_rows` runs, jitted."""
+
+    def rows(table):
+        return table
+
+    return jax.jit(rows, out_shardings=rows_whole(sharding))
 
 
 class Embedding(nnx.Module):
@@ -43,7 +75,7 @@ class Embedding(nnx.Module):
         """Puts the table into the order that a TPU reads rows from, once."""
         table = self.weight[...]
         # Not an assignment to its elements, which could put them back into the old order.
-        self.weight = self.weight.replace(jax.device_put(table, rows_whole(table.sharding)))
+        self.weight = self.weight.replace(in_rows(table.sharding)(table))
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """Rows of the tokens, [B, T, D]. Ids are clamped: check them where they come in."""

@@ -18,6 +18,8 @@ from gpt_oss_jax.quant import MXArray, quantize
 from gpt_oss_jax.sharding import named_sharding
 
 EXPERT_FORMATS = ("mxfp4", "dense")
+# Of MXFP4, for the kernels for TPU.
+EXPERT_FORMS = {"packed": MXArray.in_words, "folded": MXArray.folded}
 
 
 def route(logits_BTE: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
@@ -60,23 +62,42 @@ class Projection(nnx.Module):
         """The matrix, [E, ..., in], as the kernels take it."""
         if hasattr(self, "weight"):
             return self.weight[...]
-        return MXArray(self.blocks[...], self.scales[...], self.words_of)
+        factors = self.factors[...] if hasattr(self, "factors") else None
+        return MXArray(self.blocks[...], self.scales[...], self.words_of, factors)
 
-    def use_words(self, mesh: Mesh | None = None) -> None:
-        """Puts an MXFP4 matrix into the order that kernels for TPU want, once, where it lies."""
-        words = _in_words(mesh, self.matrix.shape[0])(self.matrix)
+    def folds(self) -> bool:
+        """Whether `use_words` could fold an MXFP4 matrix exactly."""
+        return bool(folds(self.matrix))
+
+    def use_words(self, mesh: Mesh | None = None, form: str = "packed") -> None:
+        """Puts an MXFP4 matrix into the order that kernels for TPU want, once, where it lies.
+
+        Args:
+          mesh: Where it lies.
+          form: "packed", 4.25 bits a weight; "folded", 8.25 bits, only if it `folds`.
+        """
+        words = in_words(mesh, self.matrix.shape[0], form)(self.matrix)
         self.words_of = self.matrix.shape
         axes = ("experts", None, None, None)
         self.blocks, self.scales = Packed(words.blocks, axes=axes), Packed(words.scales, axes=axes)
+        if words.factors is not None:
+            self.factors = Packed(words.factors, axes=("experts",))
+
+
+folds = jax.jit(MXArray.folds)
 
 
 @functools.cache
-def _in_words(mesh: Mesh | None, experts: int) -> Callable[[MXArray], MXArray]:
-    """Compiled once for all layers. Each device has its own experts, and none is moved."""
+def in_words(mesh: Mesh | None, experts: int, form: str) -> Callable[[MXArray], MXArray]:
+    """What `Projection.use_words` runs, jitted once for all layers.
+
+    Each device has its own experts, and none is moved.
+    """
+    make = EXPERT_FORMS[form]
     if mesh is None:
-        return jax.jit(MXArray.in_words)
+        return jax.jit(make)
     spec = named_sharding(mesh, ("experts",), (experts,)).spec
-    run = jax.shard_map(MXArray.in_words, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    run = jax.shard_map(make, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     return jax.jit(run)
 
 
@@ -101,10 +122,20 @@ class MoE(nnx.Module):
         self.up = Projection((E, F, 2, D), ("experts", "expert_width", None, "embed"), **kind)
         self.down = Projection((E, D, F), ("experts", "embed", "expert_width"), **kind)
 
-    def use_words(self, mesh: Mesh | None = None) -> None:
-        """See `Projection.use_words`."""
-        self.up.use_words(mesh)
-        self.down.use_words(mesh)
+    def use_words(self, mesh: Mesh | None = None, form: str = "packed") -> list[str]:
+        """Like `Projection.use_words`; what does not fold stays packed.
+
+        Returns:
+          Names of the matrices that do not fold.
+        """
+        not_folded = []
+        for name, projection in (("up", self.up), ("down", self.down)):
+            own = form
+            if form == "folded" and not projection.folds():
+                own = "packed"
+                not_folded.append(f"layers.{self.layer}.mlp.{name}")
+            projection.use_words(mesh, own)
+        return not_folded
 
     @property
     def weights(self) -> ExpertWeights:
@@ -130,14 +161,13 @@ class MoE(nnx.Module):
         room: jax.Array | None = None,
     ) -> jax.Array:
         """The weighted sum of these experts' outputs, [B, T, D]; `room` as in `expert_mlp`."""
-        y_MD = expert_mlp(
-            x_BTD.reshape(-1, x_BTD.shape[-1]),
-            experts_BTX.reshape(-1, self.experts_per_token),
-            weights_BTX.reshape(-1, self.experts_per_token),
+        return expert_mlp(
+            x_BTD,
+            experts_BTX,
+            weights_BTX,
             self.weights,
             limit=self.limit,
             implementation=context.implementation,
             mesh=context.mesh,
             room=room,
         )
-        return y_MD.reshape(x_BTD.shape)

@@ -7,6 +7,7 @@ and the PyTorch reference.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Mapping, Sequence
 
@@ -21,10 +22,11 @@ from gpt_oss_jax.kernels.dense import mosaic_gpu as dense
 from gpt_oss_jax.kernels.expert_matmul.mosaic_gpu import room_of
 from gpt_oss_jax.model.attention import Attention, Context
 from gpt_oss_jax.model.cache import Cache, full_slots, ring_slots, write
-from gpt_oss_jax.model.layers import Embedding, Linear, RMSNorm
+from gpt_oss_jax.model.layers import Embedding, Linear, RMSNorm, placed
 from gpt_oss_jax.model.moe import EXPERT_FORMATS, MoE
 from gpt_oss_jax.model.rope import cos_sin
 from gpt_oss_jax.model.tap import Tap
+from gpt_oss_jax.sharding import named_sharding
 
 
 class Block(nnx.Module):
@@ -211,20 +213,33 @@ class Transformer(nnx.Module):
             one_router=launches and tokens_BT.size <= dense.MAX_ROUTED,
         )
 
-        x_BTD = tap("embedding", self.embedding(tokens_BT))
+        # Few rows move, where the table would be gathered whole.
+        embedding = placed(self.embedding, self.mesh, in_use=False)
+        gathered = functools.partial(placed, mesh=self.mesh, in_use=True)
+        x_BTD = tap("embedding", embedding(tokens_BT))
+        x_BTD = self._split(x_BTD)
         keys, values = [], []
         for layer in self.layers:
-            x_BTD, k_new, v_new = layer(x_BTD, context)
+            x_BTD, k_new, v_new = gathered(layer)(x_BTD, context)
             keys.append(k_new)
             values.append(v_new)
         if logits_at is not None:
             x_BTD = jnp.take_along_axis(x_BTD, logits_at[:, None, None], axis=1)[:, 0]
-        logits = tap("logits", self.unembedding(tap("final_norm", self.norm(x_BTD))))
+        norm, unembedding = (gathered(x) for x in (self.norm, self.unembedding))
+        logits = tap("logits", unembedding(tap("final_norm", norm(x_BTD))))
         tap.check()
 
         if cache is not None:
             cache = _updated(cache, keys, values, positions_BT)
         return (logits, cache, tap.captured) if tap.captures else (logits, cache)
+
+    def _split(self, x_BTD: jax.Array) -> jax.Array:
+        """Rows, then tokens, split over the mesh: XLA does not see how to do both at once."""
+        for axes in ("batch", None, None), ("batch", "tokens", None):
+            if self.mesh is not None:
+                where = named_sharding(self.mesh, axes, x_BTD.shape)
+                x_BTD = jax.lax.with_sharding_constraint(x_BTD, where)
+        return x_BTD
 
     def _can_launch(self) -> bool:
         """Whether blocks can run as the kernels of `kernels.dense`."""

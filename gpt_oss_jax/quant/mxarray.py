@@ -7,23 +7,25 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from gpt_oss_jax.quant import mxfp4, tpu_words
+from gpt_oss_jax.quant import mxfp4, tpu_folded, tpu_words
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MXArray:
-    """A float array whose last axis is packed, 4.25 bits a value.
+    """A float array whose last axis is packed, 4.25 bits a value; or folded, 8.25 bits.
 
     Attributes:
-      blocks: uint8 [..., G, 16]; or int32, as in `tpu_words`.
+      blocks: uint8 [..., G, 16]; or int32, as in `tpu_words`; or uint8, as in `tpu_folded`.
       scales: uint8 [..., G]; or int32, as in `tpu_words`.
       words_of: None in checkpoint order; else the shape of the array it stands for.
+      factors: float32 [E] if it is folded.
     """
 
     blocks: jax.Array
     scales: jax.Array
     words_of: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+    factors: jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -49,9 +51,22 @@ class MXArray:
             return self
         return MXArray(*tpu_words.to_words(self.blocks, self.scales), words_of=self.shape)
 
+    def folds(self) -> jax.Array:
+        """Whether `folded` would be the same array: bool []."""
+        return tpu_folded.folds(self.blocks, self.scales)
+
+    def folded(self) -> MXArray:
+        """The same array, [E, N, D] or [E, N, 2, D], in numbers that TPUs multiply with."""
+        if self.words_of is not None:
+            return self
+        blocks, scales, factors = tpu_folded.fold(self.blocks, self.scales)
+        return MXArray(blocks, scales, self.shape, factors)
+
     def in_checkpoint_order(self) -> MXArray:
         """The same array, byte for byte as the checkpoints have it."""
         if self.words_of is None:
             return self
-        G = self.words_of[-1] // mxfp4.BLOCK
-        return MXArray(*tpu_words.from_words(self.blocks, self.scales, self.words_of[1], G))
+        N, G = self.words_of[1], self.words_of[-1] // mxfp4.BLOCK
+        if self.factors is not None:
+            return MXArray(*tpu_folded.unfold(self.blocks, self.scales, self.factors, N))
+        return MXArray(*tpu_words.from_words(self.blocks, self.scales, N, G))

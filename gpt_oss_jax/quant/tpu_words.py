@@ -44,54 +44,71 @@ def to_words(blocks: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array
       Words [E, C, 4 G', N'] and scale words [E, C, 8 ceil(G'/32), N'], both int32, G' being G
       rounded up to even.
     """
+    blocks, scales = outputs_padded(blocks, scales)
+    # One expert at a time: the nibbles of all of them would take eight times the bytes.
+    return jax.lax.map(_blocks_to_words, blocks), scales_to_words(scales)
+
+
+def outputs_padded(blocks: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Checkpoint order -> [E, N', C, G, 16] and [E, N', C, G], zeros at the end."""
     if scales.ndim == 3:
         blocks, scales = blocks[:, :, None], scales[:, :, None]
-    blocks, scales = (
+    return tuple(
         jnp.pad(x, [(0, -x.shape[1] % _LANES) if i == 1 else (0, 0) for i in range(x.ndim)])
         for x in (blocks, scales)
     )
-    # One expert at a time: the nibbles of all of them would take eight times the bytes.
-    return jax.lax.map(lambda one: _expert_to_words(*one), (blocks, scales))
 
 
-def _expert_to_words(blocks_NCGb, scales_NCG):
-    N, C, G = scales_NCG.shape
-    padded = G + G % 2
+def _blocks_to_words(blocks_NCGb):
+    N, C, G, _ = blocks_NCGb.shape
     codes = mxfp4.unpack(recode(blocks_NCGb)).reshape(N, C, -1).transpose(1, 2, 0)
-    codes = jnp.pad(codes, ((0, 0), (0, mxfp4.BLOCK * (padded - G)), (0, 0))).astype(jnp.uint32)
+    codes = jnp.pad(codes, ((0, 0), (0, mxfp4.BLOCK * (G % 2)), (0, 0))).astype(jnp.uint32)
     shifts = (jnp.arange(4) * 8 + jnp.arange(2)[:, None, None] * 4).astype(jnp.uint32)[..., None]
     words = [
         (codes[:, start:stop].reshape(C, 2, -1, 4, N) << shifts).sum(axis=(1, 3), dtype=jnp.uint32)
-        for start, stop in _chunks(padded)
+        for start, stop in _chunks(G + G % 2)
     ]
-    groups = 4 * _GROUPS * -(-padded // (4 * _GROUPS))
-    scales = jnp.pad(scales_NCG.transpose(1, 2, 0), ((0, 0), (0, groups - G), (0, 0)))
-    scales = scales.reshape(C, -1, 4, _GROUPS, N).astype(jnp.uint32)
-    shifts = (8 * jnp.arange(4)).astype(jnp.uint32)[:, None, None]
-    scales = (scales << shifts).sum(axis=2, dtype=jnp.uint32).reshape(C, -1, N)
-    return _signed(jnp.concatenate(words, axis=1)), _signed(scales)
+    return _signed(jnp.concatenate(words, axis=1))
+
+
+def scales_to_words(scales_ENCG: jax.Array) -> jax.Array:
+    """The scale words of `to_words`, of padded outputs."""
+    E, N, C, G = scales_ENCG.shape
+    scales = scales_ENCG.transpose(0, 2, 3, 1).astype(jnp.uint32)
+    scales = jnp.pad(scales, ((0, 0), (0, 0), (0, -G % (4 * _GROUPS)), (0, 0)))
+    bytes_ = scales.reshape(E, C, -1, 4, _GROUPS, N) << _byte_shifts()
+    return _signed(bytes_.sum(axis=3, dtype=jnp.uint32).reshape(E, C, -1, N))
 
 
 def from_words(words: jax.Array, scales: jax.Array, N: int, G: int) -> tuple[jax.Array, jax.Array]:
     """The inverse of `to_words`; with C = 1 the blocks are [E, N, G, 16]."""
-    blocks, scales = jax.lax.map(lambda one: _expert_from_words(*one, G), (words, scales))
-    blocks, scales = blocks[:, :N], scales[:, :N]
-    return (blocks[:, :, 0], scales[:, :, 0]) if words.shape[1] == 1 else (blocks, scales)
+    blocks = jax.lax.map(lambda one: _blocks_from_words(one, G), words)[:, :N]
+    return (blocks[:, :, 0] if words.shape[1] == 1 else blocks), scales_from_words(scales, N, G)
 
 
-def _expert_from_words(words_CRN, scales_CRN, G):
+def _blocks_from_words(words_CRN, G):
     C, rows, N = words_CRN.shape
-    words, packed_scales = _unsigned(words_CRN), _unsigned(scales_CRN)
+    words = _unsigned(words_CRN)
     shifts = (jnp.arange(4) * 8 + jnp.arange(2)[:, None, None] * 4).astype(jnp.uint32)[..., None]
     codes = []
     for start, stop in _chunks(rows // 4):
         chunk = words[:, start // 8 : stop // 8].reshape(C, 1, -1, 1, N)
         codes.append(((chunk >> shifts) & 15).reshape(C, -1, N))
     codes = jnp.concatenate(codes, axis=1).astype(jnp.uint8)[:, : mxfp4.BLOCK * G]
-    blocks = recode(mxfp4.pack(codes.transpose(2, 0, 1))).reshape(N, C, G, mxfp4.BLOCK // 2)
-    shifts = (8 * jnp.arange(4)).astype(jnp.uint32)[:, None, None]
-    scales = (packed_scales.reshape(C, -1, 1, _GROUPS, N) >> shifts).astype(jnp.uint8)
-    return blocks, scales.reshape(C, -1, N)[:, :G].transpose(2, 0, 1)
+    return recode(mxfp4.pack(codes.transpose(2, 0, 1))).reshape(N, C, G, mxfp4.BLOCK // 2)
+
+
+def scales_from_words(scales: jax.Array, N: int, G: int) -> jax.Array:
+    """The scales that `to_words` was given; with C = 1 they are [E, N, G]."""
+    E, C, _, lanes = scales.shape
+    bytes_ = (_unsigned(scales).reshape(E, C, -1, 1, _GROUPS, lanes) >> _byte_shifts()) & 255
+    found = bytes_.astype(jnp.uint8).reshape(E, C, -1, lanes)
+    found = found[:, :, :G, :N].transpose(0, 3, 1, 2)
+    return found[:, :, 0] if C == 1 else found
+
+
+def _byte_shifts() -> jax.Array:
+    return (8 * jnp.arange(4)).astype(jnp.uint32)[:, None, None]
 
 
 def _chunks(groups: int) -> list[tuple[int, int]]:

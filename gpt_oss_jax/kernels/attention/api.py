@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 
 from gpt_oss_jax.kernels import sharded
 from gpt_oss_jax.kernels.attention import mosaic_gpu, mosaic_tpu, xla
-from gpt_oss_jax.kernels.dispatch import dispatch
+from gpt_oss_jax.kernels.dispatch import dispatch, say_once
+from gpt_oss_jax.kernels.target import platform
 
 IMPLEMENTATIONS = {
     "mosaic_gpu": mosaic_gpu.attention,
@@ -60,8 +61,10 @@ def store_and_attend(
     if mesh is None and implementation in (None, "mosaic_gpu"):
         with contextlib.suppress(NotImplementedError):  # `attention` says why.
             return mosaic_gpu.store_and_attend(*args, **where)
-    attend = functools.partial(attention, implementation=implementation, mesh=mesh)
-    return xla.store_and_attend(*args, **where, attend=attend)
+    how = {"attend": functools.partial(attention, implementation=implementation, mesh=mesh)}
+    if mesh is not None:
+        how["write"] = functools.partial(sharded.write, mesh, k_BTKH.shape[2])
+    return xla.store_and_attend(*args, **where, **how)
 
 
 def attention(
@@ -91,7 +94,7 @@ def attention(
       k_pos_BS: int32 positions of the keys, negative for empty slots.
       window: Keys visible to a query, itself included; None for all.
       implementation: "mosaic_gpu", "mosaic_tpu", "xla", or None for the fastest that can.
-      mesh: Devices to split rows and heads over; None: one device.
+      mesh: Devices to split rows, queries and heads over; None: one device.
 
     Returns:
       [B, T, K, G, H] in the dtype of the queries.
@@ -114,4 +117,12 @@ def attention(
         return dispatch("attention", IMPLEMENTATIONS, implementation, q, k, v, sinks, **where)
 
     args = (q_BTKGH, k_BSKH, v_BSKH, sinks_KG, q_pos_BT, k_pos_BS)
-    return kernel(*args) if mesh is None else sharded.attention(mesh, kernel, *args)
+    if mesh is None:
+        return kernel(*args)
+    # Other kernels divide by a sum that the parts of a softmax, to be added, are needed without.
+    if implementation in (None, "xla") and sharded.moves_queries(mesh, q_BTKGH, k_BSKH):
+        if platform() != "cpu":
+            say_once("attention to a cache that is split over devices runs on xla")
+        to_some = functools.partial(xla.attention_to_some, window=window)
+        return sharded.attention_to_parts(mesh, to_some, *args)
+    return sharded.attention(mesh, kernel, *args)

@@ -47,6 +47,19 @@ def _attend(q_BTKGH, k_BSKH, v_BSKH, sinks_KG, q_pos_BT, k_pos_BS, window):
     return einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).astype(q_BTKGH.dtype)
 
 
+def _attend_partly(q_BTKGH, k_BSKH, v_BSKH, q_pos_BT, k_pos_BS, window):
+    scores_BKGTS = scores(q_BTKGH, k_BSKH, q_pos_BT=q_pos_BT, k_pos_BS=k_pos_BS, window=window)
+    # Finite where nothing is visible, so that no difference of infinities arises.
+    lowest = jnp.finfo(jnp.float32).min
+    largest = jnp.max(scores_BKGTS, axis=-1, keepdims=True, initial=lowest)
+    largest = jax.lax.stop_gradient(largest)
+    weights_BKGTS = jnp.exp(scores_BKGTS - largest)
+    total_BKGT1 = weights_BKGTS.sum(axis=-1, keepdims=True)
+    out_BTKGH = einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
+    of_queries = (jnp.moveaxis(x, 3, 1) for x in (largest, total_BKGT1))
+    return jnp.concatenate([out_BTKGH, *of_queries], axis=-1)
+
+
 def attention(
     q_BTKGH: jax.Array,
     k_BSKH: jax.Array,
@@ -61,11 +74,42 @@ def attention(
 
     More only where those of a single query of every row do.
     """
+
+    def one(q, q_pos):
+        return _attend(q, k_BSKH, v_BSKH, sinks_KG, q_pos, k_pos_BS, window)
+
+    return _over_queries(one, q_BTKGH, q_pos_BT, k_BSKH.shape[1])
+
+
+def attention_to_some(
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    q_pos_BT: jax.Array,
+    k_pos_BS: jax.Array,
+    window: int | None,
+) -> jax.Array:
+    """What some of the keys give to attention, the sink not among them, before the division.
+
+    Returns:
+      float32 [B, T, K, G, H + 2]: values weighted by exponentials of scores under the largest, then
+      the largest score, the lowest float32 if no key is visible, then the sum of the exponentials.
+    """
+
+    def one(q, q_pos):
+        return _attend_partly(q, k_BSKH, v_BSKH, q_pos, k_pos_BS, window)
+
+    return _over_queries(one, q_BTKGH, q_pos_BT, k_BSKH.shape[1])
+
+
+def _over_queries(function, q_BTKGH, q_pos_BT, slots: int) -> jax.Array:
+    """Calls the function of queries and their positions for blocks of them."""
     B, T, K, G, _ = q_BTKGH.shape
-    row_bytes = B * K * G * k_BSKH.shape[1] * 4
+    row_bytes = B * K * G * slots * 4
     block = max(1, _SCORE_BYTES // row_bytes)
     if block >= T:
-        return _attend(q_BTKGH, k_BSKH, v_BSKH, sinks_KG, q_pos_BT, k_pos_BS, window)
+        return function(q_BTKGH, q_pos_BT)
     block = 1 << (block.bit_length() - 1)
 
     def blocks(x, fill):
@@ -75,13 +119,9 @@ def attention(
         return jnp.moveaxis(x.reshape(B, -1, block, *x.shape[2:]), 1, 0)
 
     # Recomputed in the backward pass: kept, the weights of all blocks would be the whole matrix.
-    @jax.checkpoint
-    def one(args):
-        q, q_pos = args
-        return _attend(q, k_BSKH, v_BSKH, sinks_KG, q_pos, k_pos_BS, window)
-
+    one = jax.checkpoint(lambda args: function(*args))
     out = map_blocks(one, (blocks(q_BTKGH, 0), blocks(q_pos_BT, -1)), after=q_BTKGH)
-    return jnp.moveaxis(out, 0, 1).reshape(B, -1, *q_BTKGH.shape[2:])[:, :T]
+    return jnp.moveaxis(out, 0, 1).reshape(B, -1, *out.shape[3:])[:, :T]
 
 
 def store_and_attend(
@@ -93,10 +133,11 @@ def store_and_attend(
     sinks_KG: jax.Array,
     *,
     slots_BT: jax.Array,
+    write: Callable[..., jax.Array] = write,
     attend: Callable[..., jax.Array] = attention,
     **where,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `api.store_and_attend`; `attend` is what attends, with `where`."""
+    """See `api.store_and_attend`; `write` is what writes, `attend` what attends, with `where`."""
     B, T, K, H = k_BTKH.shape
     k_BSL = write(k_BSL, slots_BT, k_BTKH.reshape(B, T, K * H))
     v_BSL = write(v_BSL, slots_BT, v_BTKH.reshape(B, T, K * H))

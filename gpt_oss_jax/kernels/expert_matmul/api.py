@@ -37,7 +37,7 @@ def expert_mlp(
     The bias of the down projection is inside the weighted sum.
 
     Args:
-      x_MD: Rows.
+      x_MD: Rows, along any number of axes.
       experts_MX: int32 expert of each row, X of them, all different.
       weights_MX: float32 routing weights.
       w: Weights of all experts.
@@ -53,11 +53,11 @@ def expert_mlp(
     Raises:
       ValueError: If shapes disagree, or `implementation` is unknown.
     """
-    M, D = x_MD.shape
+    *M, D = x_MD.shape
     E, F = w.up.shape[:2]
-    wanted = ((M,), (E, F, 2, D), (E, F, 2), (E, D, F), (E, D), experts_MX.shape)
+    wanted = (tuple(M), (E, F, 2, D), (E, F, 2), (E, D, F), (E, D), experts_MX.shape)
     came = (
-        experts_MX.shape[:1],
+        experts_MX.shape[:-1],
         w.up.shape,
         w.up_bias.shape,
         w.down.shape,
@@ -70,12 +70,14 @@ def expert_mlp(
             f"weights must be {wanted}, got {came}."
         )
 
-    def kernel(*args):
+    def kernel(x, experts, weights, w):
         # Of a mesh, a device has some of the experts: an id past them is that of another one.
         more = {"limit": limit, "some_elsewhere": mesh is not None}
         with_room = {"mosaic_gpu": functools.partial(mosaic_gpu.expert_mlp, room=room)}
         implementations = IMPLEMENTATIONS | with_room
-        return dispatch("expert_mlp", implementations, implementation, *args, **more)
+        rows = (y.reshape(-1, y.shape[-1]) for y in (x, experts, weights))
+        y_MD = dispatch("expert_mlp", implementations, implementation, *rows, w, **more)
+        return y_MD.reshape(x.shape)
 
     args = (x_MD, experts_MX, weights_MX, w)
     return kernel(*args) if mesh is None else sharded.expert_mlp(mesh, kernel, *args)

@@ -1,0 +1,144 @@
+"""Counts the schedule of the expert kernels for TPUs that are not there, beside their bytes.
+
+What comes out are lower bounds of times, by the compiler, not speeds: bundles are issue slots, and
+no wait for memory or for the matrix unit is among them. Rows choose experts evenly. Needs libtpu.
+From the root: python benchmarks/tpu_experts.py v6e folded --rows 1 8 64 4096
+"""
+
+import argparse
+import functools
+import os
+import re
+import tempfile
+from pathlib import Path
+
+# Of four matrix units of 128 (v5e, v5p) or 256 (v6e) a core, from the vendor's bf16 rates.
+GHZ = {"v5e": 1.5, "v5p": 1.75, "v6e": 1.75}
+CORES = {"v5p": 2}
+EXPERTS, CHOSEN, D = 32, 4, 2880  # Of 20b, whose width is D too.
+BUNDLE = re.compile(r"^ *(?:0x[0-9a-f]+|0) +(LB)? *: (>*) *\{")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kind", help="v5e, v5p, v6e or tpu7x")
+    parser.add_argument("form", choices=("packed", "folded"))
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 4096])
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        # Read when libtpu is loaded.
+        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        for rows in args.rows:
+            for old in Path(folder).iterdir():
+                old.unlink()
+            memory = compile_layer(args.kind, args.form, rows)
+            print(f"{args.kind}, {args.form}, {rows} rows")
+            print(f"  temporaries {memory.temp_size_in_bytes / 1e6:.2f} MB")
+            report(args.kind, args.form, rows, kernels(Path(folder)))
+
+
+def compile_layer(kind, form, rows):
+    import jax
+    import jax.numpy as jnp
+
+    from gpt_oss_jax import aot
+    from gpt_oss_jax.kernels import expert_mlp
+    from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
+    from gpt_oss_jax.quant import MXArray
+    from gpt_oss_jax.sharding import make_mesh, named_sharding
+
+    mesh = make_mesh(devices=aot.devices(kind, 1))
+    make = {"packed": MXArray.in_words, "folded": MXArray.folded}[form]
+
+    def array(shape, dtype=jnp.bfloat16):
+        where = named_sharding(mesh, (None,) * len(shape))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    def matrix(*shape):
+        scales = jax.ShapeDtypeStruct((*shape[:-1], shape[-1] // 32), jnp.uint8)
+        blocks = jax.ShapeDtypeStruct((*scales.shape, 16), jnp.uint8)
+        found = jax.eval_shape(make, MXArray(blocks, scales))
+        return jax.tree.map(lambda x: array(x.shape, x.dtype), found)
+
+    biases = array((EXPERTS, D, 2)), array((EXPERTS, D))
+    w = ExpertWeights(matrix(EXPERTS, D, 2, D), biases[0], matrix(EXPERTS, D, D), biases[1])
+    chosen = (rows, CHOSEN)
+    run = functools.partial(expert_mlp, limit=7.0, implementation="mosaic_tpu")
+    x = array((rows, D))
+    args = x, array(chosen, jnp.int32), array(chosen, jnp.float32), w
+    with aot.in_place_of_ours(mesh.devices.flat[0]):
+        return jax.jit(run).lower(*args).compile().memory_analysis()
+
+
+def kernels(folder):
+    """Bundles of each kernel: of a group of outputs, of decoding one, and of what is around."""
+    found = {}
+    for path in folder.glob("*-expert_*-*final_bundles.txt"):
+        if "schedule-analysis" in path.name:
+            continue
+        loops, around, inside = [], 0, None
+        for line in path.read_text().splitlines():
+            if inside is not None:
+                inside["matmul"] |= "vmatmul" in line
+            if not (bundle := BUNDLE.match(line)):
+                continue
+            depth = len(bundle[2])
+            if depth < 2:
+                around += 1
+                inside = None
+                continue
+            if bundle[1] or inside is None:
+                inside = {"bundles": 0, "matmul": "vmatmul" in line}
+                loops.append(inside)
+            inside["bundles"] += 1
+        products = max((x["bundles"] for x in loops if x["matmul"]), default=0)
+        others = sorted(x["bundles"] for x in loops if not x["matmul"])
+        name = re.search(r"(expert_\w+?_(?:few|many))", path.name)[1]
+        # Of loops without products only decoding is large; the others copy what does not fill.
+        decode = others.pop() if others and others[-1] > 100 else 0
+        found[name] = (products, decode, around + sum(others))
+    return found
+
+
+def report(kind, form, rows, found):
+    import jax.numpy as jnp
+    import numpy as np
+
+    from gpt_oss_jax.kernels.expert_matmul import mosaic_tpu
+    from gpt_oss_jax.kernels.expert_matmul.tiles import sort_into_tiles
+    from gpt_oss_jax.plan import KINDS
+
+    random = np.random.default_rng(0)
+    chosen = np.stack([random.permutation(EXPERTS)[:CHOSEN] for _ in range(rows)])
+    experts = len(np.unique(chosen))
+    many = any(name.endswith("many") for name in found)
+    steps, total = experts, 0
+    if many:
+        size = mosaic_tpu.tile_size(rows * CHOSEN, EXPERTS)
+        steps = int(sort_into_tiles(jnp.asarray(chosen.ravel()), EXPERTS, size).count)
+    for name, (products, decode, around) in sorted(found.items()):
+        groups = -(-D // mosaic_tpu.LANES)
+        outputs = -(-D // mosaic_tpu.outputs_of_step(2 if "up" in name else 1, not many))
+        bundles = steps * (groups * products + outputs * around) + experts * groups * decode
+        total += bundles
+        weights = D * D * (2 if "up" in name else 1)
+        print(
+            f"  {name}: {products} bundles for 256 outputs ({256 * weights / D / products:,.0f} "
+            f"weights a bundle), {decode} to decode them, {around} around a step; {steps} steps"
+        )
+    bits = {"packed": 4.25, "folded": 8}[form]
+    size = 3 * D * D * experts * bits / 8
+    line = f"  {experts} experts, {size / 1e6:.1f} MB; {total:,} bundles"
+    if kind in GHZ:
+        of_bytes = size / KINDS[kind].bandwidth_gb / 1e3
+        of_bundles = total / GHZ[kind] / CORES.get(kind, 1) / 1e3
+        of_products = 6 * D * D * rows * CHOSEN / KINDS[kind].tflops / 1e6
+        line += (
+            f"; bytes {of_bytes:,.1f} us, bundles {of_bundles:,.1f} us, products {of_products:,.1f}"
+            f" us; at least {max(of_bytes, of_bundles, of_products):,.1f} us"
+        )
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
