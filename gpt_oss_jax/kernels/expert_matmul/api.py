@@ -73,9 +73,9 @@ def expert_mlp(
     def kernel(x, experts, weights, w):
         # Of a mesh, a device has some of the experts: an id past them is that of another one.
         more = {"limit": limit, "some_elsewhere": mesh is not None}
+        rows = (y.reshape(-1, y.shape[-1]) for y in (x, experts, weights))
         with_room = {"mosaic_gpu": functools.partial(mosaic_gpu.expert_mlp, room=room)}
         implementations = IMPLEMENTATIONS | with_room
-        rows = (y.reshape(-1, y.shape[-1]) for y in (x, experts, weights))
         y_MD = dispatch("expert_mlp", implementations, implementation, *rows, w, **more)
         return y_MD.reshape(x.shape)
 
