@@ -35,18 +35,21 @@ class Memory:
         return np.frombuffer(self.bytes[at : at + size].tobytes(), dtype).reshape(shape)
 
 
-def launch(text, operands, memory, *, grid, shared_bytes, warps=4, cluster=1):
+def launch(text, operands, memory, *, grid, shared_bytes, warps=4, cluster=1, at_once=False):
     """Runs a thread program whose first operand is the block and whose last is shared memory.
+
+    Clusters run one after the other, or all of them at once.
 
     Returns:
       Address and size of what was copied to shared memory, and of what was only brought nearer.
     """
     program, labels = _parse(text)
     bulks = [], []
-    for first in range(0, grid, cluster):
-        shared = np.full((cluster, shared_bytes), 255, np.uint8)
+    for first in range(0, grid, grid if at_once else cluster):
+        group = range(grid if at_once else cluster)
+        shared = np.full((len(group), shared_bytes), 255, np.uint8)
         threads = []
-        for n in range(cluster):
+        for n in group:
             values, barriers = [first + n, *operands, 0], {}
             for w in range(warps):
                 warp = _Warp(program, labels, values, memory.bytes, shared[n], barriers, w, bulks)
@@ -58,10 +61,10 @@ def launch(text, operands, memory, *, grid, shared_bytes, warps=4, cluster=1):
             barrier = next(thread, None)
             if barrier is None:
                 continue
-            if barrier == "again":
+            if barrier in ("again", "looks again"):
                 threads.append((n, thread))
                 fruitless += 1
-                assert fruitless < 1000 * warps * cluster, "all warps wait for ever"
+                assert fruitless < 1000 * warps * len(group), "all warps wait for ever"
                 continue
             fruitless = 0
             number, needed, *only_arrives = barrier
@@ -196,6 +199,8 @@ class _Warp:
                 assert active.all() or not active.any(), f"divergent branch to {args}"
                 if active.all():
                     at = self.labels[args[0].strip()]
+            elif kind[0] == "nanosleep":
+                yield "looks again"
             elif name == "bar.sync":
                 yield int(self.value(args[0])[0]), int(args[1])
             elif name == "bar.arrive":
@@ -216,6 +221,7 @@ class _Warp:
         self.registers[name.strip()] = np.where(active, value, old)
 
     def step(self, kind, args, active):
+        kind = [word for word in kind if word not in ("relaxed", "gpu")]
         name = ".".join(kind)
         if kind[0] in ("ld", "st"):
             return self.move(kind, args, active)
@@ -249,7 +255,7 @@ class _Warp:
         u = [x & np.uint64(_ALL) for x in v]
         if kind[0] == "setp":
             compare = {"lt": np.less, "ge": np.greater_equal, "eq": np.equal, "ne": np.not_equal}
-            compare["le"] = np.less_equal
+            compare |= {"le": np.less_equal, "gt": np.greater}
             result = compare[kind[1]](u[0], u[1])
             if kind[2] == "and":
                 result &= v[2].astype(bool)
@@ -281,9 +287,15 @@ class _Warp:
             "div": lambda: u[0] // u[1],
             "rem": lambda: u[0] % u[1],
             "min": lambda: np.minimum(u[0], u[1]),
+            "max": lambda: np.maximum(u[0], u[1]),
             "selp": lambda: np.where(v[2].astype(bool), u[0], u[1]),
             "popc": lambda: [int(x).bit_count() for x in u[0]],
-            "vote": lambda: [sum(1 << i for i in range(32) if v[0][i])] * 32,
+            "match": lambda: [sum(1 << i for i in range(32) if u[0][i] == x) for x in u[0]],
+            "vote": lambda: (
+                [sum(1 << i for i in range(32) if v[0][i])] * 32
+                if kind[2] == "ballot"
+                else [v[0].any()] * 32
+            ),
             "shfl": lambda: u[0][u[1].astype(int) ^ (np.arange(32) * (kind[2] == "bfly"))],
             "prmt": lambda: _permuted(*u),
             "mapa": lambda: u[0] + u[1] * np.uint64(self.spaces["shared"].size),

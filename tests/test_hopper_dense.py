@@ -69,7 +69,9 @@ def qkv_inputs(M, D=288, K=2, G=3, H=16):
     return x, scale, weight.reshape(-1, D), bias.reshape(-1), cos, sin
 
 
-@pytest.mark.parametrize(("M", "sizes"), [(1, {}), (3, {"D": 64, "H": 32}), (13, {"D": 544})])
+@pytest.mark.parametrize(
+    ("M", "sizes"), [(1, {}), (3, {"D": 64, "H": 32}), (13, {"D": 544}), (20, {})]
+)
 def test_queries_keys_and_values(interpreter, M, sizes):
     inputs, options = qkv_inputs(M, **sizes), {"epsilon": EPSILON, "group": 3}
     got = mosaic_gpu.queries_keys_values(*inputs, **options)
@@ -77,35 +79,39 @@ def test_queries_keys_and_values(interpreter, M, sizes):
         close(ours, wanted)
 
 
-@pytest.mark.parametrize(("M", "inputs", "outputs"), [(1, 256, 40), (8, 96, 8), (16, 320, 72)])
+@pytest.mark.parametrize(
+    ("M", "inputs", "outputs"), [(1, 256, 40), (8, 96, 8), (16, 320, 72), (33, 96, 24)]
+)
 def test_a_product_is_added(interpreter, M, inputs, outputs):
     arrays = random(M, (M, inputs), (outputs, inputs), (outputs,), (M, outputs))
     close(mosaic_gpu.add_product(*arrays), xla.add_product(*arrays))
 
 
 @pytest.mark.parametrize(
-    ("M", "E", "X", "tie"), [(1, 32, 4, 0), (3, 128, 4, 1), (2, 96, 4, 0), (11, 8, 2, 1)]
+    ("M", "E", "X", "tie"),
+    [(1, 32, 4, 0), (3, 128, 4, 1), (2, 96, 4, 0), (11, 8, 2, 1), (35, 16, 4, 0)],
 )
 def test_experts_are_chosen(interpreter, M, E, X, tie):
     """With `tie`, all experts have a twin: of equal logits the lower id goes first."""
     x, scale, weight, bias = random(M, (M, 96), (96,), (E, 96), (E,))
     if tie:
         weight, bias = (a.at[1::2].set(a[::2]) for a in (weight, bias))
-    options = {"epsilon": EPSILON, "choices": X}
+    options = {"epsilon": EPSILON, "choices": X, "room": 2324 * M}
     got = mosaic_gpu.route(x, scale, weight, bias, **options)
     want = xla.route(x, scale, weight, bias, **options)
     close(got[0], want[0])
     np.testing.assert_array_equal(got[1], want[1])
     np.testing.assert_allclose(got[2], want[2], rtol=3e-3)
+    np.testing.assert_array_equal(got[3], want[3])
 
 
 def test_gradients_are_those_of_xla(interpreter):
     """Of every argument; experts have none."""
     inputs = random(0, (1, 64), (64,), (8, 64), (8,))
-    options = {"epsilon": EPSILON, "choices": 2}
+    options = {"epsilon": EPSILON, "choices": 2, "room": 4}
 
     def loss(module, *inputs):
-        h, _, weights = module.route(*inputs, **options)
+        h, _, weights, _ = module.route(*inputs, **options)
         return (weights[:, 0] ** 2).sum() + h.astype(jnp.float32).sum()
 
     got = jax.grad(functools.partial(loss, mosaic_gpu), argnums=range(4))(*inputs)
@@ -124,21 +130,20 @@ if not OLD:
             kernels_for_cuda(mosaic_gpu.add_product, *random(0, (2, 64), (8, 64), (8,), (2, 8)))
             == 1
         )
-        run = functools.partial(mosaic_gpu.route, epsilon=EPSILON, choices=2)
+        run = functools.partial(mosaic_gpu.route, epsilon=EPSILON, choices=2, room=4)
         assert kernels_for_cuda(run, *random(0, (2, 64), (64,), (8, 64), (8,))) == 1
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"rows": 17}, "rows"),
         ({"widths": (2880, 2872)}, "widths"),
         ({"head": 24}, "heads"),
         ({"dtype": jnp.float32}, "bfloat16"),
     ],
 )
 def test_what_they_do_not_cover_is_refused(change, reason):
-    sizes = {"rows": 1, "widths": (2880, 4096), "head": 64, "experts": 32, "dtype": jnp.bfloat16}
+    sizes = {"widths": (2880, 4096), "head": 64, "experts": 32, "dtype": jnp.bfloat16}
     assert mosaic_gpu.why_not_on_hopper(**sizes) == ""
     assert reason in mosaic_gpu.why_not_on_hopper(**sizes | change)
     assert "needs" in mosaic_gpu.why_not(**sizes)
@@ -151,8 +156,11 @@ def test_shared_memory_is_enough_for_every_width():
             assert size <= 227 * 1024, (inputs, ending)
 
 
-def test_a_decode_step_is_the_same_in_few_launches(interpreter, monkeypatch):
-    """The whole model, two tokens for two rows, one padding; unless values are asked for."""
+@pytest.mark.parametrize(
+    ("T", "launches"), [(2, ["rotate", "add", "route"]), (9, ["route"])], ids=["4", "18"]
+)
+def test_a_decode_step_is_the_same_in_few_launches(interpreter, monkeypatch, T, launches):
+    """The whole model, some tokens for two rows, one padding; unless values are asked for."""
     config = dataclasses.replace(
         TINY,
         num_hidden_layers=2,
@@ -167,27 +175,27 @@ def test_a_decode_step_is_the_same_in_few_launches(interpreter, monkeypatch):
         nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
     )
     model = nnx.merge(graphdef, make())
-    tokens = jnp.asarray(np.random.default_rng(0).integers(config.vocab_size, size=(2, 2)))
-    positions = jnp.asarray([[0, 1], [0, -1]])
+    tokens = jnp.asarray(np.random.default_rng(0).integers(config.vocab_size, size=(2, T)))
+    positions = jnp.asarray([[*range(T)], [0, -1, *range(1, T - 1)]])
 
     def step(model, **options):
-        cache = init_cache(config, 2, 8, jnp.bfloat16)
+        cache = init_cache(config, 2, 16, jnp.bfloat16)
         return model.forward(tokens, positions, cache, **options)[:2]
 
     want, cache_want = jax.jit(step)(model)
     monkeypatch.setattr(mosaic_gpu, "why_not", mosaic_gpu.why_not_on_hopper)
     got, cache_got = jax.jit(lambda model: step(model))(model)
-    assert interpreter == 2 * ["rotate", "add", "route"]
+    assert interpreter == 2 * launches
     real = np.asarray(positions) >= 0
     np.testing.assert_allclose(got[real], want[real], atol=0.1)
     for ours, wanted in zip(jax.tree.leaves(cache_got), jax.tree.leaves(cache_want), strict=True):
         np.testing.assert_allclose(ours.astype(jnp.float32), wanted.astype(jnp.float32), atol=0.1)
     jax.eval_shape(lambda model: step(model, capture=["logits"]), model)
-    jax.eval_shape(lambda model: step(model, patch={"embedding": jnp.zeros((2, 2, 32))}), model)
+    jax.eval_shape(lambda model: step(model, patch={"embedding": jnp.zeros((2, T, 32))}), model)
     router = model.layers[1].mlp.router
     router.bias = router.bias.replace(router.bias[...].astype(jnp.float32))
     jax.eval_shape(lambda model: step(model), model)
-    assert len(interpreter) == 6
+    assert len(interpreter) == 2 * len(launches)
 
 
 def test_other_types_are_refused():

@@ -21,6 +21,7 @@ from hopper_layer import (
     layer,
     multiply_as_the_interpreter_can,
 )
+from jax.experimental import pallas as pl
 
 from gpt_oss_jax.kernels import target
 from gpt_oss_jax.kernels.expert_matmul import many_rows, many_rows_ptx, rows, tiles, tuning, xla
@@ -34,27 +35,28 @@ def bits(x):
 
 
 def left(program, weights, scales, step):
-    """What a warpgroup makes of a step's weights [64, 96] and all its scales: [64, 192]."""
+    """What a warpgroup makes of a step's weights and all its scales: [64, 32 program.step]."""
+    B = program.step
     shared = np.concatenate([np.asarray(a).reshape(-1) for a in (weights, scales)])
     run = functools.partial(ptx.piece, memory=ptx.Memory(), shared=shared)
-    decoded = np.full((64, 192), np.nan, np.float32)
-    loaded = run(program.load(), 18, [0, weights.size, step])
-    for h, i in itertools.product(range(2), range(6)):
-        word, pair = loaded[6 * h + i], loaded[12 + 3 * h + i // 2]
-        values = run(many_rows_ptx.decode_block(bool(i % 2)), 4, [word, pair])
-        for v, e in itertools.product(range(4), range(2)):
+    decoded = np.full((64, 32 * B), np.nan, np.float32)
+    loaded = run(program.load(), 3 * B, [0, weights.size, step, *run(program.places(), 2, [])])
+    for h, i in itertools.product(range(2), range(B // 2)):
+        words = loaded[B * h + 2 * i : B * h + 2 * i + 2]
+        values = run(many_rows_ptx.decode_half(), 8, [*words, loaded[2 * B + B // 2 * h + i]])
+        for v, e in itertools.product(range(8), range(2)):
             value = (values[v] >> np.uint64(16 * e)).astype(np.uint16)
-            columns = 32 * i + 8 * v + 2 * Q + e
+            columns = 64 * i + 8 * v + 2 * Q + e
             decoded[16 * W + G + 8 * h, columns] = value.view(ml_dtypes.bfloat16)
     return decoded
 
 
 def grouped(p, w, bias, tiles, x_RK, weights_R=None):
     """`many_rows.grouped`, warpgroup by warpgroup."""
-    E, P = bias.shape[0], tiles.pairs.shape[1]
-    blocks = np.asarray(w.blocks).reshape(E, -1, 64, p.blocks // 6, 96)
+    E, P, steps = bias.shape[0], tiles.pairs.shape[1], p.blocks // p.step
+    blocks = np.asarray(w.blocks).reshape(E, -1, 64, steps, 16 * p.step)
     scales = np.asarray(w.scales).reshape(E, -1, 64, p.blocks)
-    x = np.asarray(x_RK, np.float32).reshape(-1, P, p.blocks // 6, 192)
+    x = np.asarray(x_RK, np.float32).reshape(-1, P, steps, 32 * p.step)
     memory = ptx.Memory()
     biases = memory.put(np.asarray(bias).reshape(E, p.outputs))
     routing = [] if weights_R is None else [memory.put(np.asarray(weights_R))]
@@ -64,10 +66,11 @@ def grouped(p, w, bias, tiles, x_RK, weights_R=None):
     for t in range(int(tiles.count)):
         e = int(tiles.expert_of_tile[t])
         for n in range(p.outputs // 64):
-            sums = sum(lefts(e, n, k) @ x[t, :, k].T for k in range(p.blocks // 6))
+            sums = sum(lefts(e, n, k) @ x[t, :, k].T for k in range(steps))
             own_bias = biases + (e * p.outputs + 64 * n) * p.bias_bytes
-            own_out = out + 2 * (t * P * p.width + n * 64 * p.width // p.outputs)
-            started = run(p.start(), 3, [own_bias, own_out])
+            sharing = p.outputs // p.width
+            own_out = out + 2 * (t * P * p.width + n // sharing * 64)
+            started = run(p.start(), 3, [own_bias, own_out, n % sharing])
             for group in range(P // 8):
                 columns = [8 * group + 2 * Q + i for i in range(2)]
                 own = [bits(sums[16 * W + G + 8 * h, c]) for h in range(2) for c in columns]
@@ -76,18 +79,20 @@ def grouped(p, w, bias, tiles, x_RK, weights_R=None):
     return jnp.asarray(memory.get(out, (len(x_RK), p.width), ml_dtypes.bfloat16))
 
 
-def launch(name, run, shape, inputs):
+def launch(name, run, outs, inputs):
     """`rows._launch`, interpreted."""
 
     def interpret(*inputs):
-        memory = ptx.Memory()
+        memory, wanted = ptx.Memory(), jax.tree.leaves(outs)
         places = [memory.put(np.asarray(a)) for a in inputs]
-        out = memory.put(np.full(shape, np.nan, ml_dtypes.bfloat16))
-        ptx.launch(run.ptx(), [*places, out], memory, grid=run.grid, shared_bytes=16)
-        return memory.get(out, shape, ml_dtypes.bfloat16)
+        poison = [np.full(np.prod(o.shape) * o.dtype.itemsize, 255, np.uint8) for o in wanted]
+        results = [memory.put(a) for a in poison]
+        size = {"grid": run.grid, "warps": run.warps, "shared_bytes": run.shared_bytes}
+        ptx.launch(run.ptx(), [*places, *results], memory, **size)
+        got = [memory.get(at, o.shape, o.dtype) for at, o in zip(results, wanted, strict=True)]
+        return jax.tree.unflatten(jax.tree.structure(outs), got)
 
-    out = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    return jax.pure_callback(interpret, out, *inputs)
+    return jax.pure_callback(interpret, outs, *inputs)
 
 
 @pytest.fixture
@@ -107,8 +112,9 @@ def wanted(x, chosen, weight, w):
         (3, 8, {"bias": ml_dtypes.bfloat16}),
         (20, 16, {"same": True}),
         (2, 8, {"E": 2, "D": 384}),
+        (2, 8, {"E": 2, "D": 960}),
     ],
-    ids=["bfloat16 biases", "the same experts, two tiles each", "two steps"],
+    ids=["bfloat16 biases", "the same experts, two tiles each", "two steps", "wide steps"],
 )
 def test_many_rows_equal_the_oracle(emulated, M, tile, options):
     args = layer(M, **{"E": 3, "D": 192, "F": 192} | options)
@@ -118,10 +124,9 @@ def test_many_rows_equal_the_oracle(emulated, M, tile, options):
     assert np.linalg.norm(got.astype(jnp.float32) - want) < 6e-3 * np.linalg.norm(want)
 
 
-@pytest.mark.parametrize(("pairs", "size"), [(1, 8), (40, 4), (200, 16)])
-def test_pairs_are_sorted_alike_by_comparing_and_by_sorting(monkeypatch, pairs, size):
+@pytest.mark.parametrize(("pairs", "size", "E"), [(1, 8, 5), (40, 4, 5), (200, 16, 5), (9, 8, 130)])
+def test_pairs_are_sorted_alike_in_every_way(emulated, monkeypatch, pairs, size, E):
     """Pairs of the last expert are elsewhere; one expert has none."""
-    E = 5
     chosen = jnp.asarray(np.random.default_rng(pairs).integers(0, E + 1, pairs), jnp.int32)
     chosen = jnp.where(chosen == 2, 3, chosen)
     compared = tiles.sort_into_tiles(chosen, E, size)
@@ -133,9 +138,17 @@ def test_pairs_are_sorted_alike_by_comparing_and_by_sorting(monkeypatch, pairs, 
     used = slice(int(compared.count))
     assert compared.count == by_sorting.count
     np.testing.assert_array_equal(compared.expert_of_tile[used], by_sorting.expert_of_tile[used])
-    for sorted_ in (compared, by_sorting):
+    by_kernel = rows.sort(chosen, E, size)
+    np.testing.assert_array_equal(
+        by_kernel.place_of_pair, jnp.where(here, compared.place_of_pair, -1)
+    )
+    np.testing.assert_array_equal(by_kernel.expert_of_tile[used], compared.expert_of_tile[used])
+    assert compared.count == by_kernel.count
+    for sorted_ in (compared, by_sorting, by_kernel):
         np.testing.assert_array_equal(sorted_.pairs.reshape(-1)[places], np.flatnonzero(here))
-        assert sorted_.pairs.shape == (pairs // size + E, size)
+    assert compared.pairs.shape == (pairs // size + E, size)
+    others = np.delete(by_kernel.pairs.reshape(-1), places)
+    np.testing.assert_array_equal(others, -1)
 
 
 @pytest.mark.parametrize(("M", "X", "D"), [(1, 2, 192), (9, 4, 1152), (30, 3, 2880)])
@@ -171,16 +184,17 @@ def test_ids_past_the_experts_add_nothing(emulated, own):
     assert np.linalg.norm(got.astype(jnp.float32) - want) < 6e-3 * scale
 
 
+@pytest.mark.parametrize("step", [6, 10])
 @pytest.mark.parametrize("limit", [None, 7.0], ids=["down", "up"])
-def test_every_code_and_scale_is_exact(limit):
+def test_every_code_and_scale_is_exact(limit, step):
     """Every value of a step, and where it is: rows as `_row` says, columns `in_order`."""
-    random = np.random.default_rng(0)
-    p = many_rows_ptx.Projection(outputs=64, blocks=12, bias_bytes=4, limit=limit)
-    blocks = random.permutation(np.arange(64 * 12 * 16) % 256).astype(np.uint8).reshape(64, 12, 16)
-    scales = random.permutation(np.arange(64 * 12) % 80 + 68).astype(np.uint8).reshape(64, 12)
+    random, B = np.random.default_rng(0), 2 * step
+    p = many_rows_ptx.Projection(outputs=64, blocks=B, step=step, bias_bytes=4, limit=limit)
+    blocks = random.permutation(np.arange(64 * B * 16) % 256).astype(np.uint8).reshape(64, B, 16)
+    scales = random.permutation(np.arange(64 * B) % 80 + 68).astype(np.uint8).reshape(64, B)
     values = MXArray(jnp.asarray(blocks), jnp.asarray(scales)).dequantize(jnp.float32)
-    want = np.asarray(many_rows.in_order(values))[:, 192:]
-    got = left(p, blocks[:, 6:].reshape(64, 96), scales, 1) * np.float32(2.0**64)
+    want = np.asarray(many_rows.in_order(values))[:, 32 * step :]
+    got = left(p, blocks[:, step:].reshape(64, 16 * step), scales, 1) * np.float32(2.0**64)
     rows = sorted(range(64), key=lambda slot: output(slot, limit is not None))
     np.testing.assert_array_equal(got[rows], want)
 
@@ -190,17 +204,18 @@ def output(slot, up):
     w, h, g = slot // 16, slot // 8 % 2, slot % 8
     if not up:
         return slot
-    return 32 * (w // 2) + 4 * (w % 2) + 16 * (g // 4) + g % 4 + 8 * h
+    return 32 * (g // 4) + 16 * (w // 2) + 8 * h + 4 * (w % 2) + g % 4
 
 
 @pytest.mark.parametrize("pairs", [1, 32 * 9, 32 * 1024])
 @pytest.mark.parametrize("width", [192, 2880])
 def test_tiles_fit_into_shared_memory(pairs, width):
     size = tuning.tile_rows(pairs, 32)
-    p = many_rows_ptx.Projection(outputs=width, blocks=width // 32, bias_bytes=2)
-    stages = many_rows.stages(p, size)
-    assert stages == 1 if width == 192 else stages >= 3
-    assert stages * (192 * 96 + size * 384) + 192 * p.blocks < 226 << 10
+    *_, w = jax.eval_shape(lambda: layer(1, E=1, D=width, F=width))
+    for p in many_rows.projections(w, 7.0, size):
+        stages, scales = many_rows.stages(p, size)
+        assert stages == 1 if width == 192 else stages >= 3
+        assert stages * p.step * (192 * 16 + size * 64) + scales * 192 * p.blocks < 226 << 10
 
 
 def test_other_widths_are_refused():
@@ -213,7 +228,7 @@ if jax.__version_info__ >= target.JAX_FOR_HOPPER:
     @pytest.mark.parametrize("M", [1, 300])
     def test_many_rows_lower_for_cuda(M):
         run = functools.partial(many_rows.many_rows, limit=7.0, tile=16)
-        assert kernels_for_cuda(run, *layer(M, D=384, F=192)) == 4
+        assert kernels_for_cuda(run, *layer(M, D=384, F=192)) == 5
 
     @pytest.mark.parametrize("blocks", [1, 2])
     def test_blocks_copy_and_multiply_what_is_theirs(monkeypatch, blocks):
@@ -223,9 +238,12 @@ if jax.__version_info__ >= target.JAX_FOR_HOPPER:
         registers, so the left operand goes through shared memory.
         """
         monkeypatch.setattr(many_rows, "multiprocessors", lambda: blocks)
-        multiply_as_the_interpreter_can(monkeypatch, 3, 64, 192)
+        multiply_as_the_interpreter_can(monkeypatch, 3, 64, 64)
+        monkeypatch.setattr(many_rows, "_places_of_thread", lambda p: lambda: ())
+        monkeypatch.setattr(many_rows, "_load", lambda p: lambda *loaded: loaded)
         monkeypatch.setattr(many_rows, "_decode", decode_in_jax)
         monkeypatch.setattr(many_rows, "_finish", finish_in_jax)
+        monkeypatch.setattr(many_rows, "sort", tiles.sort_into_tiles)
         monkeypatch.setattr(many_rows, "gather", gather_in_jax)
         monkeypatch.setattr(many_rows, "add_up", add_up_in_jax)
         args = layer(3, E=2, D=384, F=192)
@@ -245,25 +263,30 @@ def add_up_in_jax(y_RD, place_of_pair, experts_MX, num_experts):
     return y_MXD.sum(axis=1).astype(jnp.bfloat16)
 
 
-def decode_in_jax(p):
-    def decode(w, scales, step):
-        nibbles = w[...].reshape(64, 6, 16)
+def decode_in_jax(p, i):
+    def decode(loaded):
+        w, scales, step = loaded
+        nibbles = w[...].reshape(64, 6, 16)[:, 2 * i : 2 * i + 2]
         codes = jnp.stack([nibbles & jnp.uint8(15), nibbles >> jnp.uint8(4)], axis=-1)
-        own = jax.lax.dynamic_slice(scales[...].reshape(64, p.blocks), (0, 6 * step), (64, 6))
+        own = scales[...].reshape(64, p.blocks)
+        own = jax.lax.dynamic_slice(own, (0, 6 * step + 2 * i), (64, 2))
         scale = jnp.exp2(own.astype(jnp.float32) - 127)
-        values = mxfp4.decode_codes(codes.reshape(64, 6, 32)) * scale[..., None]
+        values = mxfp4.decode_codes(codes.reshape(64, 2, 32)) * scale[..., None]
         return many_rows.in_order(values.reshape(64, -1)).astype(jnp.bfloat16)
 
     return decode
 
 
 def finish_in_jax(p, weights):
-    def finish(sums, bias, out, *routing):
+    def finish(sums, half, bias, out, *routing):
         y = sums + bias[...].astype(jnp.float32)[:, None]
         if p.limit is None:
-            y = (y * routing[0][...]).T
-        else:
-            y = many_rows.in_order(xla.swiglu(y[0::2], y[1::2], p.limit).T)
-        out[...] = y.astype(jnp.bfloat16)
+            out[...] = (y * routing[0][...]).T.astype(jnp.bfloat16)
+            return
+        y = xla.swiglu(y[0::2], y[1::2], p.limit).T.astype(jnp.bfloat16)
+        # Places of a half's own, in fours.
+        y = many_rows.in_order(jnp.concatenate([y, y], axis=1))
+        for k in range(8):
+            out[:, pl.ds(8 * k + 4 * half, 4)] = y[:, 8 * k : 8 * k + 4]
 
     return finish

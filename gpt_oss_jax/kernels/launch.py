@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -25,7 +27,7 @@ def launch(
       text: The program. Its operands: the thread block; pointers to inputs, results and shared
         memory.
       outs: Shape and type of the result, or a tuple of them.
-      inputs: Arrays in device memory.
+      inputs: Arrays in device memory; references for what it writes in place.
       grid: Thread blocks.
       warpgroups: Of a block, 128 threads each.
       shared_bytes: Shared memory of a block.
@@ -33,6 +35,7 @@ def launch(
       dependent: The program waits for the launch before it by itself (`griddepcontrol.wait`).
     """
     # Here, because these change from one version of JAX to the next.
+    from jax.experimental import pallas as pl
     from jax.experimental.mosaic.gpu import utils as mgpu
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -47,16 +50,25 @@ def launch(
         if dependent:
             plgpu.griddepcontrol_wait()  # This marks the launch as one that waits.
 
-    clusters = {"cluster": (cluster,), "cluster_names": ("part",)} if cluster > 1 else {}
-    return plgpu.kernel(
-        body,
-        out_type=outs,
-        scratch_types=[plgpu.SMEM((shared_bytes,), jnp.uint8)],
-        grid=(grid // cluster,),
-        grid_names=("block",),
-        num_threads=warpgroups,
-        thread_name="warpgroup",
-        kernel_name=name,
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        **clusters,
-    )(*inputs)
+    shape = {
+        "grid": (grid // cluster,),
+        "grid_names": ("block",),
+        "num_threads": warpgroups,
+        "thread_name": "warpgroup",
+    }
+    if cluster > 1:
+        shape |= {"cluster": (cluster,), "cluster_names": ("part",)}
+    lane = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
+    common = {"out_type": outs, "compiler_params": lane}
+    shared = plgpu.SMEM((shared_bytes,), jnp.uint8)
+    if not any(isinstance(x, jax.Ref) for x in inputs):
+        run = plgpu.kernel(body, scratch_types=[shared], kernel_name=name, **common, **shape)
+        return run(*inputs)
+
+    # That takes no references.
+    def scoped(*refs):
+        pl.run_scoped(functools.partial(body, *refs), shared, collective_axes="warpgroup")
+
+    return pl.kernel(scoped, mesh=plgpu.Mesh(kernel_name=name, **shape), name=name, **common)(
+        *inputs
+    )

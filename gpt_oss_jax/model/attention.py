@@ -31,6 +31,7 @@ class Context:
       implementation: Kernels to use, None for the fastest that can.
       mesh: Devices that the weights are spread over, None for one.
       few_launches: Whether blocks run as the few kernels of `kernels.dense`; nothing is tapped.
+      one_router: Whether at least their routers do.
     """
 
     positions_BT: jax.Array
@@ -41,6 +42,7 @@ class Context:
     implementation: str | None
     mesh: Mesh | None
     few_launches: bool = False
+    one_router: bool = False
 
 
 class Attention(nnx.Module):

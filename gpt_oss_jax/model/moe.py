@@ -106,6 +106,12 @@ class MoE(nnx.Module):
         self.up.use_words(mesh)
         self.down.use_words(mesh)
 
+    @property
+    def weights(self) -> ExpertWeights:
+        """Those of all experts, as the kernels take them."""
+        up, down = self.up, self.down
+        return ExpertWeights(up.matrix, up.bias[...], down.matrix, down.bias[...])
+
     def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         """Output of the mixture, [B, T, D]."""
         tap, name = context.tap, f"layers.{self.layer}.mlp"
@@ -116,16 +122,22 @@ class MoE(nnx.Module):
         return tap(f"{name}.out", self.through(x_BTD, experts_BTX, weights_BTX, context))
 
     def through(
-        self, x_BTD: jax.Array, experts_BTX: jax.Array, weights_BTX: jax.Array, context: Context
+        self,
+        x_BTD: jax.Array,
+        experts_BTX: jax.Array,
+        weights_BTX: jax.Array,
+        context: Context,
+        room: jax.Array | None = None,
     ) -> jax.Array:
-        """The weighted sum of these experts' outputs, [B, T, D]."""
+        """The weighted sum of these experts' outputs, [B, T, D]; `room` as in `expert_mlp`."""
         y_MD = expert_mlp(
             x_BTD.reshape(-1, x_BTD.shape[-1]),
             experts_BTX.reshape(-1, self.experts_per_token),
             weights_BTX.reshape(-1, self.experts_per_token),
-            ExpertWeights(self.up.matrix, self.up.bias[...], self.down.matrix, self.down.bias[...]),
+            self.weights,
             limit=self.limit,
             implementation=context.implementation,
             mesh=context.mesh,
+            room=room,
         )
         return y_MD.reshape(x_BTD.shape)

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from gpt_oss_jax.config import Config
 from gpt_oss_jax.kernels import IMPLEMENTATIONS
 from gpt_oss_jax.kernels.dense import mosaic_gpu as dense
+from gpt_oss_jax.kernels.expert_matmul.mosaic_gpu import room_of
 from gpt_oss_jax.model.attention import Attention, Context
 from gpt_oss_jax.model.cache import Cache, full_slots, ring_slots, write
 from gpt_oss_jax.model.layers import Embedding, Linear, RMSNorm
@@ -41,19 +42,22 @@ class Block(nnx.Module):
         self, x_BTD: jax.Array, context: Context
     ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         """Returns the residual stream after the block, and its new keys and values."""
-        if context.few_launches:
-            return self._in_few_launches(x_BTD, context)
         tap, name = context.tap, f"layers.{self.layer}"
         x_BTD = tap(f"{name}.input", x_BTD)
-        h_BTD = tap(f"{name}.attention_norm", self.attention_norm(x_BTD))
-        attended_BTD, k_new, v_new = self.attention(h_BTD, context)
-        x_BTD = tap(f"{name}.middle", x_BTD + attended_BTD)
+        if context.few_launches:
+            x_BTD, k_new, v_new = self._attend_in_few_launches(x_BTD, context)
+        else:
+            h_BTD = tap(f"{name}.attention_norm", self.attention_norm(x_BTD))
+            attended_BTD, k_new, v_new = self.attention(h_BTD, context)
+            x_BTD = tap(f"{name}.middle", x_BTD + attended_BTD)
+        if context.one_router:
+            return x_BTD + self._experts_in_few_launches(x_BTD, context), k_new, v_new
         h_BTD = tap(f"{name}.mlp_norm", self.mlp_norm(x_BTD))
         return tap(f"{name}.output", x_BTD + self.mlp(h_BTD, context)), k_new, v_new
 
-    def _in_few_launches(self, x_BTD, context: Context):
-        attention, mlp, M = self.attention, self.mlp, x_BTD.shape[0] * x_BTD.shape[1]
-        rows = lambda x: x.reshape(M, *x.shape[2:])
+    def _attend_in_few_launches(self, x_BTD, context: Context):
+        attention = self.attention
+        rows = lambda x: x.reshape(-1, *x.shape[2:])
         apart = lambda x: x.reshape(*x_BTD.shape[:2], *x.shape[1:])
         q_MKGH, k_MKH, v_MKH = dense.queries_keys_values(
             rows(x_BTD),
@@ -68,19 +72,25 @@ class Block(nnx.Module):
         heads_BTKGH, k_new, v_new = attention.attend(
             apart(q_MKGH), apart(k_MKH), apart(v_MKH), context
         )
+        heads_MI = heads_BTKGH.reshape(x_BTD.shape[0] * x_BTD.shape[1], -1)
         x_MD = dense.add_product(
-            heads_BTKGH.reshape(M, -1), attention.out.matrix, attention.out.bias[...], rows(x_BTD)
+            heads_MI, attention.out.matrix, attention.out.bias[...], rows(x_BTD)
         )
-        h_MD, experts_MX, weights_MX = dense.route(
+        return apart(x_MD), k_new, v_new
+
+    def _experts_in_few_launches(self, x_BTD, context: Context):
+        mlp, x_MD = self.mlp, x_BTD.reshape(-1, x_BTD.shape[-1])
+        h_MD, experts_MX, weights_MX, room = dense.route(
             x_MD,
             self.mlp_norm.scale[...],
             mlp.router.matrix,
             mlp.router.bias[...],
             epsilon=self.mlp_norm.epsilon,
             choices=mlp.experts_per_token,
+            room=room_of(len(x_MD), mlp.experts_per_token, mlp.weights),
         )
-        y_BTD = mlp.through(apart(h_MD), apart(experts_MX), apart(weights_MX), context)
-        return apart(x_MD) + y_BTD, k_new, v_new
+        apart = lambda x: x.reshape(*x_BTD.shape[:2], *x.shape[1:])
+        return mlp.through(apart(h_MD), apart(experts_MX), apart(weights_MX), context, room)
 
 
 class Transformer(nnx.Module):
@@ -188,6 +198,7 @@ class Transformer(nnx.Module):
         positions_BT = self._checked_positions(tokens_BT, positions_BT, cache, logits_at)
         tap = Tap(capture, patch)
         cos_BTh, sin_BTh = cos_sin(positions_BT, self.config, self.dtype)
+        launches = tap.idle and cache is not None and self._can_launch()
         context = Context(
             positions_BT,
             cos_BTh,
@@ -196,7 +207,8 @@ class Transformer(nnx.Module):
             tap,
             self.implementation,
             self.mesh,
-            few_launches=tap.idle and cache is not None and self._few_launches(tokens_BT.size),
+            few_launches=launches and tokens_BT.size <= dense.MAX_ROWS,
+            one_router=launches and tokens_BT.size <= dense.MAX_ROUTED,
         )
 
         x_BTD = tap("embedding", self.embedding(tokens_BT))
@@ -214,11 +226,11 @@ class Transformer(nnx.Module):
             cache = _updated(cache, keys, values, positions_BT)
         return (logits, cache, tap.captured) if tap.captures else (logits, cache)
 
-    def _few_launches(self, rows: int) -> bool:
-        """Whether blocks can run as `Block._in_few_launches`, for so many rows."""
+    def _can_launch(self) -> bool:
+        """Whether blocks can run as the kernels of `kernels.dense`."""
         config = self.config
         widths = config.hidden_size, config.num_attention_heads * config.head_dim
-        sizes = rows, widths, config.head_dim, config.num_experts, self.dtype
+        sizes = widths, config.head_dim, config.num_experts, self.dtype
         named = self.implementation in (None, "mosaic_gpu")
         if not named or self.mesh is not None or dense.why_not(*sizes):
             return False

@@ -1,4 +1,4 @@
-"""What stands around attention and experts in a decode step on Hopper, in three launches a layer.
+"""What stands around attention and experts in a decode step on Hopper: three launches of a layer.
 
 Each is a matrix product of a few rows with what comes before and after it: normalisation, rotation,
 the residual stream, the choice of experts. What a thread does is in `ptx`; this prepares operands
@@ -13,32 +13,31 @@ import jax
 import jax.numpy as jnp
 
 from gpt_oss_jax.kernels.dense import xla
-from gpt_oss_jax.kernels.dense.ptx import MAX_INPUTS, MAX_ROWS, TILE, WARPS, Product
+from gpt_oss_jax.kernels.dense.ptx import MAX_INPUTS, TILE, WARPS, Product
 from gpt_oss_jax.kernels.launch import launch
 from gpt_oss_jax.kernels.target import multiprocessors, why_not_hopper
 
+# Of all three, and of `route` alone: with more, XLA's products are faster.
+MAX_ROWS, MAX_ROUTED = 16, 128
 _MAX_EXPERTS = 128
 
 
-def why_not(rows: int, widths: tuple[int, ...], head: int, experts: int, dtype) -> str:
+def why_not(widths: tuple[int, ...], head: int, experts: int, dtype) -> str:
     """Why these sizes cannot run here; "" if they can.
 
     Args:
-      rows: Rows of the residual stream.
       widths: Of the rows that are multiplied.
       head: Width of a head.
       experts: Experts to choose from.
       dtype: Of weights and activations.
     """
-    return why_not_hopper() or why_not_on_hopper(rows, widths, head, experts, dtype)
+    return why_not_hopper() or why_not_on_hopper(widths, head, experts, dtype)
 
 
-def why_not_on_hopper(rows, widths, head, experts, dtype) -> str:
+def why_not_on_hopper(widths, head, experts, dtype) -> str:
     """`why_not` on any machine, for Hopper."""
     if dtype != jnp.bfloat16:
         return f"takes bfloat16, got {dtype}"
-    if rows > MAX_ROWS:
-        return f"takes up to {MAX_ROWS} rows, got {rows}"
     if any(width % 32 or width > MAX_INPUTS for width in widths):
         return f"takes widths that are multiples of 32 up to {MAX_INPUTS}, got {widths}"
     if head % (2 * TILE) or experts % TILE or experts > _MAX_EXPERTS:
@@ -117,16 +116,23 @@ def route(
     *,
     epsilon: float,
     choices: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normalised rows [M, D], their experts, int32 [M, X], and float32 weights [M, X]."""
+    room: int,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Normalised rows, their experts and weights; and -1 so many times, for `expert_mlp`.
+
+    Returns:
+      bf16 [M, D], int32 [M, X], float32 [M, X], int32 [room] or None for none.
+    """
     (M, D), E = x_MD.shape, weight_ED.shape[0]
-    program = _product(M, D, E, "route", epsilon=epsilon, choices=choices)
+    program = _product(M, D, E, "route", epsilon=epsilon, choices=choices, room=room)
     outs = (
         jax.ShapeDtypeStruct((M, D), jnp.bfloat16),
         jax.ShapeDtypeStruct((M, choices), jnp.int32),
         jax.ShapeDtypeStruct((M, choices), jnp.float32),
+        jax.ShapeDtypeStruct((max(room, 1),), jnp.int32),
     )
-    return _launch(program, outs, (x_MD, weight_ED, bias_E, scale_D))
+    *routed, empty = _launch(program, outs, (x_MD, weight_ED, bias_E, scale_D))
+    return *routed, empty if room else None
 
 
 def _product(*sizes, **options) -> Product:

@@ -1,11 +1,11 @@
 """The thread program of `mosaic_gpu`, as PTX for compute capability 9.0. Knows no JAX.
 
-A block of eight warps multiplies up to 16 rows with eight rows of the matrix (a tile), then with
-the next tile that falls to it. The copy engine brings tiles to shared memory, some ahead. The warps
-share out the input axis: each has its part of the rows in registers, where they are normalised,
-while the first tiles are on their way. `mma.sync` multiplies, the rows its matrix of 16, weights
-its 8 columns. The warps take turns at adding the sums of all and ending as the product's `ending`
-says, while the others go on.
+A block of eight warps multiplies 16 rows with eight rows of the matrix (a tile), then with the next
+tile that falls to it; other blocks have the next 16 rows. The copy engine brings tiles to shared
+memory, some ahead. The warps share out the input axis: each has its part of the rows in registers,
+where they are normalised, while the first tiles are on their way. `mma.sync` multiplies, the rows
+its matrix of 16, weights its 8 columns. The warps take turns at adding the sums of all and ending
+as the product's `ending` says, while the others go on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import dataclasses
 
 from gpt_oss_jax.kernels.ptx import literal
 
-MAX_ROWS = 16
+ROWS = 16  # Of a block.
 MAX_INPUTS = 4096  # Rows are held in registers.
 TILE = 8
 WARPS = 8
@@ -23,7 +23,7 @@ _MAX_CLUSTER = 16
 _OPERANDS = {
     "rotate": ("scale", "cos", "sin", "q", "k", "v"),
     "add": ("residual", "out"),
-    "route": ("scale", "normed", "experts", "weights"),
+    "route": ("scale", "normed", "experts", "weights", "room"),
 }
 
 
@@ -36,11 +36,12 @@ class Product:
       inputs: Width of a row, a multiple of 32.
       outputs: Rows of the matrix, a multiple of 8.
       ending: "rotate": rotates queries and keys and puts queries, keys and values apart; "add":
-        adds the residual stream; "route": picks experts, in one cluster of blocks.
+        adds the residual stream; "route": picks experts, in a cluster of blocks for 16 rows.
       epsilon: Of the normalisation.
       head: Width of a head, a multiple of 8.
       group: Query heads to a key head.
       choices: Experts of a row.
+      room: Words to fill with -1, a multiple of 4.
       multiprocessors: Of the device; it runs with any number.
     """
 
@@ -52,12 +53,25 @@ class Product:
     head: int = 8
     group: int = 0
     choices: int = 0
+    room: int = 0
     multiprocessors: int = 132
 
     @property
     def grid(self) -> int:
         """Thread blocks."""
-        return self.cluster if self.ending == "route" else min(self._tiles, self.multiprocessors)
+        return self._groups * self._blocks
+
+    @property
+    def _groups(self) -> int:
+        """Of 16 rows."""
+        return -(-self.rows // ROWS)
+
+    @property
+    def _blocks(self) -> int:
+        """Thread blocks of a group, among which the tiles are shared out."""
+        if self.ending == "route":
+            return self.cluster
+        return min(self._tiles, max(1, self.multiprocessors // self._groups))
 
     @property
     def cluster(self) -> int:
@@ -82,7 +96,7 @@ class Product:
 
     @property
     def _stages(self) -> int:
-        most = min(_MAX_STAGES, -(-self._tiles // self.grid))
+        most = min(_MAX_STAGES, -(-self._tiles // self._blocks))
         return max(1, min(most, _SHARED_BYTES // (TILE * self._stride)))
 
     @property
@@ -139,13 +153,16 @@ shl.b32 part, warp, 6; mad.lo.u32 part, quad, 16, part;
 or.b32 t0, warp, lane; setp.eq.u32 p, t0, 0;
 {"".join(f"@p mbarrier.init.shared.b64 [bars + {8 * i}], 1;" for i in range(self._stages))}
 @p fence.mbarrier_init.release.cluster; bar.sync 1, {32 * WARPS};
-rem.u32 unit, <block>, {self.grid}; mov.u32 ahead, unit; mov.u32 slot, 0;
+rem.u32 t0, <block>, {self.grid}; div.u32 first, t0, {self._blocks};
+mul.lo.u32 t1, first, {self._blocks}; sub.u32 unit, t0, t1; shl.b32 first, first, 4;
+add.u32 row, first, g; mov.u32 ahead, unit; mov.u32 slot, 0;
 {"barrier.cluster.arrive;" if routes else ""}
 setp.ne.u32 p, warp, 0; @p bra READY;
 FILL:
 {self._fetch("FILLED")}
 add.u32 slot, slot, 1; setp.lt.u32 p, slot, {self._stages}; @p bra FILL;
 READY:
+{self._empty_room() if routes else ""}
 {self._rows()}
 {"barrier.cluster.wait;" if routes else ""}
 mov.u32 slot, 0; mov.u32 phase, 0; mov.u32 turn, 0; mov.u32 finisher, 0;
@@ -162,7 +179,7 @@ mad.lo.u32 t0, warp, 512, t0; st.shared.v4.f32 [t0 + {self._sums}], {{c0, c1, c2
 add.u32 t0, finisher, {_BARRIER}; setp.eq.u32 p, warp, finisher; @p bra FINISH;
 bar.arrive t0, {32 * WARPS}; bra REST;
 FINISH:
-bar.sync t0, {32 * WARPS}; add.u32 ahead, unit, {self._stages * self.grid};
+bar.sync t0, {32 * WARPS}; add.u32 ahead, unit, {self._stages * self._blocks};
 {self._fetch("FETCHED")}
 {self._take_over()}
 {end()}
@@ -171,7 +188,7 @@ add.u32 turn, turn, 1; setp.eq.u32 p, turn, {self._places}; @p mov.u32 turn, 0;
 add.u32 finisher, finisher, 1; and.b32 finisher, finisher, {WARPS - 1};
 add.u32 slot, slot, 1; setp.eq.u32 p, slot, {self._stages}; @p xor.b32 phase, phase, 1;
 @p mov.u32 slot, 0;
-add.u32 unit, unit, {self.grid}; setp.lt.u32 p, unit, {self._tiles}; @p bra UNIT;
+add.u32 unit, unit, {self._blocks}; setp.lt.u32 p, unit, {self._tiles}; @p bra UNIT;
 {self._route() if routes else ""}"""
         operands = ("block", "x", "matrix", "bias", *_OPERANDS[self.ending], "shared")
         for i, name in enumerate(operands):
@@ -184,6 +201,17 @@ add.u32 unit, unit, {self.grid}; setp.lt.u32 p, unit, {self._tiles}; @p bra UNIT
         ]
         names += [f"n{s}_{i}" for s in range(self._steps) for i in range(4)]
         return f"{_REGISTERS}\n.reg .b32 {', '.join(names)}, key<{-(-self.outputs // 32)}>;"
+
+    def _empty_room(self) -> str:
+        """16 bytes a thread at a time."""
+        threads, pieces = 32 * WARPS * self.grid, self.room // 4
+        text = f"rem.u32 t0, <block>, {self.grid}; mad.lo.u32 t0, t0, {WARPS}, warp;"
+        text += "mad.lo.u32 t0, t0, 32, lane; mul.wide.u32 at, t0, 16; add.u64 at, at, <room>;"
+        text += "mov.b32 t1, -1;\n"
+        for first in range(0, pieces, threads):
+            text += f"setp.lt.u32 p, t0, {pieces - first};"
+            text += f"@p st.global.v4.b32 [at + {16 * first}], {{t1, t1, t1, t1}};\n"
+        return text
 
     def _guard(self, step: int) -> str:
         """Says in `in` whether the warp has a chunk in this step; "" where all have."""
@@ -207,14 +235,14 @@ mad.lo.u32 bar, slot, 8, bars; setp.eq.u32 p, lane, 0;
 mul.wide.u32 at, t0, {size}; add.u64 at, at, <matrix>;
 mad.lo.u32 t1, slot, {TILE * self._stride}, <shared>; mad.lo.u32 t1, lane, {self._stride}, t1;
 setp.lt.u32 p, lane, {TILE}; @p {bulk} [t1], [at], {size}, [bar];
-add.u32 ahead, ahead, {self.grid};
+add.u32 ahead, ahead, {self._blocks};
 {label}:"""
 
     def _rows(self) -> str:
         """The thread's part of the rows, to registers, normalised if they are to be."""
         text = "cvt.u64.u32 more, part;"
         for n in self._halves:
-            text += f"add.u32 t0, g, {8 * n}; setp.lt.u32 has{n}, t0, {self.rows};"
+            text += f"add.u32 t0, row, {8 * n}; setp.lt.u32 has{n}, t0, {self.rows};"
             text += f"mul.wide.u32 at, t0, {2 * self.inputs}; add.u64 at, at, more;\n"
             if self.ending == "route":
                 text += f"add.u64 atn{n}, at, <normed>;"
@@ -331,7 +359,7 @@ mad.lo.u32 t0, kv, {self.group + 2}, head; mad.lo.u32 t0, t0, {H}, place; mul.wi
 add.u64 at, at, <bias>; ld.global.nc.u16 b0, [at]; ld.global.nc.u16 b1, [at + {H}];"""
         for n in self._halves:
             text += f"""
-add.u32 t0, g, {8 * n}; mad.lo.u32 t1, t0, {H // 2}, place; mul.wide.u32 at, t1, 2;
+add.u32 t0, row, {8 * n}; mad.lo.u32 t1, t0, {H // 2}, place; mul.wide.u32 at, t1, 2;
 and.pred p, turns, has{n}; mov.b32 cosine{n}, {0x3F80}; mov.b32 sine{n}, 0;
 add.u64 more, at, <cos>; @p ld.global.u16 cosine{n}, [more];
 add.u64 more, at, <sin>; @p ld.global.u16 sine{n}, [more];"""
@@ -345,7 +373,7 @@ add.u64 more, at, <sin>; @p ld.global.u16 sine{n}, [more];"""
 mov.u64 base, <v>; @turns mov.u64 base, <k>; @is_q mov.u64 base, <q>;"""
         for n in self._halves:
             text += f"""
-shl.b32 cosine{n}, cosine{n}, 16; shl.b32 sine{n}, sine{n}, 16; add.u32 t0, g, {8 * n};
+shl.b32 cosine{n}, cosine{n}, 16; shl.b32 sine{n}, sine{n}, 16; add.u32 t0, row, {8 * n};
 add.f32 f0, c{2 * n}, b0; add.f32 f1, c{2 * n + 1}, b1; cvt.rn.bf16x2.f32 t1, f1, f0;
 {_apart("t1", "f0", "f1")}
 mul.f32 f2, f1, sine{n}; mul.f32 f3, f0, sine{n}; neg.f32 f2, f2;
@@ -369,7 +397,7 @@ add.f32 c0, c0, b0; add.f32 c1, c1, b1; add.f32 c2, c2, b0; add.f32 c3, c3, b1;
     def _before_adding(self) -> str:
         text = self._load_bias()
         for n in self._halves:
-            text += f"""add.u32 t0, g, {8 * n}; mad.lo.u32 t0, t0, {self.outputs}, place;
+            text += f"""add.u32 t0, row, {8 * n}; mad.lo.u32 t0, t0, {self.outputs}, place;
 mul.wide.u32 at, t0, 2; add.u64 at, at, <residual>; @has{n} ld.global.b32 residual{n}, [at];
 """
         return text
@@ -381,7 +409,7 @@ mul.wide.u32 at, t0, 2; add.u64 at, at, <residual>; @has{n} ld.global.b32 residu
             text += f"""cvt.rn.bf16x2.f32 t1, c{2 * n + 1}, c{2 * n};
 {_apart(f"residual{n}", "f0", "f1")} {_apart("t1", "f2", "f3")}
 add.f32 f0, f0, f2; add.f32 f1, f1, f3; cvt.rn.bf16x2.f32 t0, f1, f0;
-add.u32 t1, g, {8 * n}; mad.lo.u32 t1, t1, {self.outputs}, place; mul.wide.u32 at, t1, 2;
+add.u32 t1, row, {8 * n}; mad.lo.u32 t1, t1, {self.outputs}, place; mul.wide.u32 at, t1, 2;
 add.u64 at, at, <out>; @has{n} st.global.b32 [at], t0;
 """
         return text
@@ -403,10 +431,10 @@ add.u64 at, at, <out>; @has{n} st.global.b32 [at], t0;
         """
         keys = range(-(-self.outputs // 32))
         text = f"""barrier.cluster.arrive; barrier.cluster.wait;
-rem.u32 unit, <block>, {self.grid}; setp.ne.u32 p, unit, 0; @p bra DONE; mov.u32 unit, warp;
+rem.u32 unit, <block>, {self._blocks}; setp.ne.u32 p, unit, 0; @p bra DONE; mov.u32 unit, warp;
 ROW:
-setp.ge.u32 p, unit, {self.rows}; @p bra DONE;
-mad.lo.u32 aw, unit, {4 * self.outputs}, <shared>; add.u32 aw, aw, {self._logits};
+add.u32 row, first, unit; setp.lt.u32 p, unit, {ROWS}; setp.lt.and.u32 p, row, {self.rows}, p;
+@!p bra DONE; mad.lo.u32 aw, unit, {4 * self.outputs}, <shared>; add.u32 aw, aw, {self._logits};
 """
         for j in keys:
             text += f"add.u32 t0, lane, {32 * j}; setp.lt.u32 in, t0, {self.outputs};"
@@ -437,7 +465,7 @@ sub.f32 f1, f1, f0; mul.f32 f1, f1, {literal(1.4426950408889634)}; ex2.approx.f3
         for distance in (16, 8, 4, 2, 1):
             text += f"shfl.sync.bfly.b32 f2, f0, {distance}, 31, -1; add.f32 f0, f0, f2;"
         return f"""{text}
-div.rn.f32 f1, f1, f0; mad.lo.u32 t0, unit, {self.choices}, lane; mul.wide.u32 at, t0, 4;
+div.rn.f32 f1, f1, f0; mad.lo.u32 t0, row, {self.choices}, lane; mul.wide.u32 at, t0, 4;
 add.u64 more, at, <experts>; @p st.global.b32 [more], place;
 add.u64 more, at, <weights>; @p st.global.f32 [more], f1;
 add.u32 unit, unit, {WARPS}; bra ROW;
@@ -456,7 +484,7 @@ def _apart(pair: str, low: str, high: str) -> str:
 _REGISTERS = """
 .reg .pred p, in, has<2>, is_q, turns;
 .reg .b16 h;
-.reg .b32 t<2>, warp, lane, g, quad, part, unit, ahead, slot, phase, turn, bars, bar, aw, zero;
-.reg .b32 finisher, head, place, kv, cosine<2>, sine<2>, residual<2>, w<4>, b<2>, f<5>;
+.reg .b32 t<2>, warp, lane, g, quad, part, first, row, unit, ahead, slot, phase, turn, bars, bar;
+.reg .b32 aw, zero, finisher, head, place, kv, cosine<2>, sine<2>, residual<2>, w<4>, b<2>, f<5>;
 .reg .f32 c<16>;
 .reg .b64 at, atn<2>, more, base;"""

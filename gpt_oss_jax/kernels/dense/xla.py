@@ -27,11 +27,12 @@ def add_product(x_MI, weight_OI, bias_O, residual_MO):
     return residual_MO + _product(x_MI, weight_OI, bias_O).astype(residual_MO.dtype)
 
 
-def route(x_MD, scale_D, weight_ED, bias_E, *, epsilon, choices):
+def route(x_MD, scale_D, weight_ED, bias_E, *, epsilon, choices, room):
     """See `mosaic_gpu.route`."""
     h_MD = _normalised(x_MD, scale_D, epsilon)
     logits_MX, experts_MX = jax.lax.top_k(_product(h_MD, weight_ED, bias_E), choices)
-    return h_MD, experts_MX.astype(jnp.int32), jax.nn.softmax(logits_MX, axis=-1)
+    empty = jnp.full(room, -1, jnp.int32) if room else None
+    return h_MD, experts_MX.astype(jnp.int32), jax.nn.softmax(logits_MX, axis=-1), empty
 
 
 def _normalised(x_MD, scale_D, epsilon):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 from jax.sharding import Mesh
 
@@ -26,6 +28,7 @@ def expert_mlp(
     limit: float,
     implementation: str | None = None,
     mesh: Mesh | None = None,
+    room: jax.Array | None = None,
 ) -> jax.Array:
     """Sends each row through its experts and sums their outputs, weighted.
 
@@ -41,6 +44,8 @@ def expert_mlp(
       limit: Clamp of gate and linear part.
       implementation: "mosaic_gpu", "mosaic_tpu", "xla", or None for the fastest that can.
       mesh: Devices to split rows and experts over; None: one device.
+      room: int32 [M X F / 2], all -1: what "mosaic_gpu" needs for few rows, and else makes. It is
+        overwritten.
 
     Returns:
       [M, D] in the dtype of the rows.
@@ -68,7 +73,9 @@ def expert_mlp(
     def kernel(*args):
         # Of a mesh, a device has some of the experts: an id past them is that of another one.
         more = {"limit": limit, "some_elsewhere": mesh is not None}
-        return dispatch("expert_mlp", IMPLEMENTATIONS, implementation, *args, **more)
+        with_room = {"mosaic_gpu": functools.partial(mosaic_gpu.expert_mlp, room=room)}
+        implementations = IMPLEMENTATIONS | with_room
+        return dispatch("expert_mlp", implementations, implementation, *args, **more)
 
     args = (x_MD, experts_MX, weights_MX, w)
     return kernel(*args) if mesh is None else sharded.expert_mlp(mesh, kernel, *args)

@@ -1,6 +1,6 @@
 """The expert layer on Hopper for few rows, when the time goes into reading weights.
 
-Each expert that any row chose is read once for up to 8 of them, in two launches: up projection with
+Each expert that any row chose is read once for up to 8 of them, in one launch: up projection with
 bias and SwiGLU, and down projection with bias and routing weight. What a thread does is in
 `few_rows_ptx`; this prepares its operands and launches it, on any machine for Hopper.
 """
@@ -10,7 +10,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import COLUMNS, MAX_BLOCKS, WARPS, Projection
+from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import (
+    COLUMNS,
+    EMPTY,
+    MAX_BLOCKS,
+    WARPS,
+    Layer,
+)
+from gpt_oss_jax.kernels.expert_matmul.rows import can_sort, sort
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.kernels.launch import launch
 from gpt_oss_jax.kernels.target import multiprocessors
@@ -24,103 +31,67 @@ def few_rows(
     *,
     limit: float,
     some_elsewhere: bool = False,
+    room: jax.Array | None = None,
 ) -> jax.Array:
     """See `mosaic_gpu.on_hopper`; for few rows to an expert.
 
     Raises:
-      NotImplementedError: For experts that are too wide.
+      NotImplementedError: For experts that are too wide, and for too many.
     """
     M, X = experts_MX.shape
-    E, F, _, D = w.up.shape
-    up, down = projections(w, M, X, limit, some_elsewhere)
-    if max(up.blocks, down.blocks) > MAX_BLOCKS:
+    program = layer(w, M, X, limit, some_elsewhere)
+    if not can_sort(M * X, program.experts):
+        raise NotImplementedError(f"got {M * X} pairs of row and expert, {program.experts} experts")
+    if max(program.up.blocks, program.down.blocks) > MAX_BLOCKS:
         raise NotImplementedError(f"takes widths up to {32 * MAX_BLOCKS}, got experts {w.up.shape}")
     experts = experts_MX.reshape(-1).astype(jnp.int32)
     # With one column nobody reads them.
-    members = experts if up.columns == 1 else visits(experts, E, up.visits, up.columns)
-    h_ZF = _launch(
-        up,
-        jax.ShapeDtypeStruct((M * X, F), jnp.bfloat16),
-        (
-            w.up.blocks,
-            w.up.scales,
-            x_MD,
-            experts,
-            members,
-            w.up_bias,
-            # Read before this launch has ended, so they must be there when it begins.
-            w.down.blocks,
-            w.down.scales,
-            w.down_bias,
-        ),
-    )
-    y_ZD = _launch(
-        down,
-        jax.ShapeDtypeStruct((M * X, D), jnp.float32),
-        (
-            w.down.blocks,
-            w.down.scales,
-            h_ZF,
-            experts,
-            members,
-            w.down_bias,
-            weights_MX.reshape(-1).astype(jnp.float32),
-        ),
-    )
+    members = experts
+    if program.columns > 1:
+        members = sort(experts, w.up.shape[0], program.columns).pairs
+    weights = weights_MX.reshape(-1).astype(jnp.float32)
+    up, down = (w.up.blocks, w.up.scales, w.up_bias), (w.down.blocks, w.down.scales, w.down_bias)
+    if room is None:
+        room = jnp.full(M * X * program.hidden // 2, EMPTY, jnp.int32)
+    y_ZD = _launch(program, x_MD, experts, members, weights, *up, *down, room)
     y_MXD = y_ZD.reshape(M, X, -1)
     if some_elsewhere:
         # What no visit has was never written.
-        y_MXD = jnp.where(experts_MX[..., None] < E, y_MXD, 0)
+        y_MXD = jnp.where(experts_MX[..., None] < w.up.shape[0], y_MXD, 0)
     return y_MXD.sum(axis=1).astype(x_MD.dtype)
 
 
-def projections(
-    w: ExpertWeights, M: int, X: int, limit: float, some_elsewhere: bool = False
-) -> tuple[Projection, Projection]:
-    """Both launches for M rows of X experts each."""
+def layer(w: ExpertWeights, M: int, X: int, limit: float, some_elsewhere: bool = False) -> Layer:
+    """The launch for M rows of X experts each."""
     E, F, _, D = w.up.shape
     alone = M == 1 and not some_elsewhere  # Then every pair is a visit.
     columns = 1 if alone else COLUMNS
-    common = {
-        "choices": X,
-        "visits": M * X if alone else min(M * X, E + M * X // columns),
-        "columns": columns,
-        "bias_bytes": w.up_bias.dtype.itemsize,
-        "multiprocessors": multiprocessors(),
-    }
-    down = Projection(rows=D, blocks=F // 32, **common)
-    return Projection(rows=2 * F, blocks=D // 32, limit=limit, then=down, **common), down
-
-
-def visits(experts_Z: jax.Array, num_experts: int, count: int, columns: int) -> jax.Array:
-    """Pairs sorted by expert, up to `columns` to a visit: [count, columns], -1 for none.
-
-    Ids past the experts are visited by nobody.
-
-    Comparisons of all with all, which are few, fuse better than a sort.
-    """
-    pairs = jnp.arange(experts_Z.size, dtype=jnp.int32)
-    earlier = pairs[:, None] > pairs
-    is_here = experts_Z < num_experts
-    same = experts_Z[:, None] == experts_Z
-    rank = (same & earlier).sum(axis=1)
-    opens, turn = is_here & (rank % columns == 0), rank // columns
-    before = (experts_Z[:, None] > experts_Z) | (same & (turn[:, None] > turn))
-    visit = (opens & before).sum(axis=1)
-    place = jnp.where(is_here, visit * columns + rank % columns, -1)
-    there = place == jnp.arange(count * columns)[:, None]
-    return jnp.where(there, pairs, -1).max(axis=1).astype(jnp.int32).reshape(count, columns)
-
-
-def _launch(program: Projection, out: jax.ShapeDtypeStruct, inputs: tuple) -> jax.Array:
-    waits = program.limit is None
-    return launch(
-        "mxfp4_few_rows_" + ("down" if waits else "up"),
-        program.ptx(),
-        out,
-        inputs,
-        grid=program.grid,
-        warpgroups=WARPS // 4,
-        shared_bytes=program.shared_bytes,
-        dependent=waits,
+    return Layer(
+        inputs=D,
+        hidden=F,
+        experts=E,
+        choices=X,
+        visits=M * X if alone else min(M * X, E + M * X // columns),
+        columns=columns,
+        bias_bytes=w.up_bias.dtype.itemsize,
+        limit=limit,
+        multiprocessors=multiprocessors(),
     )
+
+
+def _launch(program: Layer, *inputs: jax.Array) -> jax.Array:
+    # What is written in place has no batching rule.
+    @jax.custom_batching.sequential_vmap
+    def run(x_MD, experts_Z, *inputs):
+        *inputs, room = inputs
+        return launch(
+            "mxfp4_few_rows",
+            program.ptx(),
+            jax.ShapeDtypeStruct((experts_Z.size, program.inputs), jnp.float32),
+            (x_MD, experts_Z, *inputs, jax.new_ref(room)),
+            grid=program.grid,
+            warpgroups=WARPS // 4,
+            shared_bytes=program.shared_bytes,
+        )
+
+    return run(*inputs)

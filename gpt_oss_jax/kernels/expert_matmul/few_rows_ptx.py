@@ -1,12 +1,17 @@
 """The thread program of `few_rows`, as PTX for compute capability 9.0. Knows no JAX.
 
-A tile is 16 outputs of one expert, for up to 8 rows; a thread block takes a run of tiles, one
-after the other. In checkpoint order the weights of a tile lie together: the copy engine brings them
-to shared memory in one piece, some tiles ahead. The warps share out the input axis, and each keeps
-its part of x in registers for as long as the expert stays the same. A thread takes MXFP4 blocks of
-16 bytes, decodes them in registers and multiplies with `mma.sync`: weights are the matrix of 16
-rows, x that of 8 columns. The warps take turns at adding up what all of them have of a
-tile, while the others go on.
+A tile is 16 outputs of one expert, for up to 8 rows; a thread block takes a run of tiles of one of
+the projections, one after the other. In checkpoint order the weights of a tile lie together: the
+copy engine brings them to shared memory in one piece, some tiles ahead. The warps share out the
+input axis, and each keeps its part of x in registers for as long as the expert stays the same. A
+thread takes MXFP4 blocks of 16 bytes, decodes them in registers and multiplies with `mma.sync`:
+weights are the matrix of 16 rows, x that of 8 columns. The warps take turns at adding up what all
+of them have of a tile, while the others go on.
+
+Blocks of the down projection come after those of the up projection, as multiprocessors become free,
+and begin with their weights. For hidden values they wait: they read them again until none is
+`EMPTY`, which all were before the launch and none can become. Blocks start in the order of their
+numbers, so nobody keeps one from starting that he waits for.
 
 The matrix instruction does not care which element of a block is called which, as long as both sides
 agree: x is put into the order in which the decoding leaves the weights.
@@ -25,59 +30,93 @@ from gpt_oss_jax.kernels.expert_matmul.mxfp4_ptx import (
 )
 
 COLUMNS = 8
-MAX_BLOCKS = 128  # On the input axis.
+MAX_BLOCKS = 128  # On an input axis.
 TILE = 16
+EMPTY = -1  # Two bf16 that are no results: a NaN comes as 0x7FFF.
 _MAX_STAGES = 8
 WARPS = 4
 # Thread blocks that a multiprocessor holds, bytes of shared memory for each.
 _BLOCKS, _SHARED_BYTES = 3, 75_000
+_OPERANDS = """block x experts members weights up_blocks up_scales up_bias down_blocks down_scales
+down_bias hidden out shared""".split()
 
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """One launch, and the program of its threads.
+    """One of the two.
 
     Attributes:
+      name: "up" or "down".
       rows: Outputs of an expert.
       blocks: MXFP4 blocks of its input axis.
+    """
+
+    name: str
+    rows: int
+    blocks: int
+
+    @property
+    def tiles(self) -> int:
+        """Of an expert."""
+        return self.rows // TILE
+
+    @property
+    def steps(self) -> int:
+        """Of the input axis, in which every thread takes a block of two outputs."""
+        return -(-self.blocks // (4 * WARPS))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """The launch, and the program of its threads.
+
+    Attributes:
+      inputs: Width of a row.
+      hidden: Width of an expert.
+      experts: Experts there are.
       choices: Experts of a token.
       visits: Experts to visit, at most; one for each pair (row of x, choice) if columns is 1.
       columns: Pairs of a visit, 8; 1 if every pair is a visit.
       bias_bytes: 2 for bfloat16, 4 for float32.
-      limit: Clamp of the SwiGLU that pairs of outputs go through; None for the down projection,
-        whose outputs are multiplied with the routing weight instead.
-      multiprocessors: Of the device; it runs with any number.
-      then: The launch after this one, whose first tiles are brought to L2 while this one ends.
+      limit: Clamp of the SwiGLU.
+      multiprocessors: Of the device.
     """
 
-    rows: int
-    blocks: int
+    inputs: int
+    hidden: int
+    experts: int
     choices: int
     visits: int
     columns: int
     bias_bytes: int
-    limit: float | None = None
+    limit: float
     multiprocessors: int = 132
-    then: Projection | None = None
+
+    @property
+    def up(self) -> Projection:
+        """From rows to pairs of gate and linear part."""
+        return Projection("up", 2 * self.hidden, self.inputs // 32)
+
+    @property
+    def down(self) -> Projection:
+        """From hidden values to what is summed up."""
+        return Projection("down", self.inputs, self.hidden // 32)
 
     @property
     def grid(self) -> int:
-        """Thread blocks; those for which nothing is left end at once."""
-        return min(self.visits * self._tiles, self.multiprocessors * _BLOCKS)
+        """Thread blocks, of the up projection and then of the down projection."""
+        return self._blocks(self.up) + self._blocks(self.down)
 
-    @property
-    def _tiles(self) -> int:
-        return self.rows // TILE
+    def _blocks(self, p: Projection) -> int:
+        return min(self.visits * p.tiles, self.multiprocessors * _BLOCKS)
 
-    @property
-    def _steps(self) -> int:
-        """Of the input axis, in which every thread takes a block of two outputs."""
-        return -(-self.blocks // (4 * WARPS))
+    def _tile_bytes(self, p: Projection) -> int:
+        """Packed blocks, scales and biases."""
+        return TILE * (17 * p.blocks + self.bias_bytes)
 
     @property
     def _stage_bytes(self) -> int:
-        """Packed blocks, scales and biases of a tile."""
-        return TILE * (17 * self.blocks + self.bias_bytes)
+        return max(self._tile_bytes(self.up), self._tile_bytes(self.down))
 
     @property
     def _stages(self) -> int:
@@ -93,95 +132,103 @@ class Projection:
         return self._sums + 2 * _SUM_BYTES
 
     @property
+    def _full(self) -> list[int]:
+        return [self._barriers + 8 * (self._stages + i) for i in range(2)]
+
+    @property
+    def _free(self) -> list[int]:
+        return [self._barriers + 8 * (self._stages + 2 + i) for i in range(2)]
+
+    @property
     def shared_bytes(self) -> int:
         """Tiles, two places for sums, barriers: one a tile, then full and free of each place."""
         return self._barriers + 8 * (self._stages + 4)
 
     def ptx(self) -> str:
-        """The thread program. Under vmap there are several grids, one after the other.
+        """The thread program.
 
-        Its operands: the thread block, pointers to packed blocks, scales, x, experts, members of
-        the visits, bias, for the down projection routing weights, packed blocks, scales and bias
-        of the launch after this one if there is one, which may begin to read them at once, the
-        result and shared memory.
+        Its operands: the thread block; pointers to x, experts, members of the visits and routing
+        weights; of either projection packed blocks, scales and bias; hidden values, `EMPTY`
+        before; the result and shared memory.
         """
-        down = self.limit is None
-        order = "griddepcontrol.wait;" if down else "griddepcontrol.launch_dependents;"
-        operands = ["block", "blocks", "scales", "x", "experts", "members", "bias"]
-        operands += ["weights"] * down
-        operands += ["then_blocks", "then_scales", "then_bias"] * (self.then is not None) + [
-            "out",
-            "shared",
-        ]
-        full = [(self._barriers + 8 * i, 1) for i in range(self._stages)]
-        sums = [(self._barriers + 8 * (self._stages + i), (WARPS, 1)[i // 2]) for i in range(4)]
+        inits = [(self._barriers + 8 * i, 1) for i in range(self._stages)]
+        inits += [(at, WARPS) for at in self._full] + [(at, 1) for at in self._free]
         text = f"""{self._registers()}
 mov.u32 warp, %tid.x; and.b32 lane, warp, 31; shr.u32 warp, warp, 5; setp.eq.u32 leads, lane, 0;
 shr.u32 g, lane, 2; and.b32 q, lane, 3; mad.lo.u32 blk, warp, 4, q;
 or.b32 t0, warp, lane; setp.eq.u32 p, t0, 0;
-{"".join(f"@p mbarrier.init.shared.b64 [<shared> + {at}], {n};" for at, n in full + sums)}
+{"".join(f"@p mbarrier.init.shared.b64 [<shared> + {at}], {n};" for at, n in inits)}
 @p fence.mbarrier_init.release.cluster; bar.sync 1, {32 * WARPS};
 {self._count()}
-rem.u32 t0, <block>, {self.grid}; mul.lo.u32 unit, t0, total; div.u32 unit, unit, {self.grid};
-add.u32 t0, t0, 1; mul.lo.u32 last, t0, total; div.u32 last, last, {self.grid};
-setp.ge.u32 p, unit, last; @p bra DONE; mov.u32 first, unit;
-setp.ne.u32 p, warp, 0; @p bra READY;
-mov.u32 ahead, unit; mov.u32 slot, 0;
-FILL:
-{self._fetch()}
-add.u32 ahead, ahead, 1; add.u32 slot, slot, 1;
-setp.lt.u32 p, slot, {self._stages}; @p bra FILL;
-READY:
-{order}
-mov.u32 slot, 0; mov.u32 phase, 0; mov.u32 turn, 0; mov.u32 round, 0; mov.u32 finisher, 0;
-div.u32 visit, unit, {self._tiles}; mul.lo.u32 t0, visit, {self._tiles}; sub.u32 tile, unit, t0;
-VISIT:
-{self._load_x()}
-UNIT:
-mad.lo.u32 bar, slot, 8, <shared>;
-{_wait("TILE_IS_HERE", self._barriers, "phase")}
-{self._products()}
-mad.lo.u32 bar, turn, 8, <shared>; xor.b32 t1, round, 1;
-{_wait("PLACE_IS_FREE", sums[2][0], "t1")}
-{self._hand_over()}
-bar.warp.sync -1; @leads mbarrier.arrive.shared.b64 _, [bar + {sums[0][0]}];
-setp.ne.u32 p, warp, finisher; @p bra NEXT;
-{_wait("SUMS_ARE_HERE", sums[0][0], "round")}
-{self._load_bias()}
-{self._take_over()}
-bar.warp.sync -1; @leads mbarrier.arrive.shared.b64 _, [bar + {sums[2][0]}];
-add.u32 ahead, unit, {self._stages};
-{self._fetch()}
-{self._prefetch() if self.then else ""}
-{self._finish(0)}
-{self._finish(1)}
-NEXT:
-add.u32 unit, unit, 1; setp.ge.u32 p, unit, last; @p bra DONE;
-add.u32 slot, slot, 1; setp.eq.u32 p, slot, {self._stages}; @p xor.b32 phase, phase, 1;
-@p mov.u32 slot, 0;
-xor.b32 turn, turn, 1; setp.eq.u32 p, turn, 0; @p xor.b32 round, round, 1;
-add.u32 finisher, finisher, 1; setp.eq.u32 p, finisher, {WARPS}; @p mov.u32 finisher, 0;
-add.u32 tile, tile, 1; setp.lt.u32 p, tile, {self._tiles}; @p bra UNIT;
-mov.u32 tile, 0; add.u32 visit, visit, 1; bra VISIT;
+setp.ge.u32 p, <block>, {self._blocks(self.up)}; @p bra DOWN;
+{self._run(self.up)}
+bra DONE;
+DOWN:
+{self._run(self.down)}
 DONE:"""
-        for i, name in enumerate(operands):
+        for i, name in enumerate(_OPERANDS):
             text = text.replace(f"<{name}>", f"${i}")
         return "{\n" + text + "\n}"
 
+    def _run(self, p: Projection) -> str:
+        """What the blocks of a projection do."""
+        first = 0 if p.name == "up" else self._blocks(self.up)
+        label = lambda name: f"{p.name.upper()}_{name}"
+        return f"""sub.u32 t0, <block>, {first}; mul.lo.u32 total, total, {p.tiles};
+mul.lo.u32 t0, t0, total; div.u32 unit, t0, {self._blocks(p)};
+add.u32 t0, t0, total; div.u32 last, t0, {self._blocks(p)};
+setp.ge.u32 p, unit, last; @p bra DONE;
+setp.ne.u32 p, warp, 0; @p bra {label("READY")}; mov.u32 slot, 0;
+{label("FILL")}:
+add.u32 n, unit, slot;
+{self._fetch(p)}
+add.u32 slot, slot, 1; setp.lt.u32 p, slot, {self._stages}; @p bra {label("FILL")};
+{label("READY")}:
+mov.u32 slot, 0; mov.u32 phase, 0; mov.u32 done, 0;
+div.u32 visit, unit, {p.tiles}; mul.lo.u32 t0, visit, {p.tiles}; sub.u32 tile, unit, t0;
+{label("VISIT")}:
+{self._load_rows(p)}
+{label("UNIT")}:
+mad.lo.u32 bar, slot, 8, <shared>;
+{_wait(label("TILE_IS_HERE"), self._barriers, "phase")}
+{self._products(p)}
+and.b32 turn, done, 1; shr.u32 round, done, 1; and.b32 round, round, 1;
+mad.lo.u32 bar, turn, 8, <shared>; xor.b32 t1, round, 1;
+{_wait(label("PLACE_IS_FREE"), self._free[0], "t1")}
+{self._hand_over()}
+bar.warp.sync -1; @leads mbarrier.arrive.shared.b64 _, [bar + {self._full[0]}];
+and.b32 t0, done, {WARPS - 1}; setp.ne.u32 p, warp, t0; @p bra {label("NEXT")};
+{_wait(label("SUMS_ARE_HERE"), self._full[0], "round")}
+{self._load_bias(p)}
+{self._take_over()}
+bar.warp.sync -1; @leads mbarrier.arrive.shared.b64 _, [bar + {self._free[0]}];
+add.u32 n, unit, {self._stages};
+{self._fetch(p)}
+{self._finish(p, 0)}
+{self._finish(p, 1)}
+{label("NEXT")}:
+add.u32 done, done, 1;
+add.u32 slot, slot, 1; setp.eq.u32 p, slot, {self._stages}; @p xor.b32 phase, phase, 1;
+@p mov.u32 slot, 0;
+add.u32 unit, unit, 1; setp.ge.u32 p, unit, last; @p bra DONE;
+add.u32 tile, tile, 1; setp.lt.u32 p, tile, {p.tiles}; @p bra {label("UNIT")};
+mov.u32 tile, 0; add.u32 visit, visit, 1; bra {label("VISIT")};"""
+
     def _registers(self) -> str:
+        steps = max(self.up.steps, self.down.steps)
         return f"""
 .reg .pred p, in, leads;
 .reg .b16 h;
-.reg .b32 t<2>, warp, lane, g, q, n, blk, first, unit, last, ahead, total, slot, phase, turn, round;
-.reg .b32 finisher, bar, visit, tile, pair, row, aw, as, w0_<4>, w1_<4>, s<2>, k<2>, v0_<4>, v1_<4>;
-.reg .b32 x<{16 * self._steps}>, y<4>;
+.reg .b32 t<2>, warp, lane, g, q, n, blk, unit, last, total, slot, phase, turn, round, done;
+.reg .b32 bar, visit, tile, pair, row, aw, as, w0_<4>, w1_<4>, s<2>, k<2>, v0_<4>, v1_<4>;
+.reg .b32 x<{16 * steps}>, y<4>;
 .reg .f32 c<8>, d<4>, b<2>, bias<2>, f<2>;
 .reg .b64 at, more;"""
 
     def _count(self) -> str:
-        """How many tiles there are. Visits that are empty come last."""
+        """How many visits there are. Those that are empty come last."""
         if self.columns == 1:
-            return f"mov.u32 total, {self.visits * self._tiles};"
+            return f"mov.u32 total, {self.visits};"
         text = "mov.u32 total, 0;\n"
         for first in range(0, self.visits, 32):
             text += f"mov.u32 t0, -1; setp.lt.u32 p, lane, {self.visits - first};"
@@ -189,107 +236,97 @@ DONE:"""
             text += f"@p ld.global.nc.u32 t0, [at + {4 * self.columns * first}];"
             text += "setp.ne.u32 p, t0, -1; vote.sync.ballot.b32 t0, p, -1;"
             text += "popc.b32 t0, t0; add.u32 total, total, t0;\n"
-        return text + f"mul.lo.u32 total, total, {self._tiles};"
+        return text
 
     def _member(self, column: str) -> str:
-        """`pair` of a column, and in `p` whether there is one; elsewhere some pair."""
+        """`pair` of a column, the first one's if it has none; in `p` whether it has."""
         if self.columns == 1:
             return f"setp.eq.u32 p, {column}, 0; mov.u32 pair, visit;"
-        return f"""mad.lo.u32 t0, visit, {self.columns}, {column};
-mul.wide.u32 at, t0, 4; add.u64 at, at, <members>; ld.global.nc.u32 pair, [at];
-setp.ne.u32 p, pair, -1; selp.u32 pair, pair, 0, p;"""
+        return f"""mul.lo.u32 t0, visit, {self.columns}; mul.wide.u32 more, t0, 4;
+add.u64 more, more, <members>; mul.wide.u32 at, {column}, 4; add.u64 at, at, more;
+ld.global.nc.u32 pair, [at]; ld.global.nc.u32 t0, [more];
+setp.ne.u32 p, pair, -1; selp.u32 pair, pair, t0, p;"""
 
-    def _fetch(self) -> str:
-        """A lane starts to copy tile `ahead` to `slot`, if there is one."""
+    def _fetch(self, p: Projection) -> str:
+        """A lane starts to copy tile `n` of all to `slot`, if it is the block's."""
         bulk = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-        text = f"setp.lt.and.u32 p, ahead, last, leads; div.u32 t0, ahead, {self._tiles};"
-        text += f"mul.lo.u32 t1, t0, {self._tiles}; sub.u32 t1, ahead, t1;"
-        text += self._expert_of_visit() + f"mad.lo.u32 n, t0, {self._tiles}, t1;"
-        text += f"mad.lo.u32 t1, slot, {self._stage_bytes}, <shared>;"
-        text += "mad.lo.u32 t0, slot, 8, <shared>;"
-        bar = f"[t0 + {self._barriers}]"
-        text += f"@p mbarrier.arrive.expect_tx.shared.b64 _, {bar}, {self._stage_bytes};\n"
-        place = 0
-        for name, size in (("blocks", 16), ("scales", 1)):
-            size *= TILE * self.blocks
-            text += f"mul.wide.u32 at, n, {size}; add.u64 at, at, <{name}>;"
-            text += f"@p {bulk} [t1 + {place}], [at], {size}, {bar};\n"
-            place += size
-        size = TILE * self.bias_bytes
-        text += f"mul.wide.u32 at, n, {size}; add.u64 at, at, <bias>;"
-        return text + f"@p {bulk} [t1 + {place}], [at], {size}, {bar};"
-
-    def _prefetch(self) -> str:
-        """In the place of a copy that is no more, one of the tiles with which `then` begins."""
-        then, bulk = self.then, "cp.async.bulk.prefetch.L2.global"
-        text = f"setp.lt.u32 p, ahead, last; @p bra ENOUGH; rem.u32 t0, <block>, {self.grid};"
-        text += f"div.u32 n, total, {self._tiles}; mul.lo.u32 n, n, {then._tiles};"
-        text += f"mul.lo.u32 t1, t0, n; div.u32 t1, t1, {then.grid};"
-        text += f"add.u32 t0, t0, 1; mul.lo.u32 n, t0, n; div.u32 n, n, {then.grid};"
-        text += "sub.u32 row, unit, first; sub.u32 ahead, ahead, last;"
-        text += "min.u32 ahead, ahead, row; add.u32 t1, t1, ahead;"
-        text += "setp.lt.and.u32 p, t1, n, leads;\n"
-        text += f"setp.le.and.u32 p, t0, {then.grid}, p; div.u32 t0, t1, {then._tiles};"
-        text += f"mul.lo.u32 n, t0, {then._tiles}; sub.u32 t1, t1, n;"
-        text += self._expert_of_visit() + f"mad.lo.u32 n, t0, {then._tiles}, t1;\n"
-        for name, size in (("then_blocks", 16), ("then_scales", 1)):
-            size *= TILE * then.blocks
-            text += f"mul.wide.u32 at, n, {size}; add.u64 at, at, <{name}>;"
-            text += f"@p {bulk} [at], {size};\n"
-        return text + "ENOUGH:"
-
-    def _expert_of_visit(self) -> str:
-        """Of visit `t0` to `t0`, if `p`."""
-        text = ""
+        text = f"mad.lo.u32 row, slot, {self._stage_bytes}, <shared>;"
+        text += f"mad.lo.u32 bar, slot, 8, <shared>; add.u32 bar, bar, {self._barriers};\n"
+        text += f"setp.lt.and.u32 p, n, last, leads; div.u32 t0, n, {p.tiles};"
+        text += f"mul.lo.u32 t1, t0, {p.tiles}; sub.u32 t1, n, t1;"
         if self.columns > 1:
             text += f"mul.wide.u32 at, t0, {4 * self.columns}; add.u64 at, at, <members>;"
             text += "mov.u32 t0, 0; @p ld.global.nc.u32 t0, [at];"
         text += "mul.wide.u32 at, t0, 4; add.u64 at, at, <experts>;"
-        return text + "@p ld.global.nc.u32 t0, [at];\n"
-
-    def _guard(self, step: int) -> str:
-        """Empty where every thread has a block of the input axis."""
-        return "" if 4 * WARPS * (step + 1) <= self.blocks else "@in"
-
-    def _is_in(self, step: int) -> str:
-        return f"setp.lt.u32 in, blk, {self.blocks - 4 * WARPS * step};"
-
-    def _load_x(self) -> str:
-        """A thread's part of the rows of a visit; zeros past the input axis."""
-        choice = "" if self.limit is None else f"div.u32 pair, pair, {self.choices};"
-        text = f"{self._member('g')}{choice}\n"
-        text += f"mul.wide.u32 at, pair, {64 * self.blocks}; add.u64 at, at, <x>;"
-        text += "mul.wide.u32 more, blk, 64; add.u64 at, at, more;\n"
-        for step in range(self._steps):
-            guard = self._guard(step)
-            text += self._is_in(step) if guard else ""
-            for i in range(4):
-                words = [f"y{r}" for r in range(4)]
-                text += "".join(f"mov.u32 {word}, 0;" for word in words) if guard else ""
-                place = 256 * WARPS * step + 16 * i
-                text += f"{guard} ld.global.v4.u32 {{{', '.join(words)}}}, [at + {place}];\n"
-                # As `decode` has them: 0 and 4, 1 and 5, 2 and 6, 3 and 7.
-                for r in range(4):
-                    into, halves = 16 * step + 4 * i + r, (0x5410, 0x7632)[r % 2]
-                    text += f"prmt.b32 x{into}, y{r // 2}, y{r // 2 + 2}, {halves};"
+        text += "@p ld.global.nc.u32 t0, [at];"
+        text += f"min.u32 t0, t0, {self.experts - 1}; mad.lo.u32 n, t0, {p.tiles}, t1;\n"
+        text += f"@p mbarrier.arrive.expect_tx.shared.b64 _, [bar], {self._tile_bytes(p)};\n"
+        place = 0
+        for name, size in (
+            ("blocks", 16 * p.blocks),
+            ("scales", p.blocks),
+            ("bias", self.bias_bytes),
+        ):
+            size *= TILE
+            text += f"mul.wide.u32 at, n, {size}; add.u64 at, at, <{p.name}_{name}>;"
+            text += f"@p {bulk} [row + {place}], [at], {size}, [bar];\n"
+            place += size
         return text
 
-    def _products(self) -> str:
+    def _guard(self, p: Projection, step: int) -> str:
+        """Empty where every thread has a block of the input axis."""
+        return "" if 4 * WARPS * (step + 1) <= p.blocks else "@in"
+
+    def _is_in(self, p: Projection, step: int) -> str:
+        return f"setp.lt.u32 in, blk, {p.blocks - 4 * WARPS * step};"
+
+    def _load_rows(self, p: Projection) -> str:
+        """A thread's part of the rows of a visit; zeros past the input axis."""
+        up = p.name == "up"
+        choice = f"div.u32 pair, pair, {self.choices};" if up else ""
+        rows, load = ("x", "ld.global") if up else ("hidden", "ld.relaxed.gpu.global")
+        text = f"{self._member('g')}{choice}\n"
+        text += f"mul.wide.u32 at, pair, {64 * p.blocks}; add.u64 at, at, <{rows}>;"
+        text += "mul.wide.u32 more, blk, 64; add.u64 at, at, more;\n"
+        names = [f"x{i}" for i in range(16 * p.steps)]
+        text += "" if up else "AGAIN:\n"
+        for step in range(p.steps):
+            guard, own = self._guard(p, step), names[16 * step : 16 * step + 16]
+            if guard:
+                text += self._is_in(p, step) + "".join(f"mov.u32 {x}, 0;" for x in own)
+            for i in range(4):
+                four, place = ", ".join(own[4 * i : 4 * i + 4]), 256 * WARPS * step + 16 * i
+                text += f"{guard} {load}.v4.u32 {{{four}}}, [at + {place}];\n"
+        if not up:
+            text += "mov.u32 t0, 0;" + "".join(f"max.u32 t0, t0, {x};" for x in names)
+            text += f"setp.eq.u32 p, t0, {EMPTY}; vote.sync.any.pred p, p, -1; @!p bra ALL_THERE;"
+            text += "nanosleep.u32 100; bra AGAIN;\nALL_THERE:\n"
+        for first in range(0, len(names), 4):
+            # As `decode` has them: 0 and 4, 1 and 5, 2 and 6, 3 and 7.
+            four = names[first : first + 4]
+            for r in range(4):
+                text += f"prmt.b32 y{r}, {four[r // 2]}, {four[r // 2 + 2]}, "
+                text += f"{(0x5410, 0x7632)[r % 2]};"
+            text += "".join(f"mov.u32 {x}, y{r};" for r, x in enumerate(four)) + "\n"
+        return text
+
+    def _products(self, p: Projection) -> str:
+        """Of a thread's part of the rows with its part of the tile."""
         text = f"mad.lo.u32 aw, slot, {self._stage_bytes}, <shared>;"
-        text += f"mad.lo.u32 as, g, {2 * self.blocks}, blk; add.u32 as, as, aw;"
-        text += f"mad.lo.u32 aw, g, {32 * self.blocks}, aw; mad.lo.u32 aw, blk, 16, aw;\n"
+        text += f"mad.lo.u32 as, g, {2 * p.blocks}, blk; add.u32 as, as, aw;"
+        text += f"mad.lo.u32 aw, g, {32 * p.blocks}, aw; mad.lo.u32 aw, blk, 16, aw;\n"
         text += "".join(f"mov.f32 c{i}, 0f00000000;" for i in range(8)) + "\n"
-        for step in range(self._steps):
-            if guard := self._guard(step):
-                text += f"setp.ge.u32 p, warp, {-(-self.blocks // 4) - WARPS * step};"
-                text += f"@p bra REST_{step};{self._is_in(step)}\n"
+        for step in range(p.steps):
+            if guard := self._guard(p, step):
+                text += f"setp.ge.u32 p, warp, {-(-p.blocks // 4) - WARPS * step};"
+                text += f"@p bra {p.name.upper()}_REST_{step};{self._is_in(p, step)}\n"
             for row in range(2):
                 words = [f"w{row}_{i}" for i in range(4)]
                 if guard:
                     text += "".join(f"mov.u32 {word}, 0;" for word in (*words, f"s{row}"))
                 place = 64 * WARPS * step
-                codes, scales = place + 16 * self.blocks * row, 16 * TILE * self.blocks
-                scales += place // 16 + self.blocks * row
+                codes, scales = place + 16 * p.blocks * row, 16 * TILE * p.blocks
+                scales += place // 16 + p.blocks * row
                 text += f"{guard} ld.shared.v4.u32 {{{', '.join(words)}}}, [aw + {codes}];"
                 text += f"{guard} ld.shared.u8 s{row}, [as + {scales}];\n"
             for row in range(2):
@@ -307,7 +344,7 @@ setp.ne.u32 p, pair, -1; selp.u32 pair, pair, 0, p;"""
                         f"{acc}}}, {{{a}}}, {{x{x}, x{x + 1}}}, {{{acc}}};\n"
                     )
             if guard:
-                text += f"REST_{step}:\n"
+                text += f"{p.name.upper()}_REST_{step}:\n"
         return text + "".join(f"add.f32 c{r}, c{r}, c{r + 4};" for r in range(4))
 
     def _hand_over(self) -> str:
@@ -316,11 +353,11 @@ setp.ne.u32 p, pair, -1; selp.u32 pair, pair, 0, p;"""
         text += "mad.lo.u32 t0, warp, 512, t0;"
         return text + f"st.shared.v4.f32 [t0 + {self._sums}], {{c0, c1, c2, c3}};"
 
-    def _load_bias(self) -> str:
+    def _load_bias(self, p: Projection) -> str:
         """Of a thread's two outputs; float32."""
         text = f"mad.lo.u32 t0, slot, {self._stage_bytes}, <shared>;"
         text += f"mad.lo.u32 t0, g, {2 * self.bias_bytes}, t0;"
-        place = f"[t0 + {17 * TILE * self.blocks}]"
+        place = f"[t0 + {17 * TILE * p.blocks}]"
         if self.bias_bytes == 4:
             return text + f"ld.shared.v2.f32 {{bias0, bias1}}, {place};"
         text += f"ld.shared.u32 t0, {place}; shl.b32 t1, t0, 16; mov.b32 bias0, t1;"
@@ -335,24 +372,27 @@ setp.ne.u32 p, pair, -1; selp.u32 pair, pair, 0, p;"""
             text += "".join(f"add.f32 c{r}, c{r}, d{r};" for r in range(4)) + "\n"
         return text
 
-    def _finish(self, column: int) -> str:
+    def _finish(self, p: Projection, column: int) -> str:
         """Bias, then SwiGLU or routing weight, for one of a thread's two columns."""
         text = f"shl.b32 n, q, 1; add.u32 n, n, {column}; {self._member('n')}"
         for r in range(2):
             text += f"fma.rn.f32 f{r}, c{2 * r + column}, {literal(LAST_FACTOR)}, bias{r};"
         text += "\n"
-        if self.limit is None:
+        if p.name == "down":
             text += "shl.b32 row, tile, 3; add.u32 row, row, g; shl.b32 row, row, 1;"
-            text += f"mad.lo.u32 t0, pair, {self.rows}, row;"
+            text += f"mad.lo.u32 t0, pair, {p.rows}, row;"
             text += "mul.wide.u32 at, t0, 4; add.u64 at, at, <out>;"
             text += "mul.wide.u32 more, pair, 4; add.u64 more, more, <weights>;"
             text += "@p ld.global.nc.f32 b0, [more]; mul.f32 f0, f0, b0; mul.f32 f1, f1, b0;"
             return text + "@p st.global.v2.f32 [at], {f0, f1};\n"
         text += swiglu("f0", "f1", self.limit)
-        text += "cvt.rn.bf16.f32 h, f0; mad.lo.u32 t0, tile, 8, g;"
-        text += f"mad.lo.u32 t0, pair, {self.rows // 2}, t0;"
-        text += "mul.wide.u32 at, t0, 2; add.u64 at, at, <out>;"
-        return text + "@p st.global.b16 [at], h;\n"
+        # Two neighbours in one word, which is there as a whole or not at all.
+        text += "mov.f32 f1, 0f00000000; cvt.rn.bf16x2.f32 t0, f1, f0;"
+        text += "shfl.sync.bfly.b32 t1, t0, 4, 31, -1; prmt.b32 row, t0, t1, 0x5410;"
+        text += "and.b32 t0, g, 1; setp.eq.and.u32 p, t0, 0, p;"
+        text += f"mad.lo.u32 t0, tile, 8, g; mad.lo.u32 t0, pair, {self.hidden}, t0;"
+        text += "mul.wide.u32 at, t0, 2; add.u64 at, at, <hidden>;"
+        return text + "@p st.relaxed.gpu.global.u32 [at], row;\n"
 
 
 _SUM_BYTES = 512 * WARPS

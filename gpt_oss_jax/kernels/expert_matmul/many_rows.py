@@ -9,6 +9,8 @@ does by itself is in `many_rows_ptx`.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,13 +18,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from gpt_oss_jax.kernels.expert_matmul.many_rows_ptx import (
-    BLOCKS,
     OUTPUTS,
-    STEP,
     Projection,
-    decode_block,
+    decode_half,
 )
-from gpt_oss_jax.kernels.expert_matmul.rows import add_up, gather
+from gpt_oss_jax.kernels.expert_matmul.rows import add_up, can_sort, gather, sort
 from gpt_oss_jax.kernels.expert_matmul.tiles import Tiles, sort_into_tiles
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.kernels.target import multiprocessors
@@ -63,30 +63,37 @@ def many_rows(
     E, F, _, D = w.up.shape
     if D % _BLOCK_OUTPUTS or F % _BLOCK_OUTPUTS:
         raise NotImplementedError(f"takes widths of {_BLOCK_OUTPUTS} n, got experts {w.up.shape}")
-    up, down = projections(w, limit)
-    tiles = sort_into_tiles(experts_MX.reshape(-1), E, tile)
+    up, down = projections(w, limit, tile)
+    by_expert = sort if can_sort(M * X, E) else sort_into_tiles
+    tiles = by_expert(experts_MX.reshape(-1), E, tile)
     h_RF = grouped(up, w.up, w.up_bias, tiles, gather(x_MD, tiles, X))
     weights_R = weights_MX.reshape(-1).astype(jnp.float32)[tiles.pairs.reshape(-1)]
     y_RD = grouped(down, w.down, w.down_bias, tiles, h_RF, weights_R)
     return add_up(y_RD, tiles.place_of_pair, experts_MX, E if some_elsewhere else None)
 
 
-def projections(w: ExpertWeights, limit: float) -> tuple[Projection, Projection]:
+def projections(w: ExpertWeights, limit: float, tile: int) -> tuple[Projection, Projection]:
     """Both launches."""
     _, F, _, D = w.up.shape
-    size = w.up_bias.dtype.itemsize
-    up = Projection(outputs=2 * F, blocks=D // 32, bias_bytes=size, limit=limit)
-    return up, Projection(outputs=D, blocks=F // 32, bias_bytes=size)
+
+    def projection(outputs: int, inputs: int, limit: float | None) -> Projection:
+        # Small tiles have memory for wide steps, of which there are fewer.
+        wide = tile <= 32 and inputs % 320 == 0
+        step = 10 if wide else 6
+        return Projection(outputs, inputs // 32, step, w.up_bias.dtype.itemsize, limit)
+
+    return projection(2 * F, D, limit), projection(D, F, None)
 
 
 def in_order(x_MD: jax.Array) -> jax.Array:
-    """Rows in the order in which the matrix unit meets the weights of each MXFP4 block.
+    """Rows in the order in which the matrix unit meets the weights of two MXFP4 blocks each.
 
-    Value 8 q + 4 b + v of 32 comes to place 8 v + 2 q + b: a word of eight codes, decoded, is four
-    pairs of values four apart, and a column quad holds two pairs of every 16 columns.
+    Value 16 q + 8 t + 4 e + v of 64 comes to place 32 t + 8 v + 2 q + e: a word of eight codes,
+    decoded, is four pairs of values four apart, and a column quad holds two pairs of every 16
+    columns.
     """
     M, D = x_MD.shape
-    return x_MD.reshape(M, D // 32, 4, 2, 4).transpose(0, 1, 4, 2, 3).reshape(M, D)
+    return x_MD.reshape(M, D // 64, 4, 2, 2, 4).transpose(0, 1, 3, 5, 2, 4).reshape(M, D)
 
 
 def grouped(
@@ -115,6 +122,7 @@ def grouped(
     stripes = p.outputs // _BLOCK_OUTPUTS
     # The scales of a warpgroup are one piece, cut so that the copy engine takes it.
     scale_rows = OUTPUTS * p.blocks // _BLOCK_OUTPUTS
+    step_slots, scale_slots = stages(p, P)
     more = () if weights_R is None else (weights_R,)
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
@@ -122,26 +130,33 @@ def grouped(
         *weights, out, scales_smem, arrived = rest
         first, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         products = count[0] * stripes
+        places = _places_of_thread(p)()
 
         def place(product):
             """Its tile of rows, expert and stripe of outputs."""
             t = product // stripes
             return t, experts[t], product % stripes
 
-        def fetch_scales(product):
-            _, expert, n = place(product)
-            at = ((expert * stripes + n) * _WARPGROUPS + warpgroup) * scale_rows
-            plgpu.copy_gmem_to_smem(
-                scales.at[pl.ds(at, scale_rows)],
-                scales_smem.at[warpgroup],
-                arrived.at[warpgroup],
-            )
+        def scales_of(product):
+            """A warpgroup's, and the barrier that they arrive at."""
+            slot = lax.rem((product - first) // num_blocks, scale_slots)
+            return scales_smem.at[slot, warpgroup], arrived.at[slot * _WARPGROUPS + warpgroup]
 
-        def step(indices, w_smem, x_smem, sums):
+        def fetch_scales(product):
+            @pl.when(product < products)
+            def _():
+                _, expert, n = place(product)
+                at = ((expert * stripes + n) * _WARPGROUPS + warpgroup) * scale_rows
+                plgpu.copy_gmem_to_smem(scales.at[pl.ds(at, scale_rows)], *scales_of(product))
+
+        def step(own_scales, indices, w_smem, x_smem, sums):
             own = w_smem.at[pl.ds(warpgroup * OUTPUTS, OUTPUTS)]
-            decoded = _decode(p)(own, scales_smem.at[warpgroup], indices[0])
-            plgpu.wgmma(sums, decoded, x_smem.transpose((1, 0)))
-            plgpu.wgmma_wait(0)
+            loaded = _load(p)(own, own_scales, indices[0], *places)
+            for i in range(p.step // 2):
+                # The matrix unit has one pair of blocks while the next is decoded.
+                x_pair = x_smem.at[:, pl.ds(64 * i, 64)].transpose((1, 0))
+                plgpu.wgmma(sums, _decode(p, i)(loaded), x_pair)
+                plgpu.wgmma_wait(int(i < p.step // 2 - 1))
             return sums
 
         def pipeline(product=None):
@@ -149,7 +164,7 @@ def grouped(
 
             def compute(run):
                 t, expert, n = place(product)
-                plgpu.barrier_wait(arrived.at[warpgroup])
+                plgpu.barrier_wait(scales_of(product)[1])
 
                 def scoped(sums):
                     run(sums)
@@ -158,16 +173,15 @@ def grouped(
                 sums = pl.run_scoped(scoped, plgpu.ACC((OUTPUTS, P), jnp.float32))
                 plgpu.commit_smem()  # All have read their scales.
 
-                @pl.when(product + num_blocks < products)
-                def _():
-                    fetch_scales(product + num_blocks)
-
+                fetch_scales(product + scale_slots * num_blocks)
                 own = n * _WARPGROUPS + warpgroup
-                width = p.width * OUTPUTS // p.outputs
+                # Of 64 hidden values two warpgroups have every other four.
+                sharing = p.outputs // p.width
                 _finish(p, len(weights))(
                     sums,
+                    own % sharing,
                     bias.at[expert, pl.ds(own * OUTPUTS, OUTPUTS)],
-                    out.at[pl.ds(t * P, P), pl.ds(own * width, width)],
+                    out.at[pl.ds(t * P, P), pl.ds(own // sharing * OUTPUTS, OUTPUTS)],
                     *(a.at[pl.ds(t * P, P)] for a in weights),
                 )
 
@@ -181,24 +195,25 @@ def grouped(
                 state = jnp.where(product + num_blocks < products, at.STEADY, at.STOP)
                 state = jnp.where(product == first, at.START, state)
             return plgpu.emit_pipeline_warp_specialized(
-                step,
-                grid=(p.blocks // BLOCKS,),
+                functools.partial(step, None if product is None else scales_of(product)[0]),
+                grid=(p.blocks // p.step,),
                 memory_registers=_COPY_REGISTERS,
                 wg_axis="warpgroup",
                 num_compute_wgs=_WARPGROUPS,
-                max_concurrent_steps=stages(p, P),
+                max_concurrent_steps=step_slots,
                 compute_context=compute,
                 pipeline_state=state,
                 in_specs=[
-                    plgpu.BlockSpec((_BLOCK_OUTPUTS, 16 * BLOCKS), lambda k: (stripe, k)),
-                    plgpu.BlockSpec((P, STEP), lambda k: (t, k), transforms=tiled),
+                    plgpu.BlockSpec((_BLOCK_OUTPUTS, 16 * p.step), lambda k: (stripe, k)),
+                    plgpu.BlockSpec((P, 32 * p.step), lambda k: (t, k), transforms=tiled),
                 ],
             )
 
         def run(allocations):
-            @pl.when((warpgroup < _WARPGROUPS) & (first < products))
+            @pl.when(warpgroup < _WARPGROUPS)
             def _():
-                fetch_scales(first)
+                for i in range(scale_slots):
+                    fetch_scales(first + i * num_blocks)
 
             @pl.loop(first, products, step=num_blocks)
             def _(product):
@@ -212,8 +227,8 @@ def grouped(
         block,
         out_type=jax.ShapeDtypeStruct((T * P, p.width), jnp.bfloat16),
         scratch_types=[
-            plgpu.SMEM((_WARPGROUPS, scale_rows, _BLOCK_OUTPUTS), jnp.uint8),
-            plgpu.Barrier(num_barriers=_WARPGROUPS),
+            plgpu.SMEM((scale_slots, _WARPGROUPS, scale_rows, _BLOCK_OUTPUTS), jnp.uint8),
+            plgpu.Barrier(num_barriers=scale_slots * _WARPGROUPS),
         ],
         grid=(num_blocks,),
         grid_names=("block",),
@@ -232,53 +247,112 @@ def grouped(
     )
 
 
-def stages(p: Projection, tile: int) -> int:
-    """Steps that are in shared memory or on their way."""
-    step = _BLOCK_OUTPUTS * 16 * BLOCKS + tile * STEP * 2
-    room = _SHARED_BYTES - _BLOCK_OUTPUTS * p.blocks
-    most = min(_MAX_STAGES, room // step)
-    steps = p.blocks // BLOCKS
-    # A part of the whole, so that every product begins at the same one.
-    return max(n for n in range(1, most + 1) if steps % n == 0)
+def stages(p: Projection, tile: int) -> tuple[int, int]:
+    """Steps, and scales of products, that are in shared memory or on their way."""
+    step = (_BLOCK_OUTPUTS * 16 + tile * 64) * p.step
+    steps = p.blocks // p.step
+
+    def beside(scales: int) -> int:
+        most = min(_MAX_STAGES, (_SHARED_BYTES - scales * _BLOCK_OUTPUTS * p.blocks) // step)
+        # A part of the whole, so that every product begins at the same one.
+        return max(n for n in range(1, most + 1) if steps % n == 0)
+
+    return beside(1), 2 if beside(2) == beside(1) else 1
 
 
-def _decode(p: Projection):
-    """A step's weights and all scales, in shared memory -> left operand."""
+def _places_of_thread(p: Projection):
+    """What a thread needs to know of itself for `_decode`, found once."""
     from jax.experimental.mosaic import gpu as mgpu
     from jax.experimental.pallas import mosaic_gpu as plgpu
     from jaxlib.mlir import ir
 
-    shape = (OUTPUTS, STEP)
+    threads = plgpu.Layout.WG_STRIDED((128,), vec_size=1)
+    one = plgpu.ShapeDtypeStruct((128,), jnp.int32, threads)
+
+    @plgpu.inline_mgpu(return_type=(one, one))
+    def places(ctx):
+        del ctx
+        word = ir.IntegerType.get_signless(32)
+        found = mgpu.utils.inline_ptx(p.places(), result_types=[word] * 2)
+        return tuple(_of_threads([x]) for x in found)
+
+    return places
+
+
+def _load(p: Projection):
+    """A step's weights and all scales, in shared memory -> what a thread has of them."""
+    from jax.experimental.mosaic import gpu as mgpu
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxlib.mlir import ir
+
+    of_thread = plgpu.Layout.WG_STRIDED((128,), vec_size=1)
+    shape = (128 * p.loaded,)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT(())),
-        return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, plgpu.Layout.WGMMA),
+        arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT(()), *(of_thread,) * 2),
+        return_type=plgpu.ShapeDtypeStruct(
+            shape, jnp.int32, plgpu.Layout.WG_STRIDED(shape, vec_size=1)
+        ),
     )
-    def decode(ctx, w, scales, step):
+    def load(ctx, w, scales, step, *places):
         del ctx
-        word, half = (ir.IntegerType.get_signless(bits) for bits in (32, 16))
-        pair = ir.VectorType.get((2,), ir.BF16Type.get())
-        pointers = [mgpu.utils.memref_ptr(ref) for ref in (w, scales)]
+        word = ir.IntegerType.get_signless(32)
         loaded = mgpu.utils.inline_ptx(
             p.load(),
-            *pointers,
+            *(mgpu.utils.memref_ptr(ref) for ref in (w, scales)),
             step.registers.item(),
-            result_types=[word] * (3 * BLOCKS),
+            *(mgpu.utils.bitcast(x.registers.item(), word) for x in places),
+            result_types=[word] * p.loaded,
             has_side_effects=True,
         )
+        return _of_threads(loaded)
+
+    return load
+
+
+def _of_threads(words):
+    """So many words of each thread, as an array."""
+    from jax.experimental.mosaic import gpu as mgpu
+    from jaxlib.mlir import ir
+
+    alone = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
+    return mgpu.FragmentedArray(
+        _registers=np.asarray([mgpu.utils.bitcast(x, alone) for x in words], dtype=object),
+        _layout=mgpu.WGStridedFragLayout((128 * len(words),), 1),
+        _is_signed=True,
+    )
+
+
+def _decode(p: Projection, i: int):
+    """What `_load` gives -> left operand of the pair of blocks i of a step."""
+    from jax.experimental.mosaic import gpu as mgpu
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxlib.mlir import ir
+
+    shape = (OUTPUTS, 64)
+    of_threads = plgpu.Layout.WG_STRIDED((128 * p.loaded,), vec_size=1)
+
+    @plgpu.inline_mgpu(
+        arg_types=(of_threads,),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, plgpu.Layout.WGMMA),
+    )
+    def decode(ctx, loaded):
+        del ctx
+        word = ir.IntegerType.get_signless(32)
+        pair = ir.VectorType.get((2,), ir.BF16Type.get())
+        loaded = [mgpu.utils.bitcast(x, word) for x in loaded.registers]
         registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape(shape), dtype=object)
         place = _places(registers.shape)
         for h in range(2):
-            for i in range(BLOCKS):
-                scales = loaded[2 * BLOCKS + BLOCKS // 2 * h + i // 2]
-                values = mgpu.utils.inline_ptx(
-                    decode_block(bool(i % 2)),
-                    loaded[BLOCKS * h + i],
-                    scales,
-                    result_types=[word] * 4,
-                )
-                for v, value in enumerate(values):
-                    registers[place(4 * i + v, h)] = mgpu.utils.bitcast(value, pair)
+            first = p.step * h + 2 * i
+            values = mgpu.utils.inline_ptx(
+                decode_half(),
+                *loaded[first : first + 2],
+                loaded[2 * p.step + p.step // 2 * h + i],
+                result_types=[word] * 8,
+            )
+            for v, value in enumerate(values):
+                registers[place(v, h)] = mgpu.utils.bitcast(value, pair)
         return mgpu.FragmentedArray(
             _registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None
         )
@@ -294,14 +368,23 @@ def _finish(p: Projection, weights: int):
     from jaxlib.mlir.dialects import vector
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA, *(plgpu.RefType(),) * (2 + weights)),
+        arg_types=(
+            plgpu.Layout.WGMMA,
+            plgpu.Layout.WG_SPLAT(()),
+            *(plgpu.RefType(),) * (2 + weights),
+        ),
     )
-    def finish(ctx, sums, *refs):
+    def finish(ctx, sums, half, *refs):
         del ctx
         bias, out, *rest = (mgpu.utils.memref_ptr(ref) for ref in refs)
         f32, i64 = ir.F32Type.get(), ir.IntegerType.get_signless(64)
         started = mgpu.utils.inline_ptx(
-            p.start(), bias, out, result_types=[i64, f32, f32], has_side_effects=True
+            p.start(),
+            bias,
+            out,
+            half.registers.item(),
+            result_types=[i64, f32, f32],
+            has_side_effects=True,
         )
         place = _places(sums.registers.shape)
         for group in range(sums.shape[1] // 8):

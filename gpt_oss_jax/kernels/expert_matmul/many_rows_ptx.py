@@ -1,10 +1,10 @@
 """What a thread of `many_rows.grouped` does besides the matrix products, as PTX for Hopper.
 
 A warpgroup multiplies 64 outputs of an expert with a tile of rows; the weights are the left
-operand, in registers. A step of its input axis is 192 wide, 6 MXFP4 blocks of 16 bytes as the
-checkpoint has them. Of each block a thread takes the word of its column quad, eight codes, so the
-matrix unit meets the values of a block in an order of its own (`in_order`), in which rows and
-hidden rows are kept. Knows no JAX.
+operand, in registers. A step of its input axis is some MXFP4 blocks of 16 bytes wide, as the
+checkpoint has them. Of two blocks a thread takes the half that is its column quad's, sixteen codes
+with one scale, so the matrix unit meets the values of both in an order of its own (`in_order`), in
+which rows and hidden rows are kept. Knows no JAX.
 
 A thread is named by its warp w, the row g of eight and the column quad q of its lane 4 g + q. Of a
 left operand [64, 16] it holds two rows, h = 0 and 1, and of a result [64, columns] two neighbouring
@@ -14,6 +14,7 @@ columns in eight of the same two rows.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from gpt_oss_jax.kernels.expert_matmul.mxfp4_ptx import (
     LAST_FACTOR,
@@ -23,8 +24,6 @@ from gpt_oss_jax.kernels.expert_matmul.mxfp4_ptx import (
     swiglu,
 )
 
-BLOCKS = 6  # Of a step.
-STEP = 32 * BLOCKS
 OUTPUTS = 64  # Of a warpgroup.
 
 _THREAD = """.reg .pred odd; .reg .b16 h; .reg .b32 t<2>, w, g, q, place; .reg .b64 at;
@@ -41,6 +40,7 @@ class Projection:
     Attributes:
       outputs: Of an expert.
       blocks: MXFP4 blocks of its input axis.
+      step: Of those, how many a step has; even.
       bias_bytes: 2 for bfloat16, 4 for float32.
       limit: Clamp of the SwiGLU that pairs of outputs go through; None for the down projection,
         whose outputs are multiplied with the routing weight instead.
@@ -48,6 +48,7 @@ class Projection:
 
     outputs: int
     blocks: int
+    step: int
     bias_bytes: int
     limit: float | None = None
 
@@ -56,31 +57,44 @@ class Projection:
         """Values of a row of the result."""
         return self.outputs if self.limit is None else self.outputs // 2
 
+    @property
+    def loaded(self) -> int:
+        """Registers of a step's words and scales."""
+        return 3 * self.step
+
+    def places(self) -> str:
+        """How far a thread's words and scales are from where those of a step begin.
+
+        Operands: both, which it gives.
+        """
+        text = f"{self._row()} mul.lo.u32 place, t0, {16 * self.step}; mad.lo.u32 $0, q, 8, place;"
+        return _scope(text + f"shr.u32 q, q, 1; mad.lo.u32 $1, t0, {self.blocks}, q;")
+
     def load(self) -> str:
         """A thread's words and scales of a step.
 
-        Operands: 12 words and 6 pairs of scales that it gives, each for h = 0 and then 1; in shared
-        memory the warpgroup's weights of the step [64, 96] and all its scales
-        [64, blocks]; the number of the step.
+        Operands: a word for each block and half as many scales, which it gives, each for h = 0 and
+        then 1, `loaded`; in shared memory the warpgroup's weights of the step [64, 16 step] and all
+        its scales [64, blocks]; the number of the step; what `places` gave.
         """
-        weights, scales, step = (f"${3 * BLOCKS + i}" for i in range(3))
-        text = self._row()
-        text += f"mad.lo.u32 place, t0, {16 * BLOCKS}, {weights}; mad.lo.u32 place, q, 4, place;\n"
-        for i in range(2 * BLOCKS):
-            place = 8 * 16 * BLOCKS * (i // BLOCKS) + 16 * (i % BLOCKS)
-            text += f"ld.shared.u32 ${i}, [place + {place}];\n"
-        text += f"mad.lo.u32 place, t0, {self.blocks}, {scales};"
-        text += f"mad.lo.u32 place, {step}, {BLOCKS}, place;\n"
-        for i in range(BLOCKS):
-            place = 8 * self.blocks * (2 * i // BLOCKS) + 2 * (i % (BLOCKS // 2))
-            text += f"ld.shared.u16 ${2 * BLOCKS + i}, [place + {place}];\n"
-        return _scope(text)
+        n = self.step
+        weights, scales, step, word, scale = (f"${self.loaded + i}" for i in range(5))
+        text = f".reg .b32 place; add.u32 place, {weights}, {word};\n"
+        for h, i in itertools.product(range(2), range(n // 2)):
+            first, place = n * h + 2 * i, 8 * 16 * n * h + 32 * i
+            text += f"ld.shared.v2.u32 {{${first}, ${first + 1}}}, [place + {place}];\n"
+        text += f"add.u32 place, {scales}, {scale}; mad.lo.u32 place, {step}, {n}, place;\n"
+        for h, i in itertools.product(range(2), range(n // 2)):
+            place = 8 * self.blocks * h + 2 * i
+            text += f"ld.shared.u8 ${2 * n + n // 2 * h + i}, [place + {place}];\n"
+        return "{\n" + text + "}"
 
     def start(self) -> str:
         """Where a thread's results go, and its biases.
 
         Operands: the address and two float32 that it gives; in global memory the biases of the
-        warpgroup's outputs, and the result at its first row and output.
+        warpgroup's outputs, and the result at its first row and output; for the up projection
+        where the first of 64 hidden values is, and which half of them is the warpgroup's.
         """
         text, second = self._row(), 8
         if self.limit is not None:
@@ -96,11 +110,13 @@ class Projection:
             else:
                 text += f"ld.global.nc.f32 ${1 + i}, [at + {place}];\n"
         if self.limit is not None:
-            # Where `in_order` has hidden value `t0 / 2`.
-            text += "and.b32 t0, w, 1; shl.b32 t0, t0, 4; shr.u32 t1, w, 1;"
-            text += "mad.lo.u32 t0, t1, 4, t0; shr.u32 t1, g, 2; mad.lo.u32 t0, t1, 2, t0;"
-            text += "and.b32 t1, g, 2; mad.lo.u32 t0, t1, 4, t0;"
-            text += "and.b32 t1, g, 1; add.u32 t0, t0, t1;\n"
+            # Where `in_order` has hidden value `t0 / 2` of the half.
+            text += (
+                "shr.u32 t0, w, 1; shl.b32 t0, t0, 5; and.b32 t1, w, 1; mad.lo.u32 t0, t1, 16, t0;"
+            )
+            text += "and.b32 t1, g, 2; mad.lo.u32 t0, t1, 4, t0; shr.u32 t1, g, 2;"
+            text += "mad.lo.u32 t0, t1, 2, t0; and.b32 t1, g, 1; add.u32 t0, t0, t1;"
+            text += "mad.lo.u32 t0, $5, 4, t0;\n"
         text += f"mad.lo.u32 t0, q, {2 * self.width}, t0; mul.wide.u32 at, t0, 2;"
         return _scope(text + "add.u64 $0, at, $4;")
 
@@ -145,20 +161,22 @@ class Projection:
         if self.limit is None:
             return "mad.lo.u32 t0, w, 16, g;\n"
         return (
-            "shr.u32 t0, w, 1; shl.b32 t0, t0, 5; and.b32 t1, w, 1; mad.lo.u32 t0, t1, 4, t0;"
-            "shr.u32 t1, g, 2; mad.lo.u32 t0, t1, 16, t0; and.b32 t1, g, 3; add.u32 t0, t0, t1;\n"
+            "shr.u32 t0, w, 1; shl.b32 t0, t0, 4; and.b32 t1, w, 1; mad.lo.u32 t0, t1, 4, t0;"
+            "shr.u32 t1, g, 2; mad.lo.u32 t0, t1, 32, t0; and.b32 t1, g, 3; add.u32 t0, t0, t1;\n"
         )
 
 
-def decode_block(second: bool) -> str:
-    """The word of a block to its part of the left operand.
+def decode_half() -> str:
+    """Both words of half a block to their part of the left operand.
 
-    Operands: four registers of two bf16 that it gives, in the order of the columns; the word; two
-    scales, of which the block's is the first or the second.
+    Operands: eight registers of two bf16 that it gives, in the order of the columns; the words;
+    their scale.
     """
-    text = ".reg .b32 t<2>, s, k; "
-    text += "shr.u32 s, $5, 8;" if second else "and.b32 s, $5, 255;"
-    return "{\n" + text + scale("s", "k") + decode("$4", "k", "$") + "\n}"
+    text = ".reg .b32 t<2>, v<4>, s, k; mov.b32 s, $10;" + scale("s", "k")
+    for i in range(2):
+        text += decode(f"${8 + i}", "k", "v")
+        text += "".join(f"mov.b32 ${4 * i + v}, v{v};" for v in range(4))
+    return "{\n" + text + "\n}"
 
 
 def _scope(text: str) -> str:

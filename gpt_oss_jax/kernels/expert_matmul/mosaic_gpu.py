@@ -29,6 +29,7 @@ def expert_mlp(
     *,
     limit: float,
     some_elsewhere: bool = False,
+    room: jax.Array | None = None,
 ) -> jax.Array:
     """See `api.expert_mlp`. With `some_elsewhere`, ids past the experts add nothing.
 
@@ -37,22 +38,29 @@ def expert_mlp(
     """
     if reason := why_not_hopper():
         raise NotImplementedError(reason)
-    return _differentiable(x_MD, experts_MX, weights_MX, w, limit, some_elsewhere)
+    return _differentiable(x_MD, experts_MX, weights_MX, w, room, limit, some_elsewhere)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _differentiable(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit, some_elsewhere):
-    more = {"limit": limit, "some_elsewhere": some_elsewhere}
+def room_of(rows: int, choices: int, w: ExpertWeights) -> int:
+    """Words of `room` that so many rows take; 0 where they take none."""
+    E, F, _, D = w.up.shape
+    many = expert_tile(rows, (E, D, F), choices, multiprocessors())
+    return 0 if many else rows * choices * F // 2
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _differentiable(x_MD, experts_MX, weights_MX, w: ExpertWeights, room, limit, some_elsewhere):
+    more = {"limit": limit, "some_elsewhere": some_elsewhere, "room": room}
     return on_hopper(x_MD, experts_MX, weights_MX, w, **more)
 
 
-def _forward(x_MD, experts_MX, weights_MX, w, limit, some_elsewhere):
-    kept = x_MD, experts_MX, weights_MX, w
+def _forward(x_MD, experts_MX, weights_MX, w, room, limit, some_elsewhere):
+    kept = x_MD, experts_MX, weights_MX, w, room
     return _differentiable(*kept, limit, some_elsewhere), kept
 
 
 def _backward(limit, some_elsewhere, kept, dy_MD):
-    x_MD, experts_MX, weights_MX, w = kept
+    x_MD, experts_MX, weights_MX, w, room = kept
     more = {"limit": limit, "some_elsewhere": some_elsewhere}
     _, pull = jax.vjp(
         lambda x, weights, w: xla.expert_mlp(x, experts_MX, weights, w, **more),
@@ -61,7 +69,8 @@ def _backward(limit, some_elsewhere, kept, dy_MD):
         w,
     )
     dx_MD, dweights_MX, dw = pull(dy_MD)
-    return dx_MD, np.zeros(experts_MX.shape, jax.dtypes.float0), dweights_MX, dw
+    of_integers = lambda x: np.zeros(x.shape, jax.dtypes.float0)
+    return dx_MD, of_integers(experts_MX), dweights_MX, dw, jax.tree.map(of_integers, room)
 
 
 _differentiable.defvjp(_forward, _backward)
@@ -78,6 +87,7 @@ def on_hopper(
     *,
     limit: float,
     some_elsewhere: bool = False,
+    room: jax.Array | None = None,
 ) -> jax.Array:
     """The expert layer for bf16 rows; compiles for Hopper on any machine.
 
@@ -96,5 +106,6 @@ def on_hopper(
         raise NotImplementedError(f"biases are {names}, not all bfloat16 or all float32")
     (M, X), (E, F, _, D) = experts_MX.shape, w.up.shape
     tile = expert_tile(M, (E, D, F), X, multiprocessors())
-    kernel = few_rows if tile is None else functools.partial(many_rows, tile=tile)
+    few = functools.partial(few_rows, room=room)
+    kernel = few if tile is None else functools.partial(many_rows, tile=tile)
     return kernel(x_MD, experts_MX, weights_MX, w, limit=limit, some_elsewhere=some_elsewhere)

@@ -1,4 +1,4 @@
-"""Rows for the tiles of `many_rows`, and what comes of them added up; in one launch each.
+"""Tiles for Hopper's kernels, their rows, and what comes of these added up; in one launch each.
 
 XLA gathers value by value: for 4,096 rows of four experts 220 us in the place of 40.
 """
@@ -8,23 +8,41 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from gpt_oss_jax.kernels.expert_matmul.rows_ptx import Gather, Sum
+from gpt_oss_jax.kernels.expert_matmul.rows_ptx import MAX_SORTED, Gather, Sort, Sum
 from gpt_oss_jax.kernels.expert_matmul.tiles import Tiles
 from gpt_oss_jax.kernels.launch import launch
 
 
+def can_sort(pairs: int, num_experts: int) -> bool:
+    """Whether `sort` takes so many."""
+    return max(pairs, num_experts) <= MAX_SORTED
+
+
+def sort(chosen: jax.Array, num_experts: int, size: int) -> Tiles:
+    """`tiles.sort_into_tiles`, of no more tiles than pairs; places of no pair have -1.
+
+    Tiles past `count` have no expert.
+    """
+    (pairs,) = chosen.shape
+    run = Sort(pairs, num_experts, size, min(pairs, pairs // size + num_experts))
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.int32)
+    outs = shape(run.tiles), shape(run.tiles, size), shape(pairs), shape(1)
+    of_tile, pairs_of, places, count = _launch("sort_pairs", run, outs, (chosen.astype(jnp.int32),))
+    return Tiles(of_tile, pairs_of, places, count[0])
+
+
 def gather(x_MD: jax.Array, tiles: Tiles, choices: int) -> jax.Array:
-    """Rows of all places of tiles, bf16 [R, D], each 32 values `many_rows.in_order`.
+    """Rows of all places of tiles, bf16 [R, D], each 64 values `many_rows.in_order`.
 
     Args:
-      x_MD: bf16 rows, D a multiple of 32.
+      x_MD: bf16 rows, D a multiple of 64.
       tiles: Where pairs of row and expert lie; past `tiles.count` nothing is written.
       choices: Pairs of a row.
     """
     R, D = tiles.pairs.size, x_MD.shape[1]
     run = Gather(R, D, choices, tiles.pairs.shape[1])
     places = tiles.pairs.reshape(-1).astype(jnp.int32), tiles.count.astype(jnp.int32).reshape(1)
-    return _launch("gather_rows", run, (R, D), (x_MD, *places))
+    return _launch("gather_rows", run, _rows(R, D), (x_MD, *places))
 
 
 def add_up(
@@ -40,9 +58,13 @@ def add_up(
     """
     (M, X), D = experts_MX.shape, y_RD.shape[1]
     inputs = y_RD, place_of_pair.astype(jnp.int32), experts_MX.astype(jnp.int32)
-    return _launch("add_rows", Sum(M, D, X, num_experts), (M, D), inputs)
+    return _launch("add_rows", Sum(M, D, X, num_experts), _rows(M, D), inputs)
 
 
-def _launch(name: str, run: Gather | Sum, shape: tuple[int, int], inputs: tuple) -> jax.Array:
-    out = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    return launch(name, run.ptx(), out, inputs, grid=run.grid, warpgroups=1)
+def _rows(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+
+def _launch(name: str, run: Sort | Gather | Sum, outs, inputs: tuple):
+    size = {"warpgroups": run.warps // 4, "shared_bytes": run.shared_bytes}
+    return launch(name, run.ptx(), outs, inputs, grid=run.grid, **size)

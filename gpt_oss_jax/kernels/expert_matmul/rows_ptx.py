@@ -1,12 +1,15 @@
-"""Gathering and summing rows around `many_rows`, as PTX for compute capability 9.0. Knows no JAX.
+"""Sorting pairs, gathering and summing rows, as PTX for compute capability 9.0. Knows no JAX.
 
-A warp has a row, of bf16, and reads and writes 16 bytes a lane at a time.
+To sort, a thread has a pair. Otherwise a warp has a row, of bf16, and reads and writes 16 bytes a
+lane at a time.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
+MAX_SORTED = 1024
 _WARPS = 4
 _AT_ONCE = 3  # Pieces of each row that are on their way together.
 _START = """mov.u32 lane, %tid.x; shr.u32 row, lane, 5; and.b32 lane, lane, 31;
@@ -16,12 +19,92 @@ setp.ge.u32 p, row, {rows}; @p bra DONE;
 
 
 @dataclasses.dataclass(frozen=True)
+class Sort:
+    """Pairs sorted by expert into `tiles.Tiles`, by one thread block.
+
+    Attributes:
+      pairs: Pairs, up to `MAX_SORTED`.
+      experts: Experts there are, likewise; pairs of others come to no tile.
+      tile: Places of a tile.
+      tiles: How many there can be.
+    """
+
+    pairs: int
+    experts: int
+    tile: int
+    tiles: int
+    grid: ClassVar[int] = 1
+
+    @property
+    def warps(self) -> int:
+        """A multiple of four."""
+        return 4 * -(-max(self.pairs, self.experts) // 128)
+
+    @property
+    def shared_bytes(self) -> int:
+        """A count for each warp and expert, and the others' too; tiles of each; its first one."""
+        return 4 * (self.warps * (self.experts + 1) + 2 * self.experts)
+
+    def ptx(self) -> str:
+        """The thread program.
+
+        Its operands: the thread block; pointers to the experts of all pairs, the expert of each
+        tile, the pair of each place (-1 for none), the place of each pair (likewise), how many
+        tiles are in use, and shared memory.
+        """
+        E, threads, everyone = self.experts, 32 * self.warps, f"bar.sync 1, {32 * self.warps};\n"
+        tiles_at = 4 * self.warps * (E + 1)
+        first_at = tiles_at + 4 * E
+        text = f"""{{
+.reg .pred p, in, is; .reg .b32 t0, i, warp, lane, e, rank, cell, own, count, tiles, first, place;
+.reg .b64 at, at_i;
+mov.u32 i, %tid.x; shr.u32 warp, i, 5; and.b32 lane, i, 31; mul.wide.u32 at_i, i, 4;
+setp.lt.u32 in, i, {self.pairs}; setp.lt.u32 is, i, {E};
+add.u64 at, at_i, $1; mov.u32 e, {E}; @in ld.global.nc.u32 e, [at]; min.u32 e, e, {E};
+mad.lo.u32 own, i, 4, $6; mov.u32 t0, 0;
+"""
+        for first in range(0, self.warps * (E + 1), threads):
+            text += f"setp.lt.u32 p, i, {self.warps * (E + 1) - first};"
+            text += f"@p st.shared.u32 [own + {4 * first}], t0;\n"
+        text += "add.u64 at, at_i, $3; mov.u32 t0, -1;\n"
+        for first in range(0, self.tiles * self.tile, threads):
+            text += f"setp.lt.u32 p, i, {self.tiles * self.tile - first};"
+            text += f"@p st.global.u32 [at + {4 * first}], t0;\n"
+        text += f"""{everyone}match.any.sync.b32 count, e, -1;
+mov.u32 t0, 1; shl.b32 t0, t0, lane; sub.u32 t0, t0, 1; and.b32 t0, t0, count;
+popc.b32 rank, t0; popc.b32 count, count; setp.eq.u32 p, rank, 0;
+mad.lo.u32 cell, warp, {E + 1}, e; mad.lo.u32 cell, cell, 4, $6; @p st.shared.u32 [cell], count;
+{everyone}mov.u32 count, 0;
+"""
+        for warp in range(self.warps):
+            at = 4 * (E + 1) * warp
+            text += f"@is ld.shared.u32 t0, [own + {at}]; @is st.shared.u32 [own + {at}], count;"
+            text += "add.u32 count, count, t0;\n"
+        text += f"add.u32 t0, count, {self.tile - 1}; div.u32 tiles, t0, {self.tile};"
+        text += f"@is st.shared.u32 [own + {tiles_at}], tiles;\n{everyone}mov.u32 first, 0;"
+        for e in range(E):
+            text += f"ld.shared.u32 t0, [$6 + {tiles_at + 4 * e}]; setp.gt.u32 p, i, {e};"
+            text += "@p add.u32 first, first, t0;\n"
+        return f"""{text}@is st.shared.u32 [own + {first_at}], first;
+setp.eq.u32 p, i, {E - 1}; add.u32 t0, first, tiles; @p st.global.u32 [$5], t0;
+{everyone}setp.lt.and.u32 p, e, {E}, in; mad.lo.u32 t0, e, 4, $6;
+@p ld.shared.u32 first, [t0 + {first_at}]; ld.shared.u32 t0, [cell]; add.u32 rank, rank, t0;
+mad.lo.u32 place, first, {self.tile}, rank; selp.b32 place, place, -1, p;
+add.u64 at, at_i, $4; @in st.global.u32 [at], place;
+mul.wide.u32 at, place, 4; add.u64 at, at, $3; @p st.global.u32 [at], i;
+div.u32 t0, rank, {self.tile}; add.u32 first, first, t0; mul.lo.u32 t0, t0, {self.tile};
+setp.eq.and.u32 p, t0, rank, p; mul.wide.u32 at, first, 4; add.u64 at, at, $2;
+@p st.global.u32 [at], e;
+}}"""
+
+
+@dataclasses.dataclass(frozen=True)
 class Gather:
     """Rows of x for all places of tiles, in `many_rows.in_order`.
 
     Attributes:
       rows: Places, of all tiles.
-      width: Of a row, a multiple of 32.
+      width: Of a row, a multiple of 64.
       choices: Pairs of a row of x.
       tile: Places of a tile.
     """
@@ -30,6 +113,8 @@ class Gather:
     width: int
     choices: int
     tile: int
+    warps: ClassVar[int] = _WARPS
+    shared_bytes: ClassVar[int] = 16
 
     @property
     def grid(self) -> int:
@@ -49,16 +134,19 @@ class Gather:
 ld.global.nc.u32 t0, [$3]; mul.lo.u32 t0, t0, {self.tile};
 setp.ge.u32 p, row, t0; @p bra DONE;
 mul.wide.u32 at, row, 4; add.u64 at, at, $2; ld.global.nc.u32 t0, [at];
+setp.eq.u32 p, t0, -1; selp.b32 t0, 0, t0, p;
 div.u32 t0, t0, {self.choices}; mul.wide.u32 from, t0, {2 * self.width}; add.u64 from, from, $1;
 mul.wide.u32 at, row, {2 * self.width}; add.u64 at, at, $4;
-mul.wide.u32 more, lane, 64; add.u64 from, from, more; add.u64 at, at, more;
+mul.wide.u32 more, lane, 64; add.u64 at, at, more;
+and.b32 t0, lane, 1; mul.lo.u32 t0, t0, 16; shr.u32 row, lane, 1; mad.lo.u32 t0, row, 128, t0;
+cvt.u64.u32 more, t0; add.u64 from, from, more;
 """
         blocks = self.width // 32
         for first in range(0, blocks, 32):
             text += f"setp.lt.u32 p, lane, {blocks - first};\n"
             for q in range(4):
                 words = ", ".join(f"w{i}" for i in range(4))
-                text += f"@p ld.global.nc.v4.u32 {{{words}}}, [from + {64 * first + 16 * q}];"
+                text += f"@p ld.global.nc.v4.u32 {{{words}}}, [from + {64 * first + 32 * q}];"
                 # Values four apart come together: 0 and 4, 1 and 5, 2 and 6, 3 and 7.
                 for v in range(4):
                     halves = (0x5410, 0x7632)[v % 2]
@@ -85,6 +173,8 @@ class Sum:
     width: int
     choices: int
     experts: int | None = None
+    warps: ClassVar[int] = _WARPS
+    shared_bytes: ClassVar[int] = 16
 
     @property
     def grid(self) -> int:
