@@ -173,6 +173,9 @@ def kind_of(device: jax.Device) -> Kind:
     known = (kind for kind in KINDS.values() if kind.jax_name == device.device_kind)
     if kind := next(known, None):
         return kind
+    if jax.process_count() > 1:
+        # One of another process tells nothing, and is like those of this one.
+        device = jax.local_devices()[0]
     memory = (device.memory_stats() or {}).get("bytes_limit", 0)
     return Kind(device.device_kind, device.platform, memory / GIB, 0, 0)
 

@@ -156,7 +156,7 @@ def outline(
     graphdef, state = nnx.split(nnx.eval_shape(make))
     flat = {path: x.replace(_target(x, mesh)) for path, x in nnx.to_flat_state(state)}
     if _platform(mesh) == "tpu":
-        ours = SingleDeviceSharding(jax.config.jax_default_device or jax.devices()[0])
+        ours = SingleDeviceSharding(jax.config.jax_default_device or jax.local_devices()[0])
         table = flat["embedding", "weight"]
         where = rows_whole(table.sharding or ours)
         flat["embedding", "weight"] = table.replace(
