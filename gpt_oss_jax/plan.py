@@ -164,7 +164,11 @@ def parse_device(text: str) -> tuple[Kind, int]:
         )
     kind = KINDS[name]
     if name in _NAMED_BY_CORES and "-" in text:
-        count = max(1, count // 2)
+        if count % 2:
+            raise ValueError(
+                f"the number of a {name} slice counts its cores, two to a chip; got {text!r}."
+            )
+        count //= 2
     return kind, count * kind.devices_per_chip
 
 

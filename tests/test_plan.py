@@ -34,6 +34,11 @@ def test_names_of_devices(text, name, devices):
     assert parse_device(text) == (KINDS[name], devices)
 
 
+def test_half_a_chip_is_refused():
+    with pytest.raises(ValueError, match="two to a chip; got 'v5p-7'"):
+        parse_device("v5p-7")
+
+
 def test_a_card_is_known_by_its_memory():
     kind, devices = parse_device("16GB")
     assert (kind.platform, devices) == ("gpu", 1) and kind.memory_gib == 0.95 * 16
@@ -196,6 +201,10 @@ def test_the_command(capsys, monkeypatch):
     assert "export XLA_CLIENT_MEM_FRACTION=0.95" in capsys.readouterr().out
     assert cli.main(["plan", "120b", "--device", "16GB"]) == 1
     assert "does NOT fit: 4" in capsys.readouterr().out
+    assert cli.main(["plan", "20b", "--device", "v5e", "--batch", "100000"]) == 1
+    assert "--batch 8 would fit at this context." in capsys.readouterr().out
+    assert cli.main(["plan", "20b", "--device", "v5e", "--expert-form", "folded"]) == 1
+    assert "or larger ones, or --expert-form packed." in capsys.readouterr().out
     assert cli.main(["plan", "20b", "--device", "2xh100"]) == 0
     told = capsys.readouterr()
     assert "20b on h100, bfloat16" in told.out

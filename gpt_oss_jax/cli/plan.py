@@ -114,10 +114,15 @@ def _table(found: Plan) -> str:
             f"It does NOT fit: {-found.margin / GIB:.2f} GiB are missing. "
             f"--context {found.largest_context} would fit at batch {found.batch}."
         )
+    elif found.largest_batch:
+        lines.append(
+            f"It does NOT fit: {-found.margin / GIB:.2f} GiB are missing. "
+            f"--batch {found.largest_batch} would fit at this context."
+        )
     else:
         lines.append(
             f"It does NOT fit: {-found.margin / GIB:.2f} GiB are missing. More devices are needed, "
-            "or larger ones."
+            f"or larger ones{', or --expert-form packed' if found.expert_form == 'folded' else ''}."
         )
     needed = POOL * (1 - found.margin / GIB / found.kind.memory_gib)
     if found.fits and found.kind.platform == "gpu" and needed > _DEFAULT_POOL:
