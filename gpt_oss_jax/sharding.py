@@ -70,12 +70,15 @@ def make_mesh(
       devices: Their product in devices; the first of `jax.devices()` if None.
 
     Raises:
-      ValueError: If there are fewer devices than asked for.
+      ValueError: If a size is no whole number of at least 1, or there are fewer devices than asked
+        for.
     """
     sizes = dict(zip(MESH_AXES, (data, fsdp, context, expert, tensor), strict=True))
     shape = tuple(sizes.values())
-    if min(shape) < 1:
-        raise ValueError(f"the sizes of a mesh must be at least 1, got {spelled(sizes)}.")
+    if not all(isinstance(x, int | np.integer) and x >= 1 for x in shape):
+        raise ValueError(
+            f"the sizes of a mesh must be whole numbers of at least 1, got {spelled(sizes)}."
+        )
     wanted = math.prod(shape)
     devices = jax.devices() if devices is None else list(devices)
     if len(devices) < wanted:

@@ -235,6 +235,12 @@ def test_too_few_devices_are_refused():
         make_mesh(data=16)
 
 
+@pytest.mark.parametrize("size", [0, 2.0, "2", None])
+def test_sizes_are_whole_numbers(size):
+    with pytest.raises(ValueError, match="whole numbers of at least 1"):
+        make_mesh(data=size)
+
+
 def test_explicit_axes_are_refused():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     with pytest.raises(ValueError, match="Auto axes"):
