@@ -19,6 +19,7 @@ from sizes import SHARDABLE
 
 from gpt_oss_jax import SamplingParams, distributed_init, generate, load
 from gpt_oss_jax.checkpoint import export, synthetic
+from gpt_oss_jax.cli import build_parser, processes
 from gpt_oss_jax.distributed import detect as detecting, join
 from gpt_oss_jax.distributed.detect import Place, detect
 from gpt_oss_jax.distributed.lifeline import meet
@@ -106,6 +107,18 @@ def test_command_line_converts_once_and_only_process_0_speaks(tmp_path):
         results = [ended(process) for process in processes]
     assert results == [(0, "", "gpt-oss-jax: to-0 is written, read back and equal"), (0, "", "")]
     assert sorted(x.name for x in tmp_path.iterdir()) == ["hf", "to-0"]
+
+
+def test_another_command_than_that_of_process_0_is_refused(monkeypatch):
+    line = Mock(index=1)
+    line.broadcast.return_value = {"command": "chat", "model": "tiny"}
+    monkeypatch.setattr(join, "_line", line)
+    monkeypatch.setattr(join, "_count", 2)
+    monkeypatch.setattr(processes, "distributed", join)
+    monkeypatch.setattr(join, "distributed_init", Mock())
+    args = build_parser().parse_args(["generate", "tiny", "text"])
+    with pytest.raises(ValueError, match="process 0 was started with chat, this one with generate"):
+        processes.join(args)
 
 
 def test_who_is_missing_is_named():
@@ -256,6 +269,7 @@ def test_addresses():
     [
         (("host", 2), "process_id is not there"),
         (("host", 2, 2), "process_id must be from 0"),
+        (("host", 2, "0"), "must be int .*, got 2 and '0'"),
         (("host:port", 2, 1), "coordinator must be"),
     ],
 )

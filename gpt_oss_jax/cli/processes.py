@@ -34,13 +34,22 @@ def join(args: argparse.Namespace) -> None:
     """Brings the processes together that `add_process_options` speak of, before any device.
 
     What was asked of process 0 is asked of all. The others print nothing but errors.
+
+    Raises:
+      ValueError: If this process was started with another command than process 0.
     """
     own = ("coordinator", "num_processes", "process_id")
     distributed.distributed_init(*(getattr(args, name) for name in own))
     if distributed.count() == 1:
         return
     plain = {k: v for k, v in vars(args).items() if k not in own and not callable(v)}
-    vars(args).update(distributed.broadcast(plain))
+    asked = distributed.broadcast(plain)
+    if asked["command"] != args.command:
+        raise ValueError(
+            f"process 0 was started with {asked['command']}, this one with {args.command}: give "
+            "every process the same command."
+        )
+    vars(args).update(asked)
     if distributed.index():
         logging.getLogger("gpt_oss_jax").setLevel(logging.ERROR)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -160,6 +160,11 @@ def _address(coordinator: str | None, port: int) -> tuple[str | None, int]:
 def _place(host: str | None, num_processes: int | None, process_id: int | None) -> Place | None:
     if num_processes == 1 and process_id in (None, 0):
         return None
+    if not all(isinstance(x, int | None) for x in (num_processes, process_id)):
+        raise ValueError(
+            "num_processes and process_id must be int (environment variables are not), got "
+            f"{num_processes!r} and {process_id!r}."
+        )
     detected = None if None not in (host, num_processes, process_id) else detect()
     if detected is None:
         given = {"coordinator": host, "num_processes": num_processes, "process_id": process_id}
