@@ -1,5 +1,8 @@
 """What every test shares: strict JAX settings, eight CPU devices and two model sizes."""
 
+import gc
+from pathlib import Path
+
 import jax
 import pytest
 
@@ -9,6 +12,19 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 from sizes import SHARDABLE, TINY  # noqa: E402  (the settings come before anything uses JAX)
 
 from gpt_oss_jax.config import Config  # noqa: E402
+
+# Linux gives a process 65,530 of them; each program that XLA compiles for CPUs takes some.
+_MANY_MAPS = 30_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Programs of earlier tests are dropped before there is no room for more, which aborts."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > _MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -116,7 +116,7 @@ def _attend_without_sinks(q, k, v, sinks, *rest):
 def _bias_after_weighting(x, experts, weights, w, **options):
     mixed = _expert_mlp(x, experts, weights, w, **options)
     bias_MXD = w.down_bias[experts].astype(jnp.float32)
-    return mixed + ((1 - weights[..., None]) * bias_MXD).sum(1).astype(mixed.dtype)
+    return mixed + ((1 - weights[..., None]) * bias_MXD).sum(-2).astype(mixed.dtype)
 
 
 def _swiglu(plus=1.0, low=-jnp.inf, linear_low=-1.0):
