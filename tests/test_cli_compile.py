@@ -97,6 +97,7 @@ def test_shapes_give_the_programs_of_arrays(tmp_path, monkeypatch, axes, form, c
     """With the weights in the order of a TPU, one of them bound to its device."""
     monkeypatch.setattr(loading, "_platform", lambda mesh: "tpu")
     folder = synthetic.write(SHARDABLE, tmp_path / "model")
+    jax.clear_caches()  # What an earlier test compiled would not be compiled again.
     greedy, mesh = SamplingParams(0.0), make_mesh(**axes) if axes else None
     with compile_archive.kept_in(tmp_path / "ahead"):
         options = {"mesh": mesh, "dtype": jnp.float32, "expert_form": form}
