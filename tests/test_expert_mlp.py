@@ -240,3 +240,12 @@ def test_wrong_shapes_are_refused():
     x, chosen, weight = rows(3)
     with pytest.raises(ValueError, match="must be"):
         expert_mlp(x[:, 1:], chosen, weight, weights(), limit=7.0)
+
+
+@pytest.mark.parametrize(("less", "dtype"), [(1, jnp.int32), (0, jnp.float32)])
+def test_room_of_another_size_or_type_is_refused(less, dtype):
+    x, chosen, weight = rows(3)
+    w = weights()
+    room = jnp.full(chosen.size * w.up.shape[1] // 2 - less, -1, dtype)
+    with pytest.raises(ValueError, match="room must be int32"):
+        api.expert_mlp(x, chosen, weight, w, limit=7.0, room=room)

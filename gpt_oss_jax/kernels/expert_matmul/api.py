@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gpt_oss_jax.kernels import sharded
@@ -44,8 +45,8 @@ def expert_mlp(
       limit: Clamp of gate and linear part.
       implementation: "mosaic_gpu", "mosaic_tpu", "xla", or None for the fastest that can.
       mesh: Devices to split rows and experts over; None: one device.
-      room: int32 [M X F / 2], all -1: what "mosaic_gpu" needs for few rows, and else makes. It is
-        overwritten.
+      room: int32 [M X F / 2], all -1: what "mosaic_gpu" needs for few rows, and else makes. Used
+        twice, it is copied. Not for a mesh.
 
     Returns:
       [M, D] in the dtype of the rows.
@@ -69,6 +70,14 @@ def expert_mlp(
             f"with rows {x_MD.shape}, the rows of experts, up, up_bias, down, down_bias and "
             f"weights must be {wanted}, got {came}."
         )
+
+    if room is not None:
+        wanted = (experts_MX.size * F // 2,), jnp.int32
+        if mesh is not None or (room.shape, room.dtype) != wanted:
+            raise ValueError(
+                f"room must be int32 {wanted[0]}, all -1, and there must be no mesh; got "
+                f"{room.dtype} {room.shape}{'' if mesh is None else ' and a mesh'}."
+            )
 
     def kernel(x, experts, weights, w):
         # Of a mesh, a device has some of the experts: an id past them is that of another one.
