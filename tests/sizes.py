@@ -1,4 +1,4 @@
-"""Two model sizes for tests, importable from any folder of tests.
+"""Three model sizes for tests, importable from any folder of tests.
 
 `TINY` has a different size on every axis, so that a transposed or swapped axis cannot hide; nothing
 divides it, so tests of sharding use `SHARDABLE`.
@@ -32,4 +32,18 @@ SHARDABLE = Config(
     num_attention_heads=12,
     num_key_value_heads=4,
     sliding_window=5,
+)
+
+# Text needs the released vocabulary; all else is as small as it gets.
+WHOLE_VOCABULARY = Config(
+    num_hidden_layers=2,
+    num_experts=4,
+    experts_per_token=2,
+    vocab_size=201_088,
+    hidden_size=32,
+    intermediate_size=64,
+    head_dim=16,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    sliding_window=16,
 )

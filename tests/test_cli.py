@@ -14,32 +14,21 @@ import types
 
 import jax
 import pytest
+from sizes import WHOLE_VOCABULARY
 
 from gpt_oss_jax import __version__, cli, compile_cache
 from gpt_oss_jax.chat import Reply
 from gpt_oss_jax.checkpoint import synthetic, writer
 from gpt_oss_jax.cli import chat as cli_chat, terminal
-from gpt_oss_jax.config import GPT_OSS_20B, Config
+from gpt_oss_jax.config import GPT_OSS_20B
 from gpt_oss_jax.harmony import encode_text
-
-# Harmony needs the released vocabulary; all else is as small as it gets.
-CONFIG = Config(
-    num_hidden_layers=2,
-    num_experts=4,
-    experts_per_token=2,
-    vocab_size=201_088,
-    hidden_size=32,
-    intermediate_size=64,
-    head_dim=16,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    sliding_window=16,
-)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return str(synthetic.write(CONFIG, tmp_path_factory.mktemp("checkpoint") / "random", "hf", 1))
+    return str(
+        synthetic.write(WHOLE_VOCABULARY, tmp_path_factory.mktemp("checkpoint") / "random", "hf", 1)
+    )
 
 
 @pytest.fixture(scope="module")

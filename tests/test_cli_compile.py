@@ -10,28 +10,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from sizes import SHARDABLE
+from sizes import SHARDABLE, WHOLE_VOCABULARY
 
 from gpt_oss_jax import cli, compile_archive
 from gpt_oss_jax.checkpoint import load, loading, outline, preparations, synthetic
-from gpt_oss_jax.config import Config
 from gpt_oss_jax.generate import ahead, generate_batch, loop
 from gpt_oss_jax.sampling import SamplingParams
 from gpt_oss_jax.sharding import make_mesh
 
-# Raw text needs the released vocabulary; all else is as small as it gets.
-SMALL = Config(
-    num_hidden_layers=2,
-    num_experts=4,
-    experts_per_token=2,
-    vocab_size=201_088,
-    hidden_size=32,
-    intermediate_size=64,
-    head_dim=16,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    sliding_window=16,
-)
 NAMES = {"empty_cache", "prefill", "begin", "_decode", "grown"}
 # Another process, which finds what an archive brought, or does not.
 RUN = """
@@ -66,7 +52,7 @@ def process(tmp_path, *arguments):
 
 
 def test_an_archive_spares_a_new_process_all_compiling(tmp_path):
-    folder, archive = str(synthetic.write(SMALL, tmp_path / "model")), tmp_path / "a.tar"
+    folder, archive = str(synthetic.write(WHOLE_VOCABULARY, tmp_path / "model")), tmp_path / "a.tar"
     compile = ["-m", "gpt_oss_jax", "compile", folder, "-c", "400", "--output", str(archive)]
     done = process(tmp_path, *compile)
     assert done.stdout.startswith("5 programs for cpu in ") and "MB: " in done.stdout

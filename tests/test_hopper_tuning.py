@@ -66,3 +66,8 @@ def test_the_table_decides(monkeypatch, table, tile):
     table({tuning.device_key(target.multiprocessors()): {shape: {"8": tile}}})
     mosaic_gpu.on_hopper.__wrapped__(x, chosen, weight, w, limit=7.0)
     assert taken == [("few_rows" if tile is None else "many_rows", tile)]
+
+
+def test_few_rows_are_no_more_than_can_be_sorted():
+    assert tuning.default_tile(64, 256, 16) is None
+    assert tuning.default_tile(128, 256, 16) is not None

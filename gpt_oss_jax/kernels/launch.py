@@ -18,7 +18,6 @@ def launch(
     warpgroups: int,
     shared_bytes: int = 16,
     cluster: int = 1,
-    dependent: bool = False,
 ):
     """Runs a program in every thread of a grid; compiles for Hopper on any machine.
 
@@ -32,7 +31,6 @@ def launch(
       warpgroups: Of a block, 128 threads each.
       shared_bytes: Shared memory of a block.
       cluster: Blocks of a cluster; they divide the grid.
-      dependent: The program waits for the launch before it by itself (`griddepcontrol.wait`).
     """
     # Here, because these change from one version of JAX to the next.
     from jax.experimental import pallas as pl
@@ -47,8 +45,6 @@ def launch(
             mgpu.inline_ptx(text, mgpu.block_idx(), *pointers, convergent=True)
 
         thread(*refs)
-        if dependent:
-            plgpu.griddepcontrol_wait()  # This marks the launch as one that waits.
 
     shape = {
         "grid": (grid // cluster,),

@@ -17,7 +17,8 @@ from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import (
     WARPS,
     Layer,
 )
-from gpt_oss_jax.kernels.expert_matmul.rows import can_sort, sort
+from gpt_oss_jax.kernels.expert_matmul.rows import can_sort, most_tiles, sort
+from gpt_oss_jax.kernels.expert_matmul.rows_ptx import MAX_SORTED
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.kernels.launch import launch
 from gpt_oss_jax.kernels.target import multiprocessors
@@ -41,7 +42,10 @@ def few_rows(
     M, X = experts_MX.shape
     program = layer(w, M, X, limit, some_elsewhere)
     if not can_sort(M * X, program.experts):
-        raise NotImplementedError(f"got {M * X} pairs of row and expert, {program.experts} experts")
+        raise NotImplementedError(
+            f"takes up to {MAX_SORTED:,} pairs of row and expert and as many experts, got "
+            f"{M * X:,} and {program.experts:,}"
+        )
     if max(program.up.blocks, program.down.blocks) > MAX_BLOCKS:
         raise NotImplementedError(f"takes widths up to {32 * MAX_BLOCKS}, got experts {w.up.shape}")
     experts = experts_MX.reshape(-1).astype(jnp.int32)
@@ -71,7 +75,7 @@ def layer(w: ExpertWeights, M: int, X: int, limit: float, some_elsewhere: bool =
         hidden=F,
         experts=E,
         choices=X,
-        visits=M * X if alone else min(M * X, E + M * X // columns),
+        visits=M * X if alone else most_tiles(M * X, E, columns),
         columns=columns,
         bias_bytes=w.up_bias.dtype.itemsize,
         limit=limit,

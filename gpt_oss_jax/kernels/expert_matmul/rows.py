@@ -18,13 +18,18 @@ def can_sort(pairs: int, num_experts: int) -> bool:
     return max(pairs, num_experts) <= MAX_SORTED
 
 
+def most_tiles(pairs: int, num_experts: int, size: int) -> int:
+    """Tiles that `sort` makes room for: an expert may leave one part empty, none all of it."""
+    return min(pairs, pairs // size + num_experts)
+
+
 def sort(chosen: jax.Array, num_experts: int, size: int) -> Tiles:
     """`tiles.sort_into_tiles`, of no more tiles than pairs; places of no pair have -1.
 
     Tiles past `count` have no expert.
     """
     (pairs,) = chosen.shape
-    run = Sort(pairs, num_experts, size, min(pairs, pairs // size + num_experts))
+    run = Sort(pairs, num_experts, size, most_tiles(pairs, num_experts, size))
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.int32)
     outs = shape(run.tiles), shape(run.tiles, size), shape(pairs), shape(1)
     of_tile, pairs_of, places, count = _launch("sort_pairs", run, outs, (chosen.astype(jnp.int32),))

@@ -10,6 +10,8 @@ import functools
 import json
 from pathlib import Path
 
+from gpt_oss_jax.kernels.expert_matmul.rows_ptx import MAX_SORTED
+
 TABLE = Path(__file__).with_name("tuning.json")
 MAX_FEW_ROWS = 128
 _MIN_TILE, _MAX_TILE = 8, 128
@@ -39,7 +41,7 @@ def expert_tile(
 def default_tile(rows: int, experts: int, choices: int) -> int | None:
     """`expert_tile` of a device and shape that nobody measured."""
     pairs = rows * choices
-    few = rows <= MAX_FEW_ROWS and pairs <= _FEW_PAIRS * experts
+    few = rows <= MAX_FEW_ROWS and pairs <= min(_FEW_PAIRS * experts, MAX_SORTED)
     return None if few else tile_rows(pairs, experts)
 
 
