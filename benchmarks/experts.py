@@ -53,7 +53,7 @@ def weights(sizes: config.Config) -> ExpertWeights:
     def packed(keys, shape):
         blocks = jax.random.bits(keys[0], (*shape[:-1], shape[-1] // 32, 16), jnp.uint8)
         scales = jax.random.randint(keys[1], blocks.shape[:-1], 112, 122)
-        return MXArray(blocks, scales.astype(jnp.uint8))
+        return MXArray(blocks, scales.astype(jnp.uint8), shuffled=True)
 
     return ExpertWeights(
         packed(keys[:2], (E, F, 2, D)),

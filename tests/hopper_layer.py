@@ -19,7 +19,8 @@ def layer(M, E=5, X=2, D=96, F=64, bias=np.float32, same=False):
     def packed(*shape):
         blocks = random.integers(0, 256, (*shape[:-1], shape[-1] // 32, 16))
         scales = random.integers(110, 124, (*shape[:-1], shape[-1] // 32))
-        return MXArray(jnp.asarray(blocks, jnp.uint8), jnp.asarray(scales, jnp.uint8))
+        packed = (jnp.asarray(x, jnp.uint8) for x in (blocks, scales))
+        return MXArray(*packed, shuffled=True)
 
     w = ExpertWeights(
         packed(E, F, 2, D),

@@ -280,6 +280,7 @@ class _Warp:
             "xor": lambda: u[0] ^ u[1],
             "shl": lambda: u[0] << u[1],
             "shr": lambda: u[0] >> u[1],
+            "shf": lambda: (u[1] << np.uint64(32) | u[0]) >> (u[2] & np.uint64(31)),
             "add": lambda: v[0] + v[1],
             "sub": lambda: v[0] - v[1],
             "mul": lambda: u[0] * u[1],

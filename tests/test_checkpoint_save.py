@@ -14,7 +14,7 @@ from checkpoint_oracle import leaves, ours_from_hf, read_all, rewrite, same_bits
 from flax import nnx
 from sizes import SHARDABLE, TINY
 
-from gpt_oss_jax.checkpoint import export, load, save, saving, synthetic, writer
+from gpt_oss_jax.checkpoint import export, load, loading, save, saving, synthetic, writer
 from gpt_oss_jax.quant import dequantize
 from gpt_oss_jax.sharding import make_mesh
 
@@ -62,6 +62,22 @@ def test_dense_experts_are_byte_identical(folders, tmp_path, dtype):
     export(folders / "dense", tmp_path / "exported", "hf-bf16")
     same_bits(read_all(tmp_path / "saved"), read_all(folders / "dense"))
     same_bits(read_all(tmp_path / "exported"), read_all(folders / "dense"))
+
+
+@pytest.mark.parametrize("axes", [None, {"expert": 2, "tensor": 2}], ids=["one", "four"])
+def test_experts_shuffled_for_hopper_go_out_as_they_came(folders, tmp_path, monkeypatch, axes):
+    mesh = axes and make_mesh(**axes)
+    plain = load(folders / "hf", dtype=jnp.bfloat16, mesh=mesh)
+    monkeypatch.setattr(loading, "_shuffles", lambda *_: True)
+    model = load(folders / "hf", dtype=jnp.bfloat16, mesh=mesh)
+    outlined = loading.outline(model.config, dtype=jnp.bfloat16, mesh=mesh)
+    assert nnx.graphdef(outlined) == nnx.graphdef(model) != nnx.graphdef(plain)
+    up, came = model.layers[0].mlp.up.blocks[...], plain.layers[0].mlp.up.blocks[...]
+    assert up.sharding == came.sharding and (up != came).any()
+    tokens = jnp.arange(6)[None]
+    np.testing.assert_array_equal(model(tokens), plain(tokens))
+    save(model, tmp_path / "out", format="hf-mxfp4")
+    same_bits(read_all(tmp_path / "out"), read_all(folders / "hf"))
 
 
 def test_a_model_on_a_mesh_is_saved_whole(tmp_path):

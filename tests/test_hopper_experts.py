@@ -16,7 +16,7 @@ from hopper_layer import kernels_for_cuda, layer
 from gpt_oss_jax.kernels import sharded, target
 from gpt_oss_jax.kernels.dispatch import dispatch
 from gpt_oss_jax.kernels.expert_matmul import api, few_rows, few_rows_ptx, mosaic_gpu
-from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
+from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights, in_checkpoint_order
 from gpt_oss_jax.quant import MXArray
 from gpt_oss_jax.sharding import make_mesh
 
@@ -119,13 +119,15 @@ def test_every_code_and_scale_is_exact():
     blocks = np.tile(codes[::2] % 16 | (codes[1::2] % 16) << 4, (1, 32, 1, 1)).astype(np.uint8)
     scales = np.arange(112, 144, dtype=np.uint8).reshape(1, 32, 1)
     program = OnlyDown(32, 32, 1, choices=1, visits=1, columns=1, bias_bytes=4, limit=7.0)
-    want = np.asarray(MXArray(blocks, scales).dequantize(jnp.float32))[0]
+    w = MXArray(jnp.asarray(blocks), jnp.asarray(scales))
+    want = np.asarray(w.dequantize(jnp.float32))[0]
     nothing = np.zeros(32, np.int32)
     for k in range(32):
         memory = ptx.Memory()
         hidden = jnp.eye(32, dtype=jnp.bfloat16)[k : k + 1]
         up = 3 * [nothing]
-        arrays = [nothing, nothing, nothing, np.ones(1, np.float32), *up, blocks, scales, nothing]
+        down = [w.shuffle().blocks, scales, nothing]
+        arrays = [nothing, nothing, nothing, np.ones(1, np.float32), *up, *down]
         out = np.full(32, np.nan, np.float32)
         places = [memory.put(np.asarray(a)) for a in [*arrays, hidden, out]]
         ptx.launch(
@@ -168,6 +170,7 @@ if not OLD:
         (lambda x, *rest: (x.astype(jnp.float32), *rest), "bfloat16"),
         (lambda x, chosen, weight, w: (x, chosen, weight, dense(w)), "MXFP4"),
         (lambda x, chosen, weight, w: (x, chosen, weight, in_words(w)), "TPU words"),
+        (lambda x, chosen, weight, w: (x, chosen, weight, in_checkpoint_order(w)), "shuffles"),
         (lambda x, chosen, weight, w: (x, chosen, weight, half_biased(w)), "biases are float16"),
     ],
 )

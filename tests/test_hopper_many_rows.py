@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 
 from gpt_oss_jax.kernels import target
 from gpt_oss_jax.kernels.expert_matmul import many_rows, many_rows_ptx, rows, tiles, tuning, xla
-from gpt_oss_jax.quant import MXArray, mxfp4
+from gpt_oss_jax.quant import MXArray, hopper_words, mxfp4
 
 W, G, Q = np.arange(128) // 32, np.arange(128) % 32 // 4, np.arange(128) % 4
 
@@ -194,8 +194,9 @@ def test_every_code_and_scale_is_exact(limit, step):
     p = many_rows_ptx.Projection(outputs=64, blocks=B, step=step, bias_bytes=4, limit=limit)
     blocks = random.permutation(np.arange(64 * B * 16) % 256).astype(np.uint8).reshape(64, B, 16)
     scales = random.permutation(np.arange(64 * B) % 80 + 68).astype(np.uint8).reshape(64, B)
-    values = MXArray(jnp.asarray(blocks), jnp.asarray(scales)).dequantize(jnp.float32)
-    want = np.asarray(many_rows.in_order(values))[:, 32 * step :]
+    w = MXArray(jnp.asarray(blocks), jnp.asarray(scales))
+    want = np.asarray(many_rows.in_order(w.dequantize(jnp.float32)))[:, 32 * step :]
+    blocks = np.asarray(w.shuffle().blocks)
     got = left(p, blocks[:, step:].reshape(64, 16 * step), scales, 1) * np.float32(2.0**64)
     rows = sorted(range(64), key=lambda slot: output(slot, limit is not None))
     np.testing.assert_array_equal(got[rows], want)
@@ -268,7 +269,7 @@ def add_up_in_jax(y_RD, place_of_pair, experts_MX, num_experts):
 def decode_in_jax(p, i):
     def decode(loaded):
         w, scales, step = loaded
-        nibbles = w[...].reshape(64, 6, 16)[:, 2 * i : 2 * i + 2]
+        nibbles = hopper_words.in_order(w[...].reshape(64, 6, 16)[:, 2 * i : 2 * i + 2])
         codes = jnp.stack([nibbles & jnp.uint8(15), nibbles >> jnp.uint8(4)], axis=-1)
         own = scales[...].reshape(64, p.blocks)
         own = jax.lax.dynamic_slice(own, (0, 6 * step + 2 * i), (64, 2))

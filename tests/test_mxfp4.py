@@ -101,3 +101,20 @@ def test_mxarray_is_a_pytree_that_knows_its_shape():
     assert array[1].shape == (5, 64)
     assert jax.tree.leaves(array)[0].dtype == jnp.uint8
     np.testing.assert_array_equal(array.dequantize(jnp.float32), jnp.ones((3, 5, 64)))
+
+
+def test_shuffled_it_is_the_same_array():
+    """Every bit has a place of its own, for all bytes; and an index cuts it as it does others."""
+    blocks = np.random.default_rng(0).permutation(np.arange(2 * 3 * 2 * 16) % 256)
+    blocks = jnp.asarray(blocks.reshape(2, 3, 2, 16), jnp.uint8)
+    array = MXArray(blocks, jnp.full((2, 3, 2), 127, jnp.uint8))
+    shuffled = jax.jit(MXArray.shuffle)(array)
+    assert shuffled.shape == array.shape and not (shuffled.blocks == blocks).all()
+    back = jax.jit(MXArray.in_checkpoint_order)(shuffled)
+    np.testing.assert_array_equal(back.blocks, blocks)
+    want = array.dequantize(jnp.float32)
+    np.testing.assert_array_equal(shuffled.dequantize(jnp.float32), want)
+    np.testing.assert_array_equal(shuffled[1].dequantize(jnp.float32), want[1])
+    np.testing.assert_array_equal(
+        shuffled.in_words().dequantize(jnp.float32), array.in_words().dequantize(jnp.float32)
+    )

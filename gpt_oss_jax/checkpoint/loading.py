@@ -6,6 +6,7 @@ processes each reads what its own devices hold.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from gpt_oss_jax.checkpoint import synthetic
 from gpt_oss_jax.checkpoint.experts import Source, model_kind, with_experts
@@ -29,11 +30,11 @@ from gpt_oss_jax.checkpoint.progress import progress
 from gpt_oss_jax.checkpoint.source import open_safetensors
 from gpt_oss_jax.checkpoint.stream import Request
 from gpt_oss_jax.config import Config
-from gpt_oss_jax.kernels.target import platform
+from gpt_oss_jax.kernels.target import platform, why_not_hopper
 from gpt_oss_jax.model import Transformer
 from gpt_oss_jax.model.layers import in_rows, rows_whole
 from gpt_oss_jax.model.moe import EXPERT_FORMS, MoE, can_use_words, folds, in_words
-from gpt_oss_jax.quant import MXArray
+from gpt_oss_jax.quant import MXArray, hopper_words
 from gpt_oss_jax.quant.tpu_folded import SPAN
 from gpt_oss_jax.sharding import named_sharding, spelled
 
@@ -98,7 +99,8 @@ def load(
     use_words = _uses_words(config, kind, mesh, implementation)
     _check_form(expert_form, use_words)
     options = {"dtype": dtype, "experts": kind, "implementation": implementation, "mesh": mesh}
-    abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), **options))
+    shuffled = _shuffles(kind, mesh, dtype, implementation)
+    abstract = nnx.eval_shape(lambda: _made(config, shuffled, **options))
     graphdef, state = nnx.split(abstract)
     variables = {"/".join(map(str, path)): x for path, x in nnx.to_flat_state(state)}
     targets = {path: _target(variable, mesh) for path, variable in variables.items()}
@@ -108,6 +110,8 @@ def load(
     total = sum(x.size * x.dtype.itemsize for x in targets.values())
     with progress("loading", total) as step:
         for path, array in arrays(targets):
+            if shuffled and path.endswith("/blocks"):
+                array = _shuffle(targets[path].sharding)(array)
             variables[path] = variables[path].replace(array)
             step(array.nbytes)
     flat = [(path, variables["/".join(map(str, path))]) for path, _ in nnx.to_flat_state(state)]
@@ -146,8 +150,8 @@ def outline(
     _check_form(expert_form, use_words)
 
     def make():
-        options = {"dtype": dtype, "experts": experts, "mesh": mesh}
-        model = Transformer(config, rngs=nnx.Rngs(0), **options)
+        shuffled = _shuffles(experts, mesh, dtype)
+        model = _made(config, shuffled, dtype=dtype, experts=experts, mesh=mesh)
         for layer in model.layers if use_words else ():
             for projection in (layer.mlp.up, layer.mlp.down):
                 projection.use_words(form=expert_form or "packed")
@@ -184,6 +188,27 @@ def preparations(model: Transformer) -> Iterator[tuple[str, jax.stages.Lowered]]
             yield f"whether experts fold, {name}", folds.lower(matrix)
         run = in_words(model.mesh, model.config.num_experts, form)
         yield f"experts {form}, {name}", run.lower(matrix)
+
+
+def _made(config: Config, shuffled: bool, **options) -> Transformer:
+    """A model of random weights; `shuffled` are what its experts will be."""
+    model = Transformer(config, rngs=nnx.Rngs(0), **options)
+    for layer in model.layers if shuffled else ():
+        layer.mlp.up.shuffled = layer.mlp.down.shuffled = True
+    return model
+
+
+def _shuffles(experts: str, mesh: Mesh | None, dtype, implementation: str | None = None) -> bool:
+    """Whether kernels for Hopper will run, whose order experts are put into."""
+    named = implementation in (None, "mosaic_gpu")
+    can = named and _platform(mesh) == "gpu" and not why_not_hopper()
+    return can and experts == "mxfp4" and dtype == jnp.bfloat16
+
+
+@functools.cache
+def _shuffle(sharding: Sharding | None):
+    """Jitted once for all layers; an array is changed where it lies."""
+    return jax.jit(hopper_words.shuffle, donate_argnums=0, out_shardings=sharding)
 
 
 def _uses_words(

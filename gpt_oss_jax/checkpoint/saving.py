@@ -337,7 +337,7 @@ class _ModelSource:
             f"layers/{i}/mlp/{name}": projection.matrix
             for i, layer in enumerate(model.layers)
             for name, projection in (("up", layer.mlp.up), ("down", layer.mlp.down))
-            if projection.words_of is not None
+            if projection.shuffled or projection.words_of is not None
         }
         self.spread = not all(x.is_fully_addressable for x in self._arrays.values())
         if odd := self._arrays.keys() ^ self.variables.keys():

@@ -150,7 +150,9 @@ def _specs(mesh: Mesh, w: ExpertWeights) -> ExpertWeights:
             return spec(m, axes)
         axes = axes if m.words_of is None else _WORDS
         factors = None if m.factors is None else spec(m.factors, axes)
-        return MXArray(spec(m.blocks, axes), spec(m.scales, axes), m.words_of, factors)
+        return dataclasses.replace(
+            m, blocks=spec(m.blocks, axes), scales=spec(m.scales, axes), factors=factors
+        )
 
     up_bias = spec(w.up_bias, _UP)
     if isinstance(w.up, MXArray) and w.up.words_of is not None:

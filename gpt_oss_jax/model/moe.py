@@ -46,6 +46,7 @@ class Projection(nnx.Module):
         experts: str,
     ):
         self.words_of: tuple[int, ...] | None = None
+        self.shuffled = False
         weight = normal(rngs, shape, shape[-1] ** -0.5, dtype)
         self.bias = nnx.Param(normal(rngs, shape[:-1], 0.1, dtype), axes=axes[:-1])
         if experts == "dense":
@@ -63,7 +64,7 @@ class Projection(nnx.Module):
         if hasattr(self, "weight"):
             return self.weight[...]
         factors = self.factors[...] if hasattr(self, "factors") else None
-        return MXArray(self.blocks[...], self.scales[...], self.words_of, factors)
+        return MXArray(self.blocks[...], self.scales[...], self.words_of, factors, self.shuffled)
 
     def folds(self) -> bool:
         """Whether `use_words` could fold an MXFP4 matrix exactly."""

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from gpt_oss_jax.quant import mxfp4, tpu_folded, tpu_words
+from gpt_oss_jax.quant import hopper_words, mxfp4, tpu_folded, tpu_words
 
 
 @jax.tree_util.register_dataclass
@@ -20,12 +20,14 @@ class MXArray:
       scales: uint8 [..., G]; or int32, as in `tpu_words`.
       words_of: None in checkpoint order; else the shape of the array it stands for.
       factors: float32 [E] if it is folded.
+      shuffled: Bits of the blocks are where `hopper_words` puts them.
     """
 
     blocks: jax.Array
     scales: jax.Array
     words_of: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
     factors: jax.Array | None = None
+    shuffled: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -38,7 +40,7 @@ class MXArray:
         """Indexes the leading axes; the packed one stays whole."""
         if self.words_of is not None:
             return self.in_checkpoint_order()[index]
-        return MXArray(self.blocks[index], self.scales[index])
+        return dataclasses.replace(self, blocks=self.blocks[index], scales=self.scales[index])
 
     def dequantize(self, dtype=jnp.bfloat16) -> jax.Array:
         """Decodes to `dtype` [..., 32 G], exactly."""
@@ -49,21 +51,33 @@ class MXArray:
         """The same array, [E, N, D] or [E, N, 2, D], in the order that TPU kernels want."""
         if self.words_of is not None:
             return self
-        return MXArray(*tpu_words.to_words(self.blocks, self.scales), words_of=self.shape)
+        own = self.in_checkpoint_order()
+        return MXArray(*tpu_words.to_words(own.blocks, own.scales), words_of=self.shape)
+
+    def shuffle(self) -> MXArray:
+        """The same array in the order that Hopper's kernels want."""
+        if self.shuffled:
+            return self
+        own = self.in_checkpoint_order()
+        return MXArray(hopper_words.shuffle(own.blocks), own.scales, shuffled=True)
 
     def folds(self) -> jax.Array:
         """Whether `folded` would be the same array: bool []."""
-        return tpu_folded.folds(self.blocks, self.scales)
+        own = self.in_checkpoint_order()
+        return tpu_folded.folds(own.blocks, own.scales)
 
     def folded(self) -> MXArray:
         """The same array, [E, N, D] or [E, N, 2, D], in numbers that TPUs multiply with."""
         if self.words_of is not None:
             return self
-        blocks, scales, factors = tpu_folded.fold(self.blocks, self.scales)
+        own = self.in_checkpoint_order()
+        blocks, scales, factors = tpu_folded.fold(own.blocks, own.scales)
         return MXArray(blocks, scales, self.shape, factors)
 
     def in_checkpoint_order(self) -> MXArray:
         """The same array, byte for byte as the checkpoints have it."""
+        if self.shuffled:
+            return MXArray(hopper_words.in_order(self.blocks), self.scales)
         if self.words_of is None:
             return self
         N, G = self.words_of[1], self.words_of[-1] // mxfp4.BLOCK

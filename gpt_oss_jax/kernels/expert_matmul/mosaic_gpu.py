@@ -1,4 +1,4 @@
-"""The expert layer on Hopper, MXFP4 in checkpoint order, through Pallas' Mosaic GPU back end.
+"""The expert layer on Hopper, MXFP4 with shuffled bits, through Pallas' Mosaic GPU back end.
 
 Which kernel, and whether one can; `few_rows` and `many_rows` know how. Gradients come from the XLA
 version.
@@ -97,7 +97,9 @@ def on_hopper(
     if not isinstance(w.up, MXArray) or not isinstance(w.down, MXArray):
         raise NotImplementedError("experts are not MXFP4")
     if w.up.words_of is not None or w.down.words_of is not None:
-        raise NotImplementedError("experts are in TPU words, not in checkpoint order")
+        raise NotImplementedError("experts are in TPU words")
+    if not (w.up.shuffled and w.down.shuffled):
+        raise NotImplementedError("experts are in checkpoint order, where `load` shuffles them")
     if x_MD.dtype != jnp.bfloat16:
         raise NotImplementedError(f"rows are {x_MD.dtype}, not bfloat16")
     biases = {w.up_bias.dtype, w.down_bias.dtype}

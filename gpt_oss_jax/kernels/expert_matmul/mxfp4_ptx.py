@@ -9,6 +9,7 @@ infinity.
 from __future__ import annotations
 
 from gpt_oss_jax.kernels.ptx import literal
+from gpt_oss_jax.quant.hopper_words import LAST_FACTOR as LAST_PAIR_FACTOR, LAST_PAIR, PAIR, TURN
 
 LAST_FACTOR = 2.0**64
 _SCALE_BIAS, _LARGEST_SCALE = 62, 193
@@ -23,17 +24,16 @@ def scale(byte: str, out: str) -> str:
 
 
 def decode(word: str, scale: str, out: str) -> str:
-    """Eight codes to four registers of two bf16: 0 and 4, 1 and 5, 2 and 6, 3 and 7.
+    """Eight shuffled codes to registers of two bf16: 0 and 4, 1 and 5, 2 and 6, 3 and 7.
 
-    One product with two powers of two moves sign and magnitude to their places. Uses t0 and t1.
+    Twelve instructions, which is what small products wait for. Uses t0.
     """
-    text = ""
-    for i, (mask, factor) in enumerate(((0x000F000F, 0x1040), (0x00F000F0, 0x0104)) * 2):
-        if i == 2:
-            text += f"shr.u32 t0, {word}, 8;"
-        text += f"and.b32 t1, {word if i < 2 else 't0'}, {mask}; mul.lo.u32 t1, t1, {factor};"
-        text += f"and.b32 t1, t1, {0x81C081C0}; mul.bf16x2 {out}{i}, t1, {scale};"
-    return text
+    text = f"and.b32 t0, {word}, {PAIR}; mul.bf16x2 {out}0, t0, {scale};"
+    for i in (1, 2):
+        text += f"shf.r.wrap.b32 t0, {word}, {word}, {TURN * i}; and.b32 t0, t0, {PAIR};"
+        text += f"mul.bf16x2 {out}{i}, t0, {scale};"
+    text += f"and.b32 t0, {word}, {LAST_PAIR}; mul.lo.u32 t0, t0, {LAST_PAIR_FACTOR};"
+    return text + f"and.b32 t0, t0, {PAIR}; mul.bf16x2 {out}3, t0, {scale};"
 
 
 def swiglu(gate: str, linear: str, limit: float) -> str:
