@@ -1,7 +1,7 @@
 """The thread program of `few_rows`, as PTX for compute capability 9.0. Knows no JAX.
 
 A tile is 16 outputs of one expert, for up to 8 rows; a thread block takes a run of tiles of one of
-the projections, one after the other. In checkpoint order the weights of a tile lie together: the
+the projections, one after the other. The weights of a tile lie together in the checkpoint, too: the
 copy engine brings them to shared memory in one piece, some tiles ahead. The warps share out the
 input axis, and each keeps its part of x in registers for as long as the expert stays the same. A
 thread takes MXFP4 blocks of 16 bytes, decodes them in registers and multiplies with `mma.sync`:

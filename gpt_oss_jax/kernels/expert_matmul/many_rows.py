@@ -108,7 +108,7 @@ def grouped(
 
     Args:
       p: What it computes.
-      w: Weights of all experts, in checkpoint order.
+      w: Weights of all experts, shuffled.
       bias: Theirs.
       tiles: What expert each tile of rows has.
       x_RK: bf16 rows, tile by tile, `in_order`.
