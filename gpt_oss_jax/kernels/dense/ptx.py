@@ -1,11 +1,12 @@
 """The thread program of `mosaic_gpu`, as PTX for compute capability 9.0. Knows no JAX.
 
-A block of eight warps multiplies 16 rows with eight rows of the matrix (a tile), then with the next
-tile that falls to it; other blocks have the next 16 rows. The copy engine brings tiles to shared
-memory, some ahead. The warps share out the input axis: each has its part of the rows in registers,
-where they are normalised, while the first tiles are on their way. `mma.sync` multiplies, the rows
-its matrix of 16, weights its 8 columns. The warps take turns at adding the sums of all and ending
-as the product's `ending` says, while the others go on.
+A block of eight warps multiplies 16 rows (8 of those that are to be routed, which are more than the
+weights are) with eight rows of the matrix (a tile), then with the next tile that falls to it; other
+blocks have the next rows. The copy engine brings tiles to shared memory, some ahead. The warps
+share out the input axis: each has its part of the rows in registers, where they are normalised,
+while the first tiles are on their way. `mma.sync` multiplies, the rows its matrix of 16, weights
+its 8 columns. The warps take turns at adding the sums of all and ending as the product's `ending`
+says, while the others go on.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import dataclasses
 
 from gpt_oss_jax.kernels.ptx import literal
 
-ROWS = 16  # Of a block.
 MAX_INPUTS = 4096  # Rows are held in registers.
 TILE = 8
 WARPS = 8
@@ -36,7 +36,7 @@ class Product:
       inputs: Width of a row, a multiple of 32.
       outputs: Rows of the matrix, a multiple of 8.
       ending: "rotate": rotates queries and keys and puts queries, keys and values apart; "add":
-        adds the residual stream; "route": picks experts, in a cluster of blocks for 16 rows.
+        adds the residual stream; "route": picks experts, in a cluster of blocks for 8 rows.
       epsilon: Of the normalisation.
       head: Width of a head, a multiple of 8.
       group: Query heads to a key head.
@@ -63,8 +63,13 @@ class Product:
 
     @property
     def _groups(self) -> int:
-        """Of 16 rows."""
-        return -(-self.rows // ROWS)
+        """Of rows."""
+        return -(-self.rows // self._own_rows)
+
+    @property
+    def _own_rows(self) -> int:
+        """Of a group. The matrix instruction takes 16."""
+        return 8 if self.rows <= 8 or self.ending == "route" else 16
 
     @property
     def _blocks(self) -> int:
@@ -132,7 +137,7 @@ class Product:
     @property
     def _halves(self) -> range:
         """Of the 16 rows of the matrix instruction: those in use."""
-        return range(1 if self.rows <= 8 else 2)
+        return range(self._own_rows // 8)
 
     def ptx(self) -> str:
         """The thread program. Under vmap there are several grids, one after the other.
@@ -154,7 +159,8 @@ or.b32 t0, warp, lane; setp.eq.u32 p, t0, 0;
 {"".join(f"@p mbarrier.init.shared.b64 [bars + {8 * i}], 1;" for i in range(self._stages))}
 @p fence.mbarrier_init.release.cluster; bar.sync 1, {32 * WARPS};
 rem.u32 t0, <block>, {self.grid}; div.u32 first, t0, {self._blocks};
-mul.lo.u32 t1, first, {self._blocks}; sub.u32 unit, t0, t1; shl.b32 first, first, 4;
+mul.lo.u32 t1, first, {self._blocks}; sub.u32 unit, t0, t1;
+mul.lo.u32 first, first, {self._own_rows};
 add.u32 row, first, g; mov.u32 ahead, unit; mov.u32 slot, 0;
 {"barrier.cluster.arrive;" if routes else ""}
 setp.ne.u32 p, warp, 0; @p bra READY;
@@ -433,7 +439,7 @@ add.u64 at, at, <out>; @has{n} st.global.b32 [at], t0;
         text = f"""barrier.cluster.arrive; barrier.cluster.wait;
 rem.u32 unit, <block>, {self._blocks}; setp.ne.u32 p, unit, 0; @p bra DONE; mov.u32 unit, warp;
 ROW:
-add.u32 row, first, unit; setp.lt.u32 p, unit, {ROWS}; setp.lt.and.u32 p, row, {self.rows}, p;
+add.u32 row, first, unit; setp.lt.u32 p, unit, {self._own_rows}; setp.lt.and.u32 p, row, {self.rows}, p;
 @!p bra DONE; mad.lo.u32 aw, unit, {4 * self.outputs}, <shared>; add.u32 aw, aw, {self._logits};
 """
         for j in keys:
