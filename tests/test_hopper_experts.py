@@ -14,6 +14,7 @@ from as_tpu import as_on_a_tpu
 from hopper_layer import kernels_for_cuda, layer
 
 from gpt_oss_jax.kernels import sharded, target
+from gpt_oss_jax.kernels.dense import mosaic_gpu as dense_kernels
 from gpt_oss_jax.kernels.dispatch import dispatch
 from gpt_oss_jax.kernels.expert_matmul import api, few_rows, few_rows_ptx, mosaic_gpu
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights, in_checkpoint_order
@@ -162,6 +163,20 @@ if not OLD:
         kernel = functools.partial(on_hopper, some_elsewhere=True)
         run = functools.partial(sharded.expert_mlp, make_mesh(expert=4), kernel)
         assert kernels_for_cuda(run, *layer(4, E=8)) == 2
+
+    def test_the_router_makes_the_room_that_few_rows_take():
+        def run(x, w, scale, router, bias):
+            room = mosaic_gpu.room_of(len(x), 2, w)
+            assert room == len(x) * 2 * 32 // 2
+            sizes = {"epsilon": 1e-5, "choices": 2, "room": room}
+            h, chosen, weight, room = dense_kernels.route(x, scale, router, bias, **sizes)
+            return on_hopper(h, chosen, weight, w, room=room)
+
+        x, *_, w = layer(2, E=8, D=64, F=32)
+        more = (jnp.zeros(shape, jnp.bfloat16) for shape in (64, (8, 64), 8))
+        # Router, sort and experts; nothing else writes what the experts wait for.
+        assert kernels_for_cuda(run, x, w, *more) == 3
+        assert mosaic_gpu.room_of(2, 2, in_checkpoint_order(w)) == 0
 
 
 @pytest.mark.parametrize(

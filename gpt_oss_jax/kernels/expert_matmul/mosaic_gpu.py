@@ -42,10 +42,10 @@ def expert_mlp(
 
 
 def room_of(rows: int, choices: int, w: ExpertWeights) -> int:
-    """Words of `room` that so many rows take; 0 where they take none."""
+    """Words of `room` that so many bf16 rows take; 0 where they take none."""
     E, F, _, D = w.up.shape
     many = expert_tile(rows, (E, D, F), choices, multiprocessors())
-    return 0 if many else rows * choices * F // 2
+    return 0 if many or _why_not(jnp.dtype(jnp.bfloat16), w) else rows * choices * F // 2
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -94,20 +94,27 @@ def on_hopper(
     Raises:
       NotImplementedError: For sizes and types that it does not cover.
     """
-    if not isinstance(w.up, MXArray) or not isinstance(w.down, MXArray):
-        raise NotImplementedError("experts are not MXFP4")
-    if w.up.words_of is not None or w.down.words_of is not None:
-        raise NotImplementedError("experts are in TPU words")
-    if not (w.up.shuffled and w.down.shuffled):
-        raise NotImplementedError("experts are in checkpoint order, where `load` shuffles them")
-    if x_MD.dtype != jnp.bfloat16:
-        raise NotImplementedError(f"rows are {x_MD.dtype}, not bfloat16")
-    biases = {w.up_bias.dtype, w.down_bias.dtype}
-    if biases not in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float32)}):
-        names = " and ".join(sorted(map(str, biases)))
-        raise NotImplementedError(f"biases are {names}, not all bfloat16 or all float32")
+    if reason := _why_not(x_MD.dtype, w):
+        raise NotImplementedError(reason)
     (M, X), (E, F, _, D) = experts_MX.shape, w.up.shape
     tile = expert_tile(M, (E, D, F), X, multiprocessors())
     few = functools.partial(few_rows, room=room)
     kernel = few if tile is None else functools.partial(many_rows, tile=tile)
     return kernel(x_MD, experts_MX, weights_MX, w, limit=limit, some_elsewhere=some_elsewhere)
+
+
+def _why_not(dtype, w: ExpertWeights) -> str:
+    """What of rows and weights is not covered; "" if they are."""
+    if not isinstance(w.up, MXArray) or not isinstance(w.down, MXArray):
+        return "experts are not MXFP4"
+    if w.up.words_of is not None or w.down.words_of is not None:
+        return "experts are in TPU words"
+    if not (w.up.shuffled and w.down.shuffled):
+        return "experts are in checkpoint order, where `load` shuffles them"
+    if dtype != jnp.bfloat16:
+        return f"rows are {dtype}, not bfloat16"
+    biases = {w.up_bias.dtype, w.down_bias.dtype}
+    if biases not in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float32)}):
+        names = " and ".join(sorted(map(str, biases)))
+        return f"biases are {names}, not all bfloat16 or all float32"
+    return ""
