@@ -225,7 +225,7 @@ def distinct_experts(model: Transformer, tokens_RS: np.ndarray, start: int) -> n
     size = bucket(rows)
     call = min(1024, bucket(length), max(1, _COUNTED // size))
     skeleton, leaves = device.split(model)
-    cache = device.empty_cache(leaves, skeleton, size, bucket(length, MIN_SLOTS))
+    cache = device.empty_cache(leaves[0], skeleton, size, bucket(length, MIN_SLOTS))
     shape = (size, -(-length // call) * call)
     tokens, positions = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
     tokens[:rows, :length], positions[:rows, :length] = tokens_RS, np.arange(length)

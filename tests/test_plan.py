@@ -65,7 +65,7 @@ def test_bytes_are_those_that_lie_on_a_device(shardable, axes, experts):
     found = plan(shardable, CARD, mesh.size, context=512, batch=4, **kind)
     assert found.weights == here(jax.tree.leaves(nnx.state(model)))
     skeleton, leaves = device.split(model)
-    assert found.cache == here(jax.tree.leaves(device.empty_cache(leaves, skeleton, 4, 512)))
+    assert found.cache == here(jax.tree.leaves(device.empty_cache(leaves[0], skeleton, 4, 512)))
     assert found.mesh == dict.fromkeys(MESH_AXES, 1) | axes
 
 

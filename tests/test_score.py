@@ -45,7 +45,7 @@ def test_scores_are_the_logprobs_of_generation(model):
 def test_one_chunk_of_logits_at_a_time(model):
     """The program that runs knows a chunk's positions only, whatever the length."""
     skeleton, leaves = device.split(model)
-    cache = device.empty_cache(leaves, skeleton, 1, 64)
+    cache = device.empty_cache(leaves[0], skeleton, 1, 64)
     zeros = np.zeros((1, 16), np.int32)
     text = device.score_chunk.lower(leaves, cache, zeros, zeros, zeros, skeleton).as_text()
     assert "1x16x101x" in text and "x64x101x" not in text

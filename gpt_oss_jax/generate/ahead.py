@@ -87,7 +87,7 @@ def of_cache(
     ints = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype)
     size = f"{rows} x {slots} slots"
     cache = yield from _compiled(
-        f"empty_cache: {size}", device.empty_cache, leaves, skeleton, rows, slots
+        f"empty_cache: {size}", device.empty_cache, leaves[0], skeleton, rows, slots
     )
     for chunk in chunks:
         tokens = ints(rows, chunk)

@@ -59,11 +59,13 @@ class Skeleton:
     Attributes:
       treedef: Structure of the modules and their variables.
       config: Sizes.
+      dtype: Of activations and cache.
       mesh: Where the weights lie, None for one device.
     """
 
     treedef: jax.tree_util.PyTreeDef
     config: Config
+    dtype: jnp.dtype
     mesh: Mesh | None
 
     def model(self, leaves: tuple[jax.Array, ...]) -> Transformer:
@@ -95,7 +97,7 @@ def split(model: Transformer) -> tuple[Skeleton, tuple[jax.Array, ...]]:
     leaves, treedef = jax.tree.flatten(model)
     sharding = leaves[0].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
-    return _skeleton(treedef, model.config, mesh), tuple(leaves)
+    return _skeleton(treedef, model.config, jnp.dtype(model.dtype), mesh), tuple(leaves)
 
 
 def memory(leaves: tuple[jax.Array, ...]) -> int:
@@ -104,13 +106,13 @@ def memory(leaves: tuple[jax.Array, ...]) -> int:
     return (device.memory_stats() or {}).get("bytes_limit", 0)
 
 
-# A cache is bound to a device if the weights are, as `prefill` returns it: otherwise a prompt's
-# first chunk and its second would be two programs. Unused arguments bind nothing.
+# A cache is bound to a device if a weight is, as `prefill` returns it: otherwise a prompt's first
+# chunk and its second would be two programs. Unused arguments bind nothing. One weight is enough,
+# and all would take a millisecond, for which an accelerator waits.
 @functools.partial(jax.jit, static_argnums=(1, 2, 3), keep_unused=True)
-def empty_cache(leaves, skeleton, rows, slots):
-    """An empty cache, where the weights are."""
-    dtype = skeleton.model(leaves).dtype
-    return skeleton.placed(init_cache(skeleton.config, rows, slots, dtype))
+def empty_cache(leaf, skeleton, rows, slots):
+    """An empty cache, where a weight is."""
+    return skeleton.placed(init_cache(skeleton.config, rows, slots, skeleton.dtype))
 
 
 @functools.partial(jax.jit, static_argnums=4, donate_argnums=1)

@@ -56,7 +56,7 @@ def run(
 def score(model: Transformer, ids: np.ndarray, chunk: int) -> np.ndarray:
     """Log-probabilities of all ids but the first, `chunk` of them a call."""
     skeleton, leaves = device.split(model)
-    cache = device.empty_cache(leaves, skeleton, 1, bucket(len(ids), _MIN_SLOTS))
+    cache = device.empty_cache(leaves[0], skeleton, 1, bucket(len(ids), _MIN_SLOTS))
     logprobs = [np.zeros((1, 0), np.float32)]
     calls = itertools.repeat(chunk, -(-(len(ids) - 1) // chunk))
     for tokens_BT, positions_BT, next_BT in _chunks([ids[:-1]], [ids[1:]], calls):
@@ -105,7 +105,7 @@ def _prefilled(leaves, skeleton, slots, prompts, lasts, n, seed) -> device.Decod
     before = [prompt[:-1] for prompt in prompts]
     longest, size = max(map(len, before)), bucket(len(prompts))
     calls = prompt_calls(longest, size, platform(), device.memory(leaves))
-    cache = device.empty_cache(leaves, skeleton, size, slots)
+    cache = device.empty_cache(leaves[0], skeleton, size, slots)
     for tokens_BT, positions_BT, _ in _chunks(before, before, calls):
         cache = device.prefill(leaves, cache, tokens_BT, positions_BT, skeleton)
 

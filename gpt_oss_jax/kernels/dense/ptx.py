@@ -440,7 +440,8 @@ add.u64 at, at, <out>; @has{n} st.global.b32 [at], t0;
 rem.u32 unit, <block>, {self._blocks}; setp.ne.u32 p, unit, 0; @p bra DONE; mov.u32 unit, warp;
 ROW:
 add.u32 row, first, unit; setp.lt.u32 p, unit, {self._own_rows};
-setp.lt.and.u32 p, row, {self.rows}, p; @!p bra DONE; mad.lo.u32 aw, unit, {4 * self.outputs}, <shared>; add.u32 aw, aw, {self._logits};
+setp.lt.and.u32 p, row, {self.rows}, p; @!p bra DONE;
+mad.lo.u32 aw, unit, {4 * self.outputs}, <shared>; add.u32 aw, aw, {self._logits};
 """
         for j in keys:
             text += f"add.u32 t0, lane, {32 * j}; setp.lt.u32 in, t0, {self.outputs};"
