@@ -30,7 +30,7 @@ from gpt_oss_jax.checkpoint.progress import progress
 from gpt_oss_jax.checkpoint.source import open_safetensors
 from gpt_oss_jax.checkpoint.stream import Request
 from gpt_oss_jax.config import Config
-from gpt_oss_jax.kernels.target import platform, why_not_hopper
+from gpt_oss_jax.kernels.target import default_device, platform, why_not_hopper
 from gpt_oss_jax.model import Transformer
 from gpt_oss_jax.model.layers import in_rows, rows_whole
 from gpt_oss_jax.model.moe import EXPERT_FORMS, MoE, can_use_words, folds, in_words
@@ -160,7 +160,7 @@ def outline(
     graphdef, state = nnx.split(nnx.eval_shape(make))
     flat = {path: x.replace(_target(x, mesh)) for path, x in nnx.to_flat_state(state)}
     if _platform(mesh) == "tpu":
-        ours = SingleDeviceSharding(jax.config.jax_default_device or jax.local_devices()[0])
+        ours = SingleDeviceSharding(default_device())
         table = flat["embedding", "weight"]
         where = rows_whole(table.sharding or ours)
         flat["embedding", "weight"] = table.replace(

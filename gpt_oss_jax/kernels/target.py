@@ -10,20 +10,26 @@ import jax
 JAX_FOR_HOPPER = (0, 11, 2)
 
 
+def default_device() -> jax.Device:
+    """Where JAX puts what is put nowhere else: the user's choice, or the first of this process."""
+    named = jax.config.jax_default_device
+    return jax.local_devices(backend=named)[0] if isinstance(named, str | None) else named
+
+
 def device_kind() -> str:
     """As JAX spells it, such as "TPU v5 lite" or "NVIDIA H200"."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.devices()[0].device_kind if device is None else device.device_kind
+    return (default_device() if device is None else device).device_kind
 
 
 def platform() -> str:
     """One of "cpu", "gpu", "tpu"."""
-    return "tpu" if device_kind().startswith("TPU") else jax.default_backend()
+    return "tpu" if device_kind().startswith("TPU") else default_device().platform
 
 
 def multiprocessors() -> int:
     """Of the GPU that is there; elsewhere as many as an H100 or H200 of the SXM kind has."""
-    return getattr(jax.devices()[0], "core_count", None) or 132
+    return getattr(default_device(), "core_count", None) or 132
 
 
 def why_not_hopper() -> str:
@@ -31,6 +37,6 @@ def why_not_hopper() -> str:
     if jax.__version_info__ < JAX_FOR_HOPPER:
         wanted = ".".join(map(str, JAX_FOR_HOPPER))
         return f"needs JAX {wanted}, this is {jax.__version__}"
-    if platform() != "gpu" or jax.devices()[0].compute_capability != "9.0":
+    if platform() != "gpu" or default_device().compute_capability != "9.0":
         return f"needs a Hopper GPU, this is {device_kind()}"
     return ""
