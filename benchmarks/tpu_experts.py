@@ -44,11 +44,13 @@ def compile_layer(kind, form, rows):
     from gpt_oss_jax import aot
     from gpt_oss_jax.kernels import expert_mlp
     from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
+    from gpt_oss_jax.kernels.target import knows_fp4
     from gpt_oss_jax.quant import MXArray
     from gpt_oss_jax.sharding import make_mesh, named_sharding
 
     mesh = make_mesh(devices=aot.devices(kind, 1))
-    make = {"packed": MXArray.in_words, "folded": MXArray.folded}[form]
+    packed = functools.partial(MXArray.in_words, native=knows_fp4(mesh.devices.flat[0].device_kind))
+    make = {"packed": packed, "folded": MXArray.folded}[form]
 
     def array(shape, dtype=jnp.bfloat16):
         where = named_sharding(mesh, (None,) * len(shape))

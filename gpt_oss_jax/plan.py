@@ -66,7 +66,7 @@ KINDS = {
         Kind("v5e", "tpu", 15.75, 819, 197, jax_name="TPU v5 lite"),
         Kind("v5p", "tpu", 95.73, 2765, 459, jax_name="TPU v5"),
         Kind("v6e", "tpu", 31.24, 1640, 918, jax_name="TPU v6 lite"),
-        Kind("tpu7x", "tpu", 94.74, 3690, 1153.5, 2, packed_rows=0, jax_name="TPU7x"),
+        Kind("tpu7x", "tpu", 94.74, 3690, 1153.5, 2, packed_rows=2, jax_name="TPU7x"),
         Kind("a100", "gpu", POOL * 79.2, 2039, 312),
         Kind("h100", "gpu", POOL * 79.2, 3350, 989),
         Kind("h200", "gpu", POOL * 139.8, 4800, 989),

@@ -16,6 +16,7 @@ from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B
 from gpt_oss_jax.generate import ahead
 from gpt_oss_jax.kernels import attention, expert_mlp, store_and_attend
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
+from gpt_oss_jax.kernels.target import knows_fp4
 from gpt_oss_jax.model.moe import EXPERT_FORMS
 from gpt_oss_jax.quant import MXArray
 from gpt_oss_jax.sampling import SamplingParams
@@ -49,7 +50,11 @@ def expert_program(kind, E, X, D, F, M, dtype=jnp.bfloat16, form="packed"):
     def words(*shape):
         scales = jax.ShapeDtypeStruct((*shape[:-1], shape[-1] // 32), jnp.uint8)
         blocks = jax.ShapeDtypeStruct((*scales.shape, 16), jnp.uint8)
-        m = jax.eval_shape(EXPERT_FORMS[form], MXArray(blocks, scales))
+        make = EXPERT_FORMS[form]
+        if form == "packed":
+            native = knows_fp4(t.mesh.devices.flat[0].device_kind)
+            make = functools.partial(make, native=native)
+        m = jax.eval_shape(make, MXArray(blocks, scales))
         return jax.tree.map(lambda x: t.array(x.shape, x.dtype), m)
 
     w = ExpertWeights(
@@ -131,7 +136,9 @@ def test_attention_reads_the_cache_in_place(kind, T, S, window, dtype):
     assert memory.temp_size_in_bytes < cache / 100 + (3 << 20)
 
 
-@pytest.mark.parametrize(("kind", "count"), [("v5e", 1), ("v5e", 8), ("v6e", 4), ("v5p", 4)])
+@pytest.mark.parametrize(
+    ("kind", "count"), [("v5e", 1), ("v5e", 8), ("v6e", 4), ("v5p", 4), ("tpu7x", 2)]
+)
 def test_programs_of_whole_models(kind, count):
     """Kernels for every layer, rows and no weights between devices, and no weight copied."""
     config, devices = (

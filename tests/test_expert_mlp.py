@@ -22,10 +22,11 @@ expert_mlp = jax.jit(api.expert_mlp, static_argnames=("limit", "implementation")
 dense_mlp = jax.jit(oracle.expert_mlp, static_argnames="limit")
 E, X, D, F = 11, 2, 96, 160
 # One row, the last count that is gathered, the first that is grouped, several tiles an expert.
-# The kernels for TPU take weights in two forms.
+# The kernels for TPU take weights in two forms, one of them in two orders.
 ROWS = {
     "xla": [1, xla._FEW_PAIRS // X, xla._FEW_PAIRS // X + 1, 300],
     "mosaic_tpu": [1, mosaic_tpu.FEW_ROWS, mosaic_tpu.FEW_ROWS + 1, 300],
+    "mosaic_tpu, native": [1, mosaic_tpu.FEW_ROWS, 300],
     "mosaic_tpu, folded": [mosaic_tpu.FEW_ROWS, 300],
 }
 KERNELS = api.IMPLEMENTATIONS
@@ -72,7 +73,9 @@ def laid_out(w, implementation):
     """The weights as the implementation wants them."""
     if implementation == "xla":
         return w
-    form = MXArray.folded if implementation.endswith("folded") else MXArray.in_words
+    native = functools.partial(MXArray.in_words, native=True)
+    forms = {"native": native, "folded": MXArray.folded}
+    form = forms.get(implementation.partition(", ")[2], MXArray.in_words)
     up, down = jax.jit(lambda w: (form(w.up), form(w.down)))(w)
     return dataclasses.replace(w, up=up, down=down)
 

@@ -21,9 +21,10 @@ def random(shape, scales=(0, 255)):
 @pytest.mark.parametrize(
     "shape", [(2, 3, 32), (3, 5, 2, 96), (2, 7, 256), (2, 5, 2, 320), (1, 3, 1088)]
 )
-def test_every_byte_comes_back(shape):
+@pytest.mark.parametrize("native", [False, True])
+def test_every_byte_comes_back(shape, native):
     m = random(shape)
-    words = jax.jit(MXArray.in_words)(m)
+    words = jax.jit(MXArray.in_words, static_argnums=1)(m, native)
     assert words.shape == m.shape == shape
     assert words.blocks.dtype == words.scales.dtype == jnp.int32
     back = words.in_checkpoint_order()
@@ -37,15 +38,15 @@ def test_recoding_is_its_own_inverse():
     np.testing.assert_array_equal(tpu_words.recode(tpu_words.recode(every)), every)
 
 
-def decoded(m: MXArray) -> np.ndarray:
+def decoded(m: MXArray, native: bool) -> np.ndarray:
     """What the kernels make of words [1, N, K]: float64 [K, N], scales applied."""
-    words = m.in_words()
+    words = m.in_words(native)
     K, N = m.shape[-1], words.blocks.shape[-1]
 
     def body(words, scales, values, powers):
         every = pl.ds(0, N)
         for chunk, start, stop in tpu_decode.chunks(words):
-            decoded = tpu_decode.decode(words[0, 0, start // 8 : stop // 8, every])
+            decoded = tpu_decode.decode(words[0, 0, start // 8 : stop // 8, every], native)
             values[start:stop, :] = decoded.astype(jnp.float32)
             found = tpu_decode.decode_scales(scales, 0, chunk, every)
             powers[8 * chunk : 8 * chunk + 8, :] = found
@@ -55,11 +56,13 @@ def decoded(m: MXArray) -> np.ndarray:
         values, powers = pl.pallas_call(
             body, out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
         )(words.blocks, words.scales)
-    values = np.asarray(values, np.float64).reshape(K // 32, 32, N) * tpu_decode.LACKS
+    values = np.asarray(values, np.float64).reshape(K // 32, 32, N)
+    values = values * (1 if native else tpu_decode.LACKS)
     return (values * np.asarray(powers, np.float64)[: K // 32, None]).reshape(K, N)[:, : m.shape[1]]
 
 
-def test_kernels_decode_every_byte_and_scale_to_the_bit():
+@pytest.mark.parametrize("native", [False, True])
+def test_kernels_decode_every_byte_and_scale_to_the_bit(native):
     """All 256 bytes under all scales from 1 to 254; 2^-127, scale 0, is 0 on a TPU."""
     bytes_ = np.arange(256, dtype=np.uint8).reshape(16, 16)
     scales = np.arange(256, dtype=np.uint8)[:255]
@@ -70,6 +73,6 @@ def test_kernels_decode_every_byte_and_scale_to_the_bit():
     codes = np.stack([bytes_ & 15, bytes_ >> 4], axis=-1).reshape(-1, 1)
     want = mxfp4.FP4_VALUES.astype(np.float64)[codes] * 2.0 ** (scales.astype(np.float64) - 127)
     want[:, 0] = 0
-    got = decoded(m)
+    got = decoded(m, native)
     np.testing.assert_array_equal(got, want)
     assert (np.signbit(got) == np.signbit(want))[want != 0].all()

@@ -30,7 +30,13 @@ from gpt_oss_jax.checkpoint.progress import progress
 from gpt_oss_jax.checkpoint.source import open_safetensors
 from gpt_oss_jax.checkpoint.stream import Request
 from gpt_oss_jax.config import Config
-from gpt_oss_jax.kernels.target import default_device, platform, why_not_hopper
+from gpt_oss_jax.kernels.target import (
+    default_device,
+    device_kind,
+    knows_fp4,
+    platform,
+    why_not_hopper,
+)
 from gpt_oss_jax.model import Transformer
 from gpt_oss_jax.model.layers import in_rows, rows_whole
 from gpt_oss_jax.model.moe import EXPERT_FORMS, MoE, can_use_words, folds, in_words
@@ -119,7 +125,8 @@ def load(
     if _platform(mesh) == "tpu":
         model.embedding.use_rows()
     if use_words:
-        names = [layer.mlp.use_words(mesh, expert_form or "packed") for layer in model.layers]
+        form = mesh, expert_form or "packed", knows_fp4(_device_kind(mesh))
+        names = [layer.mlp.use_words(*form) for layer in model.layers]
         _tell_what_is_not_folded(list(itertools.chain(*names)))
     if folder is not None:
         _ORIGINS[model] = folder
@@ -154,7 +161,8 @@ def outline(
         model = _made(config, shuffled, dtype=dtype, experts=experts, mesh=mesh)
         for layer in model.layers if use_words else ():
             for projection in (layer.mlp.up, layer.mlp.down):
-                projection.use_words(form=expert_form or "packed")
+                native = knows_fp4(_device_kind(mesh))
+                projection.use_words(form=expert_form or "packed", native=native)
         return model
 
     graphdef, state = nnx.split(nnx.eval_shape(make))
@@ -186,7 +194,8 @@ def preparations(model: Transformer) -> Iterator[tuple[str, jax.stages.Lowered]]
         matrix = MXArray(blocks, scales)
         if form == "folded":
             yield f"whether experts fold, {name}", folds.lower(matrix)
-        run = in_words(model.mesh, model.config.num_experts, form)
+        native = model.layers[0].mlp.up.native
+        run = in_words(model.mesh, model.config.num_experts, form, native)
         yield f"experts {form}, {name}", run.lower(matrix)
 
 
@@ -249,6 +258,10 @@ def _dtype(dtype, mesh: Mesh | None):
         if known == dtype:
             return known
     raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r}.")
+
+
+def _device_kind(mesh: Mesh | None) -> str:
+    return device_kind() if mesh is None else mesh.devices.flat[0].device_kind
 
 
 def _platform(mesh: Mesh | None) -> str:

@@ -27,6 +27,11 @@ def platform() -> str:
     return "tpu" if device_kind().startswith("TPU") else default_device().platform
 
 
+def knows_fp4(kind: str) -> bool:
+    """Whether a TPU of this kind converts float4_e2m1fn."""
+    return kind.startswith("TPU7")
+
+
 def multiprocessors() -> int:
     """Of the GPU that is there; elsewhere as many as an H100 or H200 of the SXM kind has."""
     return getattr(default_device(), "core_count", None) or 132

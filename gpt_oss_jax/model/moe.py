@@ -46,7 +46,7 @@ class Projection(nnx.Module):
         experts: str,
     ):
         self.words_of: tuple[int, ...] | None = None
-        self.shuffled = False
+        self.native = self.shuffled = False
         weight = normal(rngs, shape, shape[-1] ** -0.5, dtype)
         self.bias = nnx.Param(normal(rngs, shape[:-1], 0.1, dtype), axes=axes[:-1])
         if experts == "dense":
@@ -64,21 +64,25 @@ class Projection(nnx.Module):
         if hasattr(self, "weight"):
             return self.weight[...]
         factors = self.factors[...] if hasattr(self, "factors") else None
-        return MXArray(self.blocks[...], self.scales[...], self.words_of, factors, self.shuffled)
+        how = {"native": self.native, "shuffled": self.shuffled}
+        return MXArray(self.blocks[...], self.scales[...], self.words_of, factors, **how)
 
     def folds(self) -> bool:
         """Whether `use_words` could fold an MXFP4 matrix exactly."""
         return bool(folds(self.matrix))
 
-    def use_words(self, mesh: Mesh | None = None, form: str = "packed") -> None:
+    def use_words(
+        self, mesh: Mesh | None = None, form: str = "packed", native: bool = False
+    ) -> None:
         """Puts an MXFP4 matrix into the order that kernels for TPU want, once, where it lies.
 
         Args:
           mesh: Where it lies.
           form: "packed", 4.25 bits a weight; "folded", 8.25 bits, only if it `folds`.
+          native: The TPU `knows_fp4`, which packed ones then are.
         """
-        words = in_words(mesh, self.matrix.shape[0], form)(self.matrix)
-        self.words_of = self.matrix.shape
+        words = in_words(mesh, self.matrix.shape[0], form, native)(self.matrix)
+        self.words_of, self.native = self.matrix.shape, words.native
         axes = ("experts", None, None, None)
         self.blocks, self.scales = Packed(words.blocks, axes=axes), Packed(words.scales, axes=axes)
         if words.factors is not None:
@@ -89,12 +93,16 @@ folds = jax.jit(MXArray.folds)
 
 
 @functools.cache
-def in_words(mesh: Mesh | None, experts: int, form: str) -> Callable[[MXArray], MXArray]:
+def in_words(
+    mesh: Mesh | None, experts: int, form: str, native: bool
+) -> Callable[[MXArray], MXArray]:
     """What `Projection.use_words` runs, jitted once for all layers.
 
     Each device has its own experts, and none is moved.
     """
     make = EXPERT_FORMS[form]
+    if form == "packed":
+        make = functools.partial(make, native=native)
     if mesh is None:
         return jax.jit(make)
     spec = named_sharding(mesh, ("experts",), (experts,)).spec
@@ -123,7 +131,9 @@ class MoE(nnx.Module):
         self.up = Projection((E, F, 2, D), ("experts", "expert_width", None, "embed"), **kind)
         self.down = Projection((E, D, F), ("experts", "embed", "expert_width"), **kind)
 
-    def use_words(self, mesh: Mesh | None = None, form: str = "packed") -> list[str]:
+    def use_words(
+        self, mesh: Mesh | None = None, form: str = "packed", native: bool = False
+    ) -> list[str]:
         """Like `Projection.use_words`; what does not fold stays packed.
 
         Returns:
@@ -135,7 +145,7 @@ class MoE(nnx.Module):
             if form == "folded" and not projection.folds():
                 own = "packed"
                 not_folded.append(f"layers.{self.layer}.mlp.{name}")
-            projection.use_words(mesh, own)
+            projection.use_words(mesh, own, native)
         return not_folded
 
     @property

@@ -20,6 +20,7 @@ class MXArray:
       scales: uint8 [..., G]; or int32, as in `tpu_words`.
       words_of: None in checkpoint order; else the shape of the array it stands for.
       factors: float32 [E] if it is folded.
+      native: Words are those of `tpu_words` for float4_e2m1fn.
       shuffled: Bits of the blocks are where `hopper_words` puts them.
     """
 
@@ -27,6 +28,7 @@ class MXArray:
     scales: jax.Array
     words_of: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
     factors: jax.Array | None = None
+    native: bool = dataclasses.field(default=False, metadata={"static": True})
     shuffled: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
@@ -47,12 +49,17 @@ class MXArray:
         own = self.in_checkpoint_order()
         return mxfp4.dequantize(own.blocks, own.scales, dtype)
 
-    def in_words(self) -> MXArray:
-        """The same array, [E, N, D] or [E, N, 2, D], in the order that TPU kernels want."""
+    def in_words(self, native: bool = False) -> MXArray:
+        """The same array, [E, N, D] or [E, N, 2, D], in the order that TPU kernels want.
+
+        Args:
+          native: For TPUs that know float4_e2m1fn.
+        """
         if self.words_of is not None:
             return self
         own = self.in_checkpoint_order()
-        return MXArray(*tpu_words.to_words(own.blocks, own.scales), words_of=self.shape)
+        words = tpu_words.to_words(own.blocks, own.scales, native)
+        return MXArray(*words, words_of=self.shape, native=native)
 
     def shuffle(self) -> MXArray:
         """The same array in the order that Hopper's kernels want."""
@@ -83,4 +90,4 @@ class MXArray:
         N, G = self.words_of[1], self.words_of[-1] // mxfp4.BLOCK
         if self.factors is not None:
             return MXArray(*tpu_folded.unfold(self.blocks, self.scales, self.factors, N))
-        return MXArray(*tpu_words.from_words(self.blocks, self.scales, N, G))
+        return MXArray(*tpu_words.from_words(self.blocks, self.scales, N, G, self.native))

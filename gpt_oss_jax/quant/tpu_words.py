@@ -3,8 +3,10 @@
 A TPU register is 8 words by 128 lanes and a byte type four times as tall, so that a word holds four
 neighbours of the input axis in its bytes: seen as bytes, a register of words is 32 inputs by 128
 outputs, one block of each output. The eight low nibbles and the eight high ones of a chunk are its
-two halves. An input axis is cut into chunks of 256, the last one shorter; the scales of a chunk are
-a register too, four chunks to a word. Everything is a bijection of the checkpoint's bytes.
+two halves. Where a TPU knows float4_e2m1fn, the eight codes of a word are neighbours instead, as
+they come: native words are the checkpoint's bytes, only turned around. An input axis is cut into
+chunks of 256, the last one shorter; the scales of a chunk are a register too, four chunks to a
+word. Everything is a bijection of the checkpoint's bytes.
 
 Word arrays are int32 [E, C, rows, N'], C outputs side by side: gate and linear part of an up
 projection, else one. N' is N rounded up to 128, which the tiling of a TPU's memory would add
@@ -33,12 +35,15 @@ def recode(codes: jax.Array) -> jax.Array:
     return codes ^ (((codes >> 1) | (codes >> 2)) & jnp.uint8(0x11))
 
 
-def to_words(blocks: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
+def to_words(
+    blocks: jax.Array, scales: jax.Array, native: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """Checkpoint order -> words.
 
     Args:
       blocks: uint8 [E, N, G, 16] or, with C = 2, [E, N, 2, G, 16].
       scales: uint8 [E, N, G] or [E, N, 2, G].
+      native: For float4_e2m1fn.
 
     Returns:
       Words [E, C, 4 G', N'] and scale words [E, C, 8 ceil(G'/32), N'], both int32, G' being G
@@ -46,7 +51,8 @@ def to_words(blocks: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array
     """
     blocks, scales = outputs_padded(blocks, scales)
     # One expert at a time: the nibbles of all of them would take eight times the bytes.
-    return jax.lax.map(_blocks_to_words, blocks), scales_to_words(scales)
+    to_words = _blocks_to_native if native else _blocks_to_words
+    return jax.lax.map(to_words, blocks), scales_to_words(scales)
 
 
 def outputs_padded(blocks: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -71,6 +77,13 @@ def _blocks_to_words(blocks_NCGb):
     return _signed(jnp.concatenate(words, axis=1))
 
 
+def _blocks_to_native(blocks_NCGb):
+    N, C, G, _ = blocks_NCGb.shape
+    blocks = jnp.pad(blocks_NCGb, ((0, 0), (0, 0), (0, G % 2), (0, 0)))
+    words = jax.lax.bitcast_convert_type(blocks.reshape(N, C, -1, 4), jnp.int32)
+    return words.transpose(1, 2, 0)
+
+
 def scales_to_words(scales_ENCG: jax.Array) -> jax.Array:
     """The scale words of `to_words`, of padded outputs."""
     E, N, C, G = scales_ENCG.shape
@@ -80,9 +93,12 @@ def scales_to_words(scales_ENCG: jax.Array) -> jax.Array:
     return _signed(bytes_.sum(axis=3, dtype=jnp.uint32).reshape(E, C, -1, N))
 
 
-def from_words(words: jax.Array, scales: jax.Array, N: int, G: int) -> tuple[jax.Array, jax.Array]:
+def from_words(
+    words: jax.Array, scales: jax.Array, N: int, G: int, native: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """The inverse of `to_words`; with C = 1 the blocks are [E, N, G, 16]."""
-    blocks = jax.lax.map(lambda one: _blocks_from_words(one, G), words)[:, :N]
+    from_words = _blocks_from_native if native else _blocks_from_words
+    blocks = jax.lax.map(lambda one: from_words(one, G), words)[:, :N]
     return (blocks[:, :, 0] if words.shape[1] == 1 else blocks), scales_from_words(scales, N, G)
 
 
@@ -96,6 +112,12 @@ def _blocks_from_words(words_CRN, G):
         codes.append(((chunk >> shifts) & 15).reshape(C, -1, N))
     codes = jnp.concatenate(codes, axis=1).astype(jnp.uint8)[:, : mxfp4.BLOCK * G]
     return recode(mxfp4.pack(codes.transpose(2, 0, 1))).reshape(N, C, G, mxfp4.BLOCK // 2)
+
+
+def _blocks_from_native(words_CRN, G):
+    C, _, N = words_CRN.shape
+    blocks = jax.lax.bitcast_convert_type(words_CRN.transpose(2, 0, 1), jnp.uint8)
+    return blocks.reshape(N, C, -1, mxfp4.BLOCK // 2)[:, :, :G]
 
 
 def scales_from_words(scales: jax.Array, N: int, G: int) -> jax.Array:

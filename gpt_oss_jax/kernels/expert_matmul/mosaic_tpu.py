@@ -4,7 +4,7 @@ Few rows: every expert that any of them chose is read once and meets all of them
 into tiles of one expert each. Bias, SwiGLU and routing weight are applied inside.
 
 Folded weights are float8_e5m2, which the matrix unit multiplies with bfloat16 as they are. Packed
-ones are decoded in VMEM. For few rows they become float8_e5m2 too, and the scales are applied to
+ones are decoded in VMEM. For few rows they become float8 too, and the scales are applied to
 the results: x is spread over eight rows, of which each keeps one block in eight, so that the
 products of eight blocks come out apart. For many rows they are decoded to bfloat16 once.
 
@@ -184,7 +184,7 @@ def _call(write, name, steps: _Steps, x_SPK, w: MXArray, bias_EN, dtype, *weight
         stored, K, factors_S = (w.blocks,), w.blocks.shape[2], w.factors[steps.experts]
     else:
         stored, K = (w.blocks, w.scales), 8 * w.blocks.shape[2]
-        factors_S = jnp.full(S, tpu_decode.LACKS, jnp.float32)
+        factors_S = jnp.full(S, 1.0 if w.native else tpu_decode.LACKS, jnp.float32)
     x = _in_parts(jnp.pad(x_SPK, ((0, 0), (0, 0), (0, K - x_SPK.shape[-1]))))
     if steps.few and not folded:
         x = _spread(x)
@@ -204,7 +204,7 @@ def _call(write, name, steps: _Steps, x_SPK, w: MXArray, bias_EN, dtype, *weight
         return pl.BlockSpec(block, lambda n, s, experts, _: (experts[s], 0, 0, n))
 
     return pl.pallas_call(
-        functools.partial(_kernel, write=write, N=N),
+        functools.partial(_kernel, write=write, N=N, native=w.native),
         name=name,
         out_shape=jax.ShapeDtypeStruct((slots, P, N), dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -226,7 +226,7 @@ def _call(write, name, steps: _Steps, x_SPK, w: MXArray, bias_EN, dtype, *weight
     )(steps.experts, factors_S, x, stored, bias_SCN, weights_SP1)
 
 
-def _kernel(experts, factors, x, stored, bias, weights, out, *decoded, write, N):
+def _kernel(experts, factors, x, stored, bias, weights, out, *decoded, write, N, native):
     step = pl.program_id(1)
 
     def sums(c, at):
@@ -235,12 +235,13 @@ def _kernel(experts, factors, x, stored, bias, weights, out, *decoded, write, N)
         elif len(stored) == 1:
             found = _product(x, tpu_decode.numbers(*stored, c, at))
         else:
-            found = _spread_product(x, *stored, c, at, out.shape[1])
+            found = _spread_product(x, *stored, c, at, out.shape[1], native)
         return found * factors[step] + bias[0, c : c + 1, at]
 
     if decoded:
         is_new = (step == 0) | (experts[step] != experts[jnp.maximum(step - 1, 0)])
-        pl.when(is_new)(lambda: _over_lanes(functools.partial(_decode, *stored, *decoded), out, N))
+        decode = functools.partial(_decode, *stored, *decoded, native=native)
+        pl.when(is_new)(lambda: _over_lanes(decode, out, N))
     _over_lanes(lambda at: write(out, at, sums, *weights), out, N)
 
 
@@ -262,21 +263,24 @@ def _product(x, values):
     return sum(dot(x[0, part], values) for part in range(x.shape[1]))
 
 
-def _spread_product(x, words, scales, c, at, M):
+def _spread_product(x, words, scales, c, at, M, native):
     """Spread rows times the weights of some outputs, float32 [M, lanes]."""
     total = jnp.zeros((x.shape[1] // _SPREAD, _SPREAD, at.size), jnp.float32)
     for chunk, start, stop in tpu_decode.chunks(words):
-        values = tpu_decode.decode(words[0, c, start // 8 : stop // 8, at])
+        values = tpu_decode.decode(words[0, c, start // 8 : stop // 8, at], native)
+        if native:
+            # The matrix unit takes it beside bfloat16, and every value is a normal number of it.
+            values = values.astype(jnp.float8_e4m3fn)
         product = jnp.dot(x[0, :, start:stop], values, preferred_element_type=jnp.float32)
         total += product.reshape(total.shape) * tpu_decode.decode_scales(scales, c, chunk, at)
     return total.reshape(M, -1, at.size).sum(axis=1)
 
 
-def _decode(words, scales, decoded, at):
+def _decode(words, scales, decoded, at, *, native):
     """The weights of some outputs, in bfloat16."""
     for c in range(words.shape[1]):
         for chunk, start, stop in tpu_decode.chunks(words):
-            values = tpu_decode.decode(words[0, c, start // 8 : stop // 8, at])
+            values = tpu_decode.decode(words[0, c, start // 8 : stop // 8, at], native)
             scale = tpu_decode.decode_scales(scales, c, chunk, at)[: (stop - start) // BLOCK]
             values = values.astype(jnp.bfloat16).reshape(-1, BLOCK, at.size)
             values = values * scale.astype(jnp.bfloat16)[:, None]

@@ -26,8 +26,13 @@ def chunks(words):
     return [(i, start, min(start + CHUNK, K)) for i, start in enumerate(range(0, K, CHUNK))]
 
 
-def decode(words):
-    """Words int32 [r, n] -> float8_e5m2 [8 r, n], 2^-10 times the values of their codes."""
+def decode(words, native=False):
+    """Words int32 [r, n] -> float8_e5m2 [8 r, n], 2^-10 times the values of their codes.
+
+    Native ones -> float4_e2m1fn [8 r, n], which are the values.
+    """
+    if native:
+        return pltpu.bitcast(words, jnp.float4_e2m1fn)
     magnitudes = words & _int(0x77777777)
     # Adding 7 carries into the fourth bit unless the magnitude is 0: the highest bit of the
     # exponent. The bit of the mantissa is stored inverted, except in the codes of 0 and 0.5.
