@@ -10,8 +10,9 @@ from __future__ import annotations
 import collections
 import itertools
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -196,3 +197,25 @@ def _most(mesh: Mesh | AbstractMesh, names: Sequence[str], units: float | None) 
         itertools.combinations(names, size) for size in range(len(names), -1, -1)
     )
     return max((x for x in subsets if not x or units is None or units % count(x) == 0), key=count)
+
+
+def not_split(variables: Mapping[str, Any], mesh: Mesh | AbstractMesh) -> str:
+    """Which weights are split over fewer axes of a mesh than the table has for them; "" if none.
+
+    Args:
+      variables: By path, with `axes`, `shape` and `dtype`.
+      mesh: Of devices.
+    """
+    found: dict[str, int] = {}
+    for path, x in variables.items():
+        where = named_sharding(mesh, x.axes, x.shape)
+        if where != named_sharding(mesh, x.axes):
+            name = f"{re.sub('[0-9]+', '*', path)} {list(x.shape)}"
+            size = math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize
+            found[name] = found.get(name, 0) + size
+    if not found:
+        return ""
+    return (
+        f"the mesh {spelled(mesh.shape)} does not divide {'; '.join(sorted(found))}: each device "
+        f"holds {sum(found.values()) / 1e9:.2f} GB of them"
+    )

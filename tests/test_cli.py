@@ -99,6 +99,14 @@ def test_version_and_help(capsys):
         assert expected in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_options_stand_where_one_likes(at):
+    words = ["tiny", "Hello"]
+    words[at:at] = ["--mesh", "expert=2"]
+    args = cli.build_parser().parse_args(["chat", *words])
+    assert (args.model, args.prompt, args.mesh) == ("tiny", "Hello", {"expert": 2})
+
+
 def test_an_error_is_one_line_and_code_2(capsys):
     assert cli.main(["chat", "no/such/folder/here"]) == 2
     out, err = capsys.readouterr()
@@ -335,7 +343,7 @@ def test_one_gpu_is_the_default_if_it_is_enough(
         ("TPU v6 lite", 8, None, "packed"),
         ("TPU v6 lite", 9, None, "folded"),
         ("TPU v6 lite", 9, "packed", "packed"),
-        ("TPU7x", 1, None, "folded"),
+        ("TPU7x", 3, None, "folded"),
         ("TPU v9", 9, None, "packed"),
     ],
 )

@@ -28,6 +28,12 @@ CARD = Kind("card", "gpu", 1.0, 100, 10)
         ("h100", "h100", 1),
         ("2xh100", "h100", 2),
         ("h200-8", "h200", 8),
+        ("v5e-2x4", "v5e", 8),
+        ("v5p-2x2x1", "v5p", 4),
+        ("tpu7x-2x2x1", "tpu7x", 8),
+        ("RTX-4090", "rtx4090", 1),
+        ("2xrtx-4090", "rtx4090", 2),
+        ("h100-80gb", "h100", 1),
     ],
 )
 def test_names_of_devices(text, name, devices):
@@ -42,9 +48,13 @@ def test_half_a_chip_is_refused():
 def test_a_card_is_known_by_its_memory():
     kind, devices = parse_device("16GB")
     assert (kind.platform, devices) == ("gpu", 1) and kind.memory_gib == 0.95 * 16
+    kind, devices = parse_device("2xa100-40GB")
+    assert (kind.memory_gib, kind.bandwidth_gb, devices) == (0.95 * 40, 0, 2)
 
 
-@pytest.mark.parametrize("text", ["", "v5", "tpu", "h100-0", "0xh100", "GB"])
+@pytest.mark.parametrize(
+    "text", ["", "v5", "tpu", "h100-0", "0xh100", "GB", "v5e-2x", "9999999xh100", "v9-40gb"]
+)
 def test_other_names_are_refused(text):
     with pytest.raises(ValueError, match="the device must be one of v5e"):
         parse_device(text)
@@ -201,6 +211,11 @@ def test_the_command(capsys, monkeypatch):
     assert "export XLA_CLIENT_MEM_FRACTION=0.95" in capsys.readouterr().out
     assert cli.main(["plan", "120b", "--device", "16GB"]) == 1
     assert "does NOT fit: 4" in capsys.readouterr().out
+    assert cli.main(["plan", "20b", "--device", "v5e-4", "--mesh", "expert=3"]) == 0
+    assert "expert=3 does not divide embedding" in capsys.readouterr().err
+    assert cli.main(["plan", "tiny", "--device", "v5e"]) == 0
+    out, err = capsys.readouterr()
+    assert "MiB, an estimate" in out and not err
     assert cli.main(["plan", "20b", "--device", "v5e", "--batch", "100000"]) == 1
     assert "--batch 8 would fit at this context." in capsys.readouterr().out
     assert cli.main(["plan", "20b", "--device", "v5e", "--expert-form", "folded"]) == 1

@@ -11,7 +11,6 @@ import itertools
 import logging
 import math
 import os
-import re
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -42,7 +41,7 @@ from gpt_oss_jax.model.layers import in_rows, rows_whole
 from gpt_oss_jax.model.moe import EXPERT_FORMS, MoE, can_use_words, folds, in_words
 from gpt_oss_jax.quant import MXArray, hopper_words
 from gpt_oss_jax.quant.tpu_folded import SPAN
-from gpt_oss_jax.sharding import named_sharding, spelled
+from gpt_oss_jax.sharding import named_sharding, not_split
 
 _LOGGER = logging.getLogger(__name__)
 # Not an attribute of the model: what is compiled for one would not serve another.
@@ -112,7 +111,8 @@ def load(
     targets = {path: _target(variable, mesh) for path, variable in variables.items()}
     _check_room(targets, mesh, expert_form == "folded")
     if mesh is not None:
-        _tell_what_is_not_split(variables, targets, mesh)
+        if remark := not_split(variables, mesh):
+            _LOGGER.warning(remark)
     total = sum(x.size * x.dtype.itemsize for x in targets.values())
     with progress("loading", total) as step:
         for path, array in arrays(targets):
@@ -331,21 +331,6 @@ def _tell_what_is_not_folded(names: Sequence[str]) -> None:
         _LOGGER.warning(
             "%s: scales span more than 2^%d in an expert, so that folding would round; packed in "
             "4.25 bits instead", ", ".join(names), SPAN,
-        )  # fmt: skip
-
-
-def _tell_what_is_not_split(variables, targets, mesh: Mesh) -> None:
-    """Says which weights are split over fewer axes of the mesh than the table has for them."""
-    found: dict[str, int] = {}
-    for path, x in variables.items():
-        if named_sharding(mesh, x.axes) != targets[path].sharding:
-            name = f"{re.sub('[0-9]+', '*', path)} {list(x.shape)}"
-            shard = targets[path].sharding.shard_shape(x.shape)
-            found[name] = found.get(name, 0) + math.prod(shard) * targets[path].dtype.itemsize
-    if found:
-        _LOGGER.warning(
-            "the mesh %s does not divide %s: each device holds %.2f GB of them",
-            spelled(mesh.shape), "; ".join(sorted(found)), sum(found.values()) / 1e9,
         )  # fmt: skip
 
 

@@ -33,6 +33,21 @@ from gpt_oss_jax.cli.terminal import remark, take_gpu_memory
 COMMANDS = (chat, generate, checkpoints, bench, doctor, parity, plan, compile_command)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes `chat MODEL --mesh ... PROMPT`, too, as Python does by itself from 3.12.7 on."""
+
+    _mixes = False
+
+    def parse_known_args(self, args=None, namespace=None):
+        if self._mixes:
+            return super().parse_known_args(args, namespace)
+        self._mixes = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._mixes = False
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every command; parsed arguments carry `run`, what to call with them."""
     parser = argparse.ArgumentParser(
@@ -43,7 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, parser_class=_Parser
+    )
     for command in COMMANDS:
         command.add(commands)
     for each in commands.choices.values():

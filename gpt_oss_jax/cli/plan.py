@@ -20,9 +20,9 @@ from gpt_oss_jax.config import Config
 from gpt_oss_jax.generate import ahead
 from gpt_oss_jax.generate.loop import prompt_calls
 from gpt_oss_jax.model.cache import MIN_SLOTS, bucket
-from gpt_oss_jax.plan import GIB, KINDS, POOL, Plan, parse_device, plan
+from gpt_oss_jax.plan import GIB, KINDS, POOL, Plan, parse_device, plan, variables
 from gpt_oss_jax.sampling import SamplingParams
-from gpt_oss_jax.sharding import make_mesh, spelled
+from gpt_oss_jax.sharding import abstract_mesh, make_mesh, not_split, spelled
 
 _DEFAULT_POOL = 0.75  # Of a GPU's memory, what JAX takes by itself.
 
@@ -79,6 +79,9 @@ def run(args: argparse.Namespace) -> int:
     found = plan(config, kind, devices, **options)
     write(f"{args.model} on {_devices(found)}, {args.dtype}, ")
     write(f"context {args.context:,} tokens, batch {args.batch}\n\n{_table(found)}\n")
+    paths = {"/".join(map(str, k)): x for k, x in variables(config, dtype, experts).items()}
+    if whole := not_split(paths, abstract_mesh(found.mesh)):
+        remark(whole)
     if found.spread:
         say_one_of(args.model, devices, found.spread)
     if args.compile:
@@ -94,7 +97,11 @@ def _devices(found: Plan) -> str:
 
 
 def _table(found: Plan) -> str:
-    gib = lambda size: f"{size / GIB:>9.2f} GiB"
+
+    def gib(size):
+        large = abs(size) >= 0.1 * GIB
+        return f"{size / GIB:>9.2f} GiB" if large else f"{size * 1024 / GIB:>9.2f} MiB"
+
     where = " on each device" if max(found.mesh.values()) > 1 else ""
     form = f", {FORMS[found.expert_form]}" if found.expert_form else ""
     lines = [
