@@ -6,6 +6,7 @@ From the root: python benchmarks/tpu_experts.py v6e folded --rows 1 8 64 4096
 """
 
 import argparse
+import dataclasses
 import functools
 import os
 import re
@@ -24,10 +25,13 @@ def main():
     parser.add_argument("kind", help="v5e, v5p, v6e or tpu7x")
     parser.add_argument("form", choices=("packed", "folded"))
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 4096])
+    sizes = "lanes=512,few=2048: other sizes than those of the table, to be compared"
+    parser.add_argument("--tiles", default="", metavar="NAME=N,...", help=sizes)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         # Read when libtpu is loaded.
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        use_tiles(args.kind, args.tiles)
         for rows in args.rows:
             for old in Path(folder).iterdir():
                 old.unlink()
@@ -35,6 +39,15 @@ def main():
             print(f"{args.kind}, {args.form}, {rows} rows")
             print(f"  temporaries {memory.temp_size_in_bytes / 1e6:.2f} MB")
             report(args.kind, args.form, rows, kernels(Path(folder)))
+
+
+def use_tiles(kind, text):
+    from gpt_oss_jax.kernels.expert_matmul.tpu_tiles import TILES, tiles
+    from gpt_oss_jax.plan import KINDS
+
+    name = KINDS[kind].jax_name
+    given = (one.split("=") for one in text.split(",") if one)
+    TILES[name] = dataclasses.replace(tiles(name), **{key: int(value) for key, value in given})
 
 
 def compile_layer(kind, form, rows):
@@ -73,7 +86,7 @@ def compile_layer(kind, form, rows):
 
 
 def kernels(folder):
-    """Bundles of each kernel: of a group of outputs, of decoding one, and of what is around."""
+    """Bundles of each kernel: of a group of outputs and the last one; of decoding; of the rest."""
     found = {}
     for path in folder.glob("*-expert_*-*final_bundles.txt"):
         if "schedule-analysis" in path.name:
@@ -93,11 +106,11 @@ def kernels(folder):
                 inside = {"bundles": 0, "matmul": "vmatmul" in line}
                 loops.append(inside)
             inside["bundles"] += 1
-        products = max((x["bundles"] for x in loops if x["matmul"]), default=0)
+        products = sorted(x["bundles"] for x in loops if x["matmul"])[-2:][::-1]
         others = sorted(x["bundles"] for x in loops if not x["matmul"])
         name = re.search(r"(expert_\w+?_(?:few|many))", path.name)[1]
         # Of loops without products only decoding is large; the others copy what does not fill.
-        decode = others.pop() if others and others[-1] > 100 else 0
+        decode = [others.pop() if others and others[-1] > 100 else 0 for _ in range(2)]
         found[name] = (products, decode, around + sum(others))
     return found
 
@@ -106,9 +119,11 @@ def report(kind, form, rows, found):
     import jax.numpy as jnp
     import numpy as np
 
-    from gpt_oss_jax.kernels.expert_matmul import mosaic_tpu
     from gpt_oss_jax.kernels.expert_matmul.tiles import sort_into_tiles
+    from gpt_oss_jax.kernels.expert_matmul.tpu_tiles import tiles
     from gpt_oss_jax.plan import KINDS
+
+    sizes = tiles(KINDS[kind].jax_name)
 
     random = np.random.default_rng(0)
     chosen = np.stack([random.permutation(EXPERTS)[:CHOSEN] for _ in range(rows)])
@@ -116,17 +131,20 @@ def report(kind, form, rows, found):
     many = any(name.endswith("many") for name in found)
     steps, total = experts, 0
     if many:
-        size = mosaic_tpu.tile_size(rows * CHOSEN, EXPERTS)
+        size = min(sizes.rows, max(16, 1 << (-(-rows * CHOSEN // EXPERTS) - 1).bit_length()))
         steps = int(sort_into_tiles(jnp.asarray(chosen.ravel()), EXPERTS, size).count)
     for name, (products, decode, around) in sorted(found.items()):
-        groups = -(-D // mosaic_tpu.LANES)
-        outputs = -(-D // mosaic_tpu.outputs_of_step(2 if "up" in name else 1, not many))
-        bundles = steps * (groups * products + outputs * around) + experts * groups * decode
+        groups = D // sizes.lanes
+        parts = 2 if "up" in name else 1
+        outputs = -(-D // (sizes.many if many else sizes.few // parts))
+        bundles = steps * (groups * products[0] + products[1] + outputs * around)
+        bundles += experts * (groups * decode[0] + decode[1])
         total += bundles
         weights = D * D * (2 if "up" in name else 1)
         print(
-            f"  {name}: {products} bundles for 256 outputs ({256 * weights / D / products:,.0f} "
-            f"weights a bundle), {decode} to decode them, {around} around a step; {steps} steps"
+            f"  {name}: {products[0]} bundles for {sizes.lanes} outputs "
+            f"({sizes.lanes * weights / D / products[0]:,.0f} "
+            f"weights a bundle), {decode[0]} to decode them, {around} around a step; {steps} steps"
         )
     bits = {"packed": 4.25, "folded": 8}[form]
     size = 3 * D * D * experts * bits / 8

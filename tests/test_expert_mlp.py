@@ -14,7 +14,7 @@ import oracle
 import pytest
 from as_tpu import as_on_a_tpu
 
-from gpt_oss_jax.kernels.expert_matmul import api, mosaic_tpu, xla
+from gpt_oss_jax.kernels.expert_matmul import api, mosaic_tpu, tpu_tiles, xla
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.quant import MXArray, quantize
 
@@ -95,6 +95,21 @@ def test_equals_the_oracle(implementation, M):
     w, args = weights(), rows(M)
     got = run(args, w, implementation)
     want = dense_mlp(*args, *dense(w), limit=7.0)
+    np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+@pytest.mark.parametrize("M", [2, 20])
+@pytest.mark.parametrize("form", ["mosaic_tpu", "mosaic_tpu, folded"])
+def test_outputs_of_several_steps_and_a_last_small_group(monkeypatch, form, M):
+    monkeypatch.setitem(tpu_tiles.TILES, "TPU v5 lite", tpu_tiles.Tiles(256, 1024, 512, 16))
+    random = np.random.default_rng(0)
+    shapes = (E, 576, 2, 64), (E, 576, 2), (E, 64, 576), (E, 64)
+    up, up_bias, down, down_bias = (jnp.asarray(random.normal(size=s), jnp.float32) for s in shapes)
+    up, down = (MXArray(*jax.jit(quantize)(matrix)) for matrix in (up, down))
+    w, (x, *routed) = ExpertWeights(up, up_bias, down, down_bias), rows(M)
+    with as_on_a_tpu():
+        got = run((x[:, :64], *routed), w, form)
+    want = dense_mlp(x[:, :64], *routed, *dense(w), limit=7.0)
     np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
 
 

@@ -24,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from gpt_oss_jax.kernels.expert_matmul import tpu_decode, xla
 from gpt_oss_jax.kernels.expert_matmul.tiles import sort_into_tiles
+from gpt_oss_jax.kernels.expert_matmul.tpu_tiles import tiles
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.kernels.target import device_kind
 from gpt_oss_jax.quant import MXArray
@@ -32,9 +33,8 @@ from gpt_oss_jax.quant.tpu_words import CHUNK
 
 FEW_ROWS = 8
 _SPREAD = CHUNK // BLOCK
-LANES = 256  # Outputs that are worked on at a time, two registers wide.
-_FEW_WEIGHTS, _MANY_OUTPUTS = 1536, 512  # Of an input, in one step.
-_MIN_TILE, _MAX_TILE = 16, 256
+LANES = 128  # Of a register.
+_MIN_TILE = 16
 _VMEM = 48 << 20
 
 
@@ -116,18 +116,18 @@ def _many(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit, some_elsewhere)
     """Rows in tiles of one expert each."""
     M, X = experts_MX.shape
     E = w.up.shape[0]
-    tiles = sort_into_tiles(experts_MX.reshape(-1), E, tile_size(M * X, E))
-    count = jnp.maximum(tiles.count.astype(jnp.int32), 1)
-    weights_TP1 = weights_MX.reshape(-1)[tiles.pairs][..., None].astype(jnp.float32)
+    sorted_ = sort_into_tiles(experts_MX.reshape(-1), E, tile_size(M * X, E))
+    count = jnp.maximum(sorted_.count.astype(jnp.int32), 1)
+    weights_TP1 = weights_MX.reshape(-1)[sorted_.pairs][..., None].astype(jnp.float32)
 
-    steps = _Steps(tiles.expert_of_tile.astype(jnp.int32), count, few=False)
+    steps = _Steps(sorted_.expert_of_tile.astype(jnp.int32), count, few=False)
     up = functools.partial(_activate, limit=limit)
-    x_TPD = x_MD[tiles.pairs // X]
+    x_TPD = x_MD[sorted_.pairs // X]
     h_TPF = _call(up, "expert_up_many", steps, x_TPD, w.up, w.up_bias, x_MD.dtype)
     y_TPD = _call(
         _weigh, "expert_down_many", steps, h_TPF, w.down, w.down_bias, x_MD.dtype, weights_TP1
     )
-    y_ZD = y_TPD.reshape(tiles.pairs.size, -1)[tiles.place_of_pair]
+    y_ZD = y_TPD.reshape(sorted_.pairs.size, -1)[sorted_.place_of_pair]
     if some_elsewhere:
         # What no tile has was never written.
         y_ZD = jnp.where(experts_MX.reshape(-1, 1) < E, y_ZD, 0)
@@ -137,12 +137,13 @@ def _many(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit, some_elsewhere)
 def tile_size(pairs: int, experts: int) -> int:
     """Rows of a tile, where there are many."""
     mean = -(-pairs // experts)
-    return min(_MAX_TILE, max(_MIN_TILE, 1 << (mean - 1).bit_length()))
+    return min(tiles(device_kind()).rows, max(_MIN_TILE, 1 << (mean - 1).bit_length()))
 
 
 def outputs_of_step(parts: int, few: bool) -> int:
     """Outputs of one step, of how many parts, whose weights are copied ahead."""
-    return _FEW_WEIGHTS // parts if few else _MANY_OUTPUTS
+    sizes = tiles(device_kind())
+    return sizes.few // parts if few else sizes.many
 
 
 def _activate(out, at, sums, *, limit):
@@ -189,7 +190,8 @@ def _call(write, name, steps: _Steps, x_SPK, w: MXArray, bias_EN, dtype, *weight
     if steps.few and not folded:
         x = _spread(x)
     bias_SCN = bias_EN[steps.experts].reshape(S, N, C).swapaxes(1, 2).astype(jnp.float32)
-    tile = min(outputs_of_step(C, steps.few), LANES * pl.cdiv(N, LANES))
+    lanes = tiles(device_kind()).lanes
+    tile = min(outputs_of_step(C, steps.few), lanes * pl.cdiv(N, lanes))
     slots = 1 if write is _add else S
 
     def of_step(array):
@@ -246,15 +248,20 @@ def _kernel(experts, factors, x, stored, bias, weights, out, *decoded, write, N,
 
 
 def _over_lanes(body, out, N):
-    """Calls `body` for each group of lanes of a step's outputs that exist."""
+    """Calls `body` for each group of lanes of a step's outputs that exist; the last may be less."""
     tile = out.shape[-1]
-    size = min(LANES, tile)
-    groups = jnp.minimum(tile // size, pl.cdiv(N - pl.program_id(0) * tile, size))
+    size = min(tiles(device_kind()).lanes, tile)
+    left = N - pl.program_id(0) * tile
+    whole = jnp.minimum(tile, left) // size
 
     def group(i, _):
         body(pl.ds(pl.multiple_of(i * size, size), size))
 
-    jax.lax.fori_loop(0, groups, group, None)
+    jax.lax.fori_loop(0, whole, group, None)
+    if rest := N % size:
+        last = pl.ds(pl.multiple_of(whole * size, size), LANES * pl.cdiv(rest, LANES))
+        # A loop, too: so it is seen in the schedule.
+        jax.lax.fori_loop(0, jnp.int32(left < tile), lambda *_: body(last), None)
 
 
 def _product(x, values):
