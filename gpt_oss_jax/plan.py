@@ -78,7 +78,7 @@ KINDS = {
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x", "ironwood": "tpu7x"}
 _MOST = 65_536  # Devices; the largest slice has 9,216 chips.
 # Whose slices are named by their cores, two to a chip.
-_NAMED_BY_CORES = ("v5p",)
+_NAMED_BY_CORES = ("v5p", "tpu7x")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,45 +141,58 @@ def parse_device(text: str) -> tuple[Kind, int]:
     """A kind of device and how many JAX devices there are, of a name such as "v5p-8" or "2xh100".
 
     Args:
-      text: A key of `KINDS` or what the clouds call a slice (the number of a v5p's are its cores;
-        `v5e-2x4` is its shape in chips), `2xh100` or `h100-2` for several, or the memory of one
+      text: A key of `KINDS` or what the clouds call a slice (the number of v5p's and tpu7x's
+        counts cores; `v5e-2x4` is its shape in chips), `2xh100` or `h100-2` for several, or the memory of one
         GPU: "16GB", "a100-40GB".
 
     Raises:
       ValueError: If it is none of these.
     """
-    name = text.lower().replace("_", "").replace(" ", "")
-    if sized := re.fullmatch(r"(?:(.+)-)?(\d+(?:\.\d+)?)g(?:i?b)?", name):
-        if not float(sized[2]):
-            raise ValueError(f"a GPU must have memory, got {text!r}.")
-        kind = Kind(text, "gpu", POOL * float(sized[2]), 0, 0)  # Cards are sold by the GiB.
-        if sized[1] is None:
-            return kind, 1
-        known, count = parse_device(sized[1])
-        # One of another size has another bandwidth, too.
-        return known if abs(known.memory_gib / kind.memory_gib - 1) < 0.05 else kind, count
+    name = re.sub("[_ ]", "-", text.lower())
     count, in_cores = 1, False
-    if several := re.fullmatch(r"(\d+)x(.+)", name):
+    if several := re.fullmatch(r"(\d{1,6})x(.+)", name):
         count, name = int(several[1]), several[2]
-    if (plain := name.replace("-", "")) in KINDS:
-        name = plain
-    elif shape := re.fullmatch(r"(.+)-(\d+(?:x\d+)+)", name):
-        name, count = shape[1], count * math.prod(map(int, shape[2].split("x")))
-    elif several := re.fullmatch(r"(.+)-(\d+)", name):
-        name, count = several[1], count * int(several[2])
-        in_cores = name in _NAMED_BY_CORES
-    name = _ALIASES.get(name, name)
-    if name not in KINDS or not 0 < count <= _MOST:
+    if sized := re.fullmatch(r"(?:(.+)-)?(\d{1,5}(?:\.\d+)?)g(?:i?b)?(?:-(\d{1,6}))?", name):
+        count *= int(sized[3] or 1)
+        kind = _of_memory(text, sized[1], float(sized[2]))
+    else:
+        if (plain := name.replace("-", "")) in KINDS:
+            name = plain
+        elif shape := re.fullmatch(r"(.+)-(\d{1,6}(?:x\d{1,6})+)", name):
+            name, count = shape[1], count * math.prod(map(int, shape[2].split("x")))
+        elif several := re.fullmatch(r"(.+)-(\d{1,6})", name):
+            name, count = several[1], count * int(several[2])
+            in_cores = _ALIASES.get(name, name) in _NAMED_BY_CORES
+        kind = KINDS.get(_ALIASES.get(name, name))
+    if kind is None or not 0 < count <= _MOST:
         raise ValueError(
             f"the device must be one of {', '.join(KINDS)}, with a count up to {_MOST:,} such as "
             f"v6e-4 or 2xh100, or the memory of a GPU such as 16GB or a100-40GB; got {text!r}."
         )
     if in_cores and count % 2:
         raise ValueError(
-            f"the number of a {name} slice counts its cores, two to a chip; got {text!r}."
+            f"the number of a {kind.name} slice counts its cores, two to a chip; got {text!r}."
         )
-    kind = KINDS[name]
     return kind, (count // 2 if in_cores else count) * kind.devices_per_chip
+
+
+def _of_memory(text: str, name: str | None, gib: float) -> Kind | None:
+    """A GPU with so much memory, of a kind or of none; None if there is no such kind."""
+    known = KINDS.get(_ALIASES.get(name, name).replace("-", "")) if name else None
+    if not gib:
+        raise ValueError(f"a GPU must have memory, got {text!r}.")
+    if name and not known:
+        return None
+    if known and known.platform != "gpu":
+        raise ValueError(
+            f"a {known.name} has {known.memory_gib} GiB for each device; name it without memory, "
+            f"got {text!r}."
+        )
+    size = f"{gib:g}GB"  # Cards are sold by the GiB.
+    kind = Kind(f"{known.name}-{size}" if known else size, "gpu", POOL * gib, 0, 0)
+    # One of another size has another bandwidth, too.
+    close = known and abs(known.memory_gib / kind.memory_gib - 1) < 0.05
+    return known if close else kind
 
 
 def kind_of(device: jax.Device) -> Kind:

@@ -125,6 +125,8 @@ def preset(weights: Iterable[Weight], devices: int) -> dict[str, int]:
 
     total, most = max(((bytes_of(x, x[1]), x) for x in alike), key=lambda x: x[0])
     for count in range(devices, 0, -1):
+        if math.prod(most[1]) % count:
+            continue
         meshes = [
             {"expert": count // tensor, "tensor": tensor}
             for tensor in range(1, count + 1)

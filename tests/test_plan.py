@@ -24,7 +24,9 @@ CARD = Kind("card", "gpu", 1.0, 100, 10)
         ("v5litepod-8", "v5e", 8),
         ("V6e-4", "v6e", 4),
         ("v5p-8", "v5p", 4),
-        ("tpu7x-4", "tpu7x", 8),
+        ("tpu7x", "tpu7x", 2),
+        ("tpu7x-8", "tpu7x", 8),
+        ("v7x-2", "tpu7x", 2),
         ("h100", "h100", 1),
         ("2xh100", "h100", 2),
         ("h200-8", "h200", 8),
@@ -34,6 +36,8 @@ CARD = Kind("card", "gpu", 1.0, 100, 10)
         ("RTX-4090", "rtx4090", 1),
         ("2xrtx-4090", "rtx4090", 2),
         ("h100-80gb", "h100", 1),
+        ("H100 80GB", "h100", 1),
+        ("a100-80gb-8", "a100", 8),
     ],
 )
 def test_names_of_devices(text, name, devices):
@@ -41,8 +45,14 @@ def test_names_of_devices(text, name, devices):
 
 
 def test_half_a_chip_is_refused():
-    with pytest.raises(ValueError, match="two to a chip; got 'v5p-7'"):
-        parse_device("v5p-7")
+    for name in ("v5p-7", "tpu7x-3"):
+        with pytest.raises(ValueError, match=f"two to a chip; got '{name}'"):
+            parse_device(name)
+
+
+def test_a_tpu_has_the_memory_it_has():
+    with pytest.raises(ValueError, match=r"v5e has 15.75 GiB .* got 'v5e-32GB'"):
+        parse_device("v5e-32GB")
 
 
 def test_a_card_is_known_by_its_memory():
@@ -50,10 +60,12 @@ def test_a_card_is_known_by_its_memory():
     assert (kind.platform, devices) == ("gpu", 1) and kind.memory_gib == 0.95 * 16
     kind, devices = parse_device("2xa100-40GB")
     assert (kind.memory_gib, kind.bandwidth_gb, devices) == (0.95 * 40, 0, 2)
+    assert kind.name == "a100-40GB"
+    assert parse_device("a100_40gb-4") == (kind, 4) and parse_device("4x16GB")[1] == 4
 
 
 @pytest.mark.parametrize(
-    "text", ["", "v5", "tpu", "h100-0", "0xh100", "GB", "v5e-2x", "9999999xh100", "v9-40gb"]
+    "text", ["", "v5", "tpu", "h100-0", "0xh100", "GB", "v5e-2x", "9999999xh100", "v9-40gb", "1" * 400 + "GB"]
 )
 def test_other_names_are_refused(text):
     with pytest.raises(ValueError, match="the device must be one of v5e"):

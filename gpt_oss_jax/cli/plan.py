@@ -102,6 +102,7 @@ def _table(found: Plan) -> str:
         large = abs(size) >= 0.1 * GIB
         return f"{size / GIB:>9.2f} GiB" if large else f"{size * 1024 / GIB:>9.2f} MiB"
 
+    missing = gib(-found.margin).strip()
     where = " on each device" if max(found.mesh.values()) > 1 else ""
     form = f", {FORMS[found.expert_form]}" if found.expert_form else ""
     lines = [
@@ -118,17 +119,17 @@ def _table(found: Plan) -> str:
         )
     elif found.largest_context:
         lines.append(
-            f"It does NOT fit: {-found.margin / GIB:.2f} GiB are missing. "
+            f"It does NOT fit: {missing} are missing. "
             f"--context {found.largest_context} would fit at batch {found.batch}."
         )
     elif found.largest_batch:
         lines.append(
-            f"It does NOT fit: {-found.margin / GIB:.2f} GiB are missing. "
+            f"It does NOT fit: {missing} are missing. "
             f"--batch {found.largest_batch} would fit at this context."
         )
     else:
         lines.append(
-            f"It does NOT fit: {-found.margin / GIB:.2f} GiB are missing. More devices are needed, "
+            f"It does NOT fit: {missing} are missing. More devices are needed, "
             f"or larger ones{', or --expert-form packed' if found.expert_form == 'folded' else ''}."
         )
     needed = POOL * (1 - found.margin / GIB / found.kind.memory_gib)

@@ -119,7 +119,7 @@ def add_placement_options(parser: argparse.ArgumentParser) -> None:
         "--expert-form",
         choices=tuple(EXPERT_FORMS),
         help="of MXFP4 experts on TPU, 4.25 or 8.25 bits a weight; default: folded for more than "
-        "eight rows at once (tpu7x: any) if that fits, else packed",
+        "eight rows at once (tpu7x: two) if that fits, else packed",
     )
 
 

@@ -83,6 +83,7 @@ class Projection(nnx.Module):
         """
         words = in_words(mesh, self.matrix.shape[0], form, native)(self.matrix)
         self.words_of, self.native = self.matrix.shape, words.native
+        self.shuffled = False
         axes = ("experts", None, None, None)
         self.blocks, self.scales = Packed(words.blocks, axes=axes), Packed(words.scales, axes=axes)
         if words.factors is not None:

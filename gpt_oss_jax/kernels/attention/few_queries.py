@@ -12,6 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from gpt_oss_jax.kernels import launch as kernel_launch
 from gpt_oss_jax.kernels.attention.few_queries_ptx import HEAD, MAX_QUERIES, TILE, Program
 from gpt_oss_jax.kernels.target import multiprocessors
 
@@ -134,51 +135,25 @@ def whole_tiles(k_pos_BS: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=0)
 def launch(run: Program, q_BTKGH: jax.Array, *inputs: jax.Array) -> jax.Array:
     """Keys, values, sinks, positions of queries and of keys follow the queries."""
-    return _kernel(run, q_BTKGH)(q_BTKGH, *inputs)
+    return _launched(run, q_BTKGH, *inputs)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def launch_storing(run: Program, q_BTKGH: jax.Array, k_BSL, v_BSL, *inputs: jax.Array):
     """`launch`, with new keys, new values and slots at the end."""
     k, v = jax.new_ref(k_BSL), jax.new_ref(v_BSL)
-    heads_BTKGH = _kernel(run, q_BTKGH)(q_BTKGH, k, v, *inputs)
+    heads_BTKGH = _launched(run, q_BTKGH, k, v, *inputs)
     return heads_BTKGH, jax.freeze(k), jax.freeze(v)
 
 
-def _kernel(run: Program, q_BTKGH: jax.Array):
-    # Here, because these change from one version of JAX to the next.
-    from jax.experimental import pallas as pl
-    from jax.experimental.mosaic.gpu import utils as mgpu
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    def body(*refs):
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
-        def thread(ctx, *refs):
-            del ctx
-            pointers = [mgpu.memref_ptr(ref) for ref in refs]
-            mgpu.inline_ptx(run.ptx(), mgpu.block_idx(), *pointers, convergent=True)
-
-        thread(*refs)
-
-    name = f"attention_{run.queries}_{'full' if run.window is None else 'window'}"
-    clusters = {"cluster": (run.blocks,), "cluster_names": ("part",)} if run.blocks > 1 else {}
-    shape = {
-        "grid": (run.grid // run.blocks,),
-        "grid_names": ("head",),
-        "num_threads": run.warps // 4,
-        "thread_name": "warpgroup",
-        **clusters,
-    }
-    common = {
-        "out_type": jax.ShapeDtypeStruct(q_BTKGH.shape, q_BTKGH.dtype),
-        "compiler_params": plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    }
-    scratch = plgpu.SMEM((run.shared_bytes,), jnp.uint8)
-    if not run.stores:
-        return plgpu.kernel(body, scratch_types=[scratch], kernel_name=name, **common, **shape)
-
-    # What is written in place has to come as a reference, which the other cannot take.
-    def scoped(*refs):
-        pl.run_scoped(functools.partial(body, *refs), scratch, collective_axes="warpgroup")
-
-    return pl.kernel(scoped, mesh=plgpu.Mesh(kernel_name=name, **shape), name=name, **common)
+def _launched(run: Program, q_BTKGH: jax.Array, *inputs):
+    return kernel_launch.launch(
+        f"attention_{run.queries}_{'full' if run.window is None else 'window'}",
+        run.ptx(),
+        jax.ShapeDtypeStruct(q_BTKGH.shape, q_BTKGH.dtype),
+        (q_BTKGH, *inputs),
+        grid=run.grid,
+        cluster=run.blocks,
+        warpgroups=run.warps // 4,
+        shared_bytes=run.shared_bytes,
+    )
