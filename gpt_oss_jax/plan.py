@@ -142,8 +142,8 @@ def parse_device(text: str) -> tuple[Kind, int]:
 
     Args:
       text: A key of `KINDS` or what the clouds call a slice (the number of v5p's and tpu7x's
-        counts cores; `v5e-2x4` is its shape in chips), `2xh100` or `h100-2` for several, or the memory of one
-        GPU: "16GB", "a100-40GB".
+        counts cores; `v5e-2x4` is its shape in chips), `2xh100` or `h100-2` for several, or the
+        memory of a GPU: "16GB", "a100-40GB".
 
     Raises:
       ValueError: If it is none of these.

@@ -1,5 +1,6 @@
 """Loading: every layout, every dtype, every mesh gives the bytes that lie in the files."""
 
+import functools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from sizes import SHARDABLE, TINY
 
 from gpt_oss_jax.checkpoint import load, loading, pieces, source, synthetic, writer
 from gpt_oss_jax.checkpoint.files import LocalFolder
+from gpt_oss_jax.kernels.expert_matmul.mosaic_gpu import on_hopper
 from gpt_oss_jax.quant import dequantize
 from gpt_oss_jax.sharding import make_mesh, named_sharding
 
@@ -276,3 +278,31 @@ def test_what_does_not_fit_is_refused_before_it_is_read(sharded, monkeypatch, ax
 def test_a_mesh_is_a_mesh(folders):
     with pytest.raises(ValueError, match="make_mesh, got 'expert=2'"):
         load(folders / "hf", mesh="expert=2")
+
+
+@pytest.mark.parametrize(
+    ("folder", "dtype", "implementation", "shuffled"),
+    [
+        ("hf", "bfloat16", None, True),
+        ("hf", "bfloat16", "mosaic_gpu", True),
+        ("hf", "bfloat16", "xla", False),
+        ("hf", "float32", None, False),
+        ("dense", "bfloat16", None, False),
+    ],
+)
+def test_on_hopper_experts_come_as_its_kernels_want_them(
+    folders, monkeypatch, folder, dtype, implementation, shuffled
+):
+    how = {"dtype": jnp.dtype(dtype), "implementation": implementation}
+    monkeypatch.setattr(loading, "why_not_hopper", lambda: "")
+    assert not load(folders / folder, **how).layers[0].mlp.up.shuffled  # A CPU is no GPU.
+    monkeypatch.setattr(loading, "_platform", lambda mesh: "gpu")
+    mlp = load(folders / folder, **how).layers[0].mlp
+    assert mlp.up.shuffled == mlp.down.shuffled == shuffled
+    if shuffled:
+        rows = jnp.zeros((1, TINY.hidden_size), jnp.bfloat16)
+        chosen, weight = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2))
+        run = functools.partial(on_hopper, limit=7.0)
+        assert jax.eval_shape(run, rows, chosen, weight, mlp.weights).shape == rows.shape
+    monkeypatch.setattr(loading, "why_not_hopper", lambda: "needs a Hopper GPU")
+    assert not load(folders / folder, **how).layers[0].mlp.up.shuffled

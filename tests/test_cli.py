@@ -19,7 +19,7 @@ from sizes import WHOLE_VOCABULARY
 from gpt_oss_jax import __version__, cli, compile_cache
 from gpt_oss_jax.chat import Reply
 from gpt_oss_jax.checkpoint import synthetic, writer
-from gpt_oss_jax.cli import chat as cli_chat, terminal
+from gpt_oss_jax.cli import chat as cli_chat, checkpoints, terminal
 from gpt_oss_jax.config import GPT_OSS_20B
 from gpt_oss_jax.harmony import encode_text
 
@@ -115,6 +115,15 @@ def test_an_error_is_one_line_and_code_2(capsys):
         cli.main(["--debug", "chat", "no/such/folder/here"])
     with pytest.raises(ValueError, match="no/such"):
         cli.main(["chat", "no/such/folder/here", "--debug"])
+
+
+def test_a_stopped_convert_says_that_it_can_go_on(monkeypatch, capsys):
+    def convert(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "convert", convert)
+    assert cli.main(["convert", "a", "b"]) == 130
+    assert "goes on from the last layer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

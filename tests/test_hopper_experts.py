@@ -183,6 +183,15 @@ if not OLD:
     ("change", "reason"),
     [
         (lambda x, *rest: (x.astype(jnp.float32), *rest), "bfloat16"),
+        (
+            lambda x, chosen, weight, w: (
+                x.astype(jnp.float32),
+                chosen,
+                weight,
+                in_checkpoint_order(w),
+            ),
+            "rows are float32",
+        ),
         (lambda x, chosen, weight, w: (x, chosen, weight, dense(w)), "MXFP4"),
         (lambda x, chosen, weight, w: (x, chosen, weight, in_words(w)), "TPU words"),
         (lambda x, chosen, weight, w: (x, chosen, weight, in_checkpoint_order(w)), "shuffles"),

@@ -105,9 +105,9 @@ def test_mxarray_is_a_pytree_that_knows_its_shape():
 
 def test_shuffled_it_is_the_same_array():
     """Every bit has a place of its own, for all bytes; and an index cuts it as it does others."""
-    blocks = np.random.default_rng(0).permutation(np.arange(2 * 3 * 2 * 16) % 256)
-    blocks = jnp.asarray(blocks.reshape(2, 3, 2, 16), jnp.uint8)
-    array = MXArray(blocks, jnp.full((2, 3, 2), 127, jnp.uint8))
+    blocks = np.random.default_rng(0).permutation(np.arange(2 * 4 * 2 * 16))
+    blocks = jnp.asarray(blocks.reshape(2, 4, 2, 16), jnp.uint8)
+    array = MXArray(blocks, jnp.full((2, 4, 2), 127, jnp.uint8))
     shuffled = jax.jit(MXArray.shuffle)(array)
     assert shuffled.shape == array.shape and not (shuffled.blocks == blocks).all()
     back = jax.jit(MXArray.in_checkpoint_order)(shuffled)

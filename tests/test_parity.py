@@ -11,9 +11,9 @@ from flax import nnx
 from random_model import random_model
 from sizes import TINY
 
-from gpt_oss_jax.checkpoint import load, open_source, synthetic
+from gpt_oss_jax.checkpoint import load, loading, open_source, synthetic
 from gpt_oss_jax.model import rope
-from gpt_oss_jax.parity import Recorder, Streamed, assert_parity, compare, values
+from gpt_oss_jax.parity import Recorder, Streamed, assert_parity, compare, ours, values
 from gpt_oss_jax.parity.ops import LAYER
 
 # The clamp binds, so that a wrong one shows.
@@ -85,6 +85,18 @@ def test_a_fault_of_the_reference_is_said_to_be_its_own(one_layer, name, said):
     report = compare(model, reference, TOKENS)
     assert report.first == fault.op
     assert f"the reference is what the formula gives with {said}" in report.sentence
+
+
+def test_experts_shuffled_for_hopper_are_judged_by_the_same_formula(one_layer):
+    fault, (model, _, _) = FAULTS["no plus one"], one_layer
+    with fault.planted(copy(model)) as faulty:
+        reference = arrays_of(faulty)
+    shuffled = copy(model)
+    for projection in (shuffled.layers[0].mlp.up, shuffled.layers[0].mlp.down):
+        projection.blocks[...] = projection.matrix.shuffle().blocks
+        projection.shuffled = True
+    report = compare(shuffled, reference, TOKENS)
+    assert f"the formula gives with {fault.said}" in report.sentence
 
 
 def test_a_constant_that_is_a_little_off_is_no_known_trap(one_layer):
@@ -245,6 +257,17 @@ def test_streamed_is_the_model(tmp_path):
     whole = arrays_of(load(folder, dtype=jnp.float32))
     report = assert_parity(Streamed(open_source(folder)), whole, TOKENS)
     assert all(op.own.largest == 0 for op in report.ops)
+
+
+def test_streamed_experts_lie_as_load_puts_them(tmp_path, monkeypatch):
+    folder = synthetic.write(CONFIG, tmp_path / "checkpoint")
+    for module in (loading, ours):
+        monkeypatch.setattr(module, "shuffles", lambda *_: True)
+    streamed = Streamed(open_source(folder), jnp.bfloat16).layers[1].mlp
+    loaded = load(folder, dtype=jnp.bfloat16).layers[1].mlp
+    assert nnx.graphdef(streamed) == nnx.graphdef(loaded) and streamed.up.matrix.shuffled
+    for got, want in zip(jax.tree.leaves(streamed), jax.tree.leaves(loaded), strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,19 @@ def test_a_card_is_known_by_its_memory():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "v5", "tpu", "h100-0", "0xh100", "GB", "v5e-2x", "9999999xh100", "v9-40gb", "1" * 400 + "GB"]
+    "text",
+    [
+        "",
+        "v5",
+        "tpu",
+        "h100-0",
+        "0xh100",
+        "GB",
+        "v5e-2x",
+        "9999999xh100",
+        "v9-40gb",
+        "1" * 400 + "GB",
+    ],
 )
 def test_other_names_are_refused(text):
     with pytest.raises(ValueError, match="the device must be one of v5e"):

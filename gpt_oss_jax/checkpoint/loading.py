@@ -104,7 +104,7 @@ def load(
     use_words = _uses_words(config, kind, mesh, implementation)
     _check_form(expert_form, use_words)
     options = {"dtype": dtype, "experts": kind, "implementation": implementation, "mesh": mesh}
-    shuffled = _shuffles(kind, mesh, dtype, implementation)
+    shuffled = shuffles(kind, mesh, dtype, implementation)
     abstract = nnx.eval_shape(lambda: _made(config, shuffled, **options))
     graphdef, state = nnx.split(abstract)
     variables = {"/".join(map(str, path)): x for path, x in nnx.to_flat_state(state)}
@@ -117,7 +117,7 @@ def load(
     with progress("loading", total) as step:
         for path, array in arrays(targets):
             if shuffled and path.endswith("/blocks"):
-                array = _shuffle(targets[path].sharding)(array)
+                array = shuffle(targets[path].sharding)(array)
             variables[path] = variables[path].replace(array)
             step(array.nbytes)
     flat = [(path, variables["/".join(map(str, path))]) for path, _ in nnx.to_flat_state(state)]
@@ -157,7 +157,7 @@ def outline(
     _check_form(expert_form, use_words)
 
     def make():
-        shuffled = _shuffles(experts, mesh, dtype)
+        shuffled = shuffles(experts, mesh, dtype)
         model = _made(config, shuffled, dtype=dtype, experts=experts, mesh=mesh)
         for layer in model.layers if use_words else ():
             for projection in (layer.mlp.up, layer.mlp.down):
@@ -207,7 +207,7 @@ def _made(config: Config, shuffled: bool, **options) -> Transformer:
     return model
 
 
-def _shuffles(experts: str, mesh: Mesh | None, dtype, implementation: str | None = None) -> bool:
+def shuffles(experts: str, mesh: Mesh | None, dtype, implementation: str | None = None) -> bool:
     """Whether kernels for Hopper will run, whose order experts are put into."""
     named = implementation in (None, "mosaic_gpu")
     can = named and _platform(mesh) == "gpu" and not why_not_hopper()
@@ -215,8 +215,8 @@ def _shuffles(experts: str, mesh: Mesh | None, dtype, implementation: str | None
 
 
 @functools.cache
-def _shuffle(sharding: Sharding | None):
-    """Jitted once for all layers; an array is changed where it lies."""
+def shuffle(sharding: Sharding | None):
+    """Of packed blocks with this sharding, jitted once; an array is changed where it lies."""
     return jax.jit(hopper_words.shuffle, donate_argnums=0, out_shardings=sharding)
 
 

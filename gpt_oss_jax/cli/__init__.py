@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 
 import jax
@@ -81,9 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = _run(args)
     except SystemExit as ended:
+        _fall_silent(argv)
         distributed.leave(ended.code)
         raise
     if code:
+        _fall_silent(argv)
         # Other processes would wait for this one.
         distributed.leave(code)
     return code
@@ -109,6 +112,14 @@ def _run(args: argparse.Namespace) -> int:
             distributed.await_news()
         remark(_one_line(error), error=True)
         return 2
+
+
+def _fall_silent(argv: Sequence[str] | None) -> None:
+    """What threads could not finish is not said after the reason why a command has ended."""
+    if argv is None:  # The process ends, too.
+        threading.excepthook = lambda _: None
+        logging.disable()
+        warnings.simplefilter("ignore")
 
 
 def _make_streams_usable() -> None:

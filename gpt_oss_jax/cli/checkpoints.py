@@ -37,7 +37,11 @@ def _add_paths(parser: argparse.ArgumentParser) -> None:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    convert(args.source, args.target)
+    try:
+        convert(args.source, args.target)
+    except (KeyboardInterrupt, SystemExit):
+        remark("stopped; the same command goes on from the last layer that is written")
+        raise
     remark(f"{args.target} is written, read back and equal")
     return 0
 

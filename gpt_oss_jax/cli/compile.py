@@ -43,8 +43,8 @@ def add(commands) -> None:
     parser.add_argument(
         "--device",
         metavar="KIND",
-        help="a TPU that is not there: v5e, v5e-8, v6e-4, v5p-8 (4 chips), tpu7x-2 (one); needs libtpu, "
-        "and --output; default: what JAX finds here",
+        help="a TPU that is not there: v5e, v5e-8, v6e-4, v5p-8 (4 chips), tpu7x-2 (one); needs "
+        "libtpu, and --output; default: what JAX finds here",
     )
     parser.add_argument(
         "-c", "--context", type=positive, default=8192, metavar="TOKENS",

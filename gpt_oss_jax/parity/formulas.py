@@ -186,7 +186,7 @@ def _mlp(moe, x_D, experts_X, weights_X, config: Config) -> Variants:
     def matrix(projection, expert: int, swapped: bool) -> np.ndarray:
         if hasattr(projection, "weight"):
             return np.asarray(projection.weight[expert]).astype(np.float64)
-        packed = projection.matrix[expert]  # In the checkpoint's order, whatever lies there.
+        packed = projection.matrix[expert].in_checkpoint_order()
         blocks, scales = packed.blocks, packed.scales
         if swapped:
             blocks = (blocks << 4) | (blocks >> 4)

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from gpt_oss_jax.checkpoint.experts import Source, model_kind, with_experts
+from gpt_oss_jax.checkpoint.loading import shuffle, shuffles
 from gpt_oss_jax.checkpoint.stream import Request
 from gpt_oss_jax.config import Config
 from gpt_oss_jax.model.attention import Context
@@ -77,7 +78,12 @@ class Streamed:
         make = lambda rngs: Block(
             self.config, layer, rngs=rngs, dtype=self.dtype, experts=self._experts
         )
-        return self._read(f"layers/{layer}", make)
+        block = self._read(f"layers/{layer}", make)
+        if shuffles(self._experts, None, self.dtype, self.implementation):
+            for projection in (block.mlp.up, block.mlp.down):
+                blocks, projection.shuffled = projection.blocks, True
+                projection.blocks = blocks.replace(shuffle(None)(blocks[...]))
+        return block
 
     def _read(self, prefix: str, make: Callable[[nnx.Rngs], nnx.Module]):
         graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))

@@ -109,10 +109,10 @@ def _why_not(dtype, w: ExpertWeights) -> str:
         return "experts are not MXFP4"
     if w.up.words_of is not None or w.down.words_of is not None:
         return "experts are in TPU words"
-    if not (w.up.shuffled and w.down.shuffled):
-        return "experts are in checkpoint order, where `load` shuffles them"
     if dtype != jnp.bfloat16:
         return f"rows are {dtype}, not bfloat16"
+    if not (w.up.shuffled and w.down.shuffled):
+        return "experts are in checkpoint order, where `load` shuffles them"
     biases = {w.up_bias.dtype, w.down_bias.dtype}
     if biases not in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float32)}):
         names = " and ".join(sorted(map(str, biases)))
