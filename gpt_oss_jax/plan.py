@@ -148,7 +148,7 @@ def parse_device(text: str) -> tuple[Kind, int]:
     Raises:
       ValueError: If it is none of these.
     """
-    name = re.sub("[_ ]", "-", text.lower())
+    name = re.sub("[_ ]", "-", text.strip().lower())
     count, in_cores = 1, False
     if several := re.fullmatch(r"(\d{1,6})x(.+)", name):
         count, name = int(several[1]), several[2]
