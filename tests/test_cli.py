@@ -271,10 +271,10 @@ def test_wrong_options_are_refused_before_the_model_is_loaded(monkeypatch, argum
 
 
 def test_no_device_is_one_line(folder, monkeypatch, capsys):
-    def devices():
+    def devices(backend=None):
         raise AssertionError
 
-    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setattr(jax, "local_devices", devices)
     assert cli.main(["chat", folder, "hello"]) == 2
     assert "JAX finds no device: AssertionError" in capsys.readouterr().err
 

@@ -17,7 +17,7 @@ import pytest
 from checkpoint_oracle import read_all, same_bits
 from sizes import SHARDABLE
 
-from gpt_oss_jax import SamplingParams, distributed_init, generate, load
+from gpt_oss_jax import SamplingParams, cli, distributed_init, generate, load
 from gpt_oss_jax.checkpoint import export, synthetic
 from gpt_oss_jax.cli import build_parser, processes
 from gpt_oss_jax.distributed import detect as detecting, join
@@ -150,6 +150,12 @@ def stranger(port) -> socket.socket:
             return socket.create_connection(("localhost", port))
         time.sleep(0.02)
     raise TimeoutError("nobody listens")
+
+
+def test_who_is_missing_on_the_command_line(capsys):
+    where = ["--coordinator", f"localhost:{free_port()}", "--num-processes", "2", "--process-id"]
+    assert cli.main(["generate", "tiny", "Hello", *where, "1", "--wait", "1"]) == 2
+    assert "process 1 of 2 did not reach process 0" in capsys.readouterr().err
 
 
 def test_process_0_is_missing():

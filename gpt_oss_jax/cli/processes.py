@@ -28,6 +28,13 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
         help="how many there are; 1 is alone, whatever is detected",
     )
     options.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
+    options.add_argument(
+        "--wait",
+        type=positive,
+        default=300,
+        metavar="SECONDS",
+        help="how long for the others to come; who does not is named; default %(default)s",
+    )
 
 
 def join(args: argparse.Namespace) -> None:
@@ -39,7 +46,7 @@ def join(args: argparse.Namespace) -> None:
       ValueError: If this process was started with another command than process 0.
     """
     own = ("coordinator", "num_processes", "process_id")
-    distributed.distributed_init(*(getattr(args, name) for name in own))
+    distributed.distributed_init(*(getattr(args, name) for name in own), timeout=args.wait)
     if distributed.count() == 1:
         return
     plain = {k: v for k, v in vars(args).items() if k not in own and not callable(v)}

@@ -21,6 +21,7 @@ from gpt_oss_jax.checkpoint import load, open_source, synthetic
 from gpt_oss_jax.checkpoint.experts import model_kind
 from gpt_oss_jax.checkpoint.hub import ALIASES
 from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B, Config
+from gpt_oss_jax.kernels.target import default_device
 from gpt_oss_jax.model import Transformer
 from gpt_oss_jax.model.moe import EXPERT_FORMS
 from gpt_oss_jax.plan import kind_of, plan
@@ -138,7 +139,7 @@ def load_model(args: argparse.Namespace, *, batch: int = 1, context: int = 8192)
       context: Tokens of each.
     """
     try:
-        platform = jax.devices()[0].platform
+        platform = default_device().platform
     except Exception as error:  # Of any kind, a busy TPU or a missing driver.
         why = str(error) or type(error).__name__
         raise ValueError(f"JAX finds no device: {why}. gpt-oss-jax doctor says more.") from error
@@ -146,7 +147,7 @@ def load_model(args: argparse.Namespace, *, batch: int = 1, context: int = 8192)
         share = f"{100 * float(_MEM_FRACTION):.0f}%"
         remark(f"JAX takes {share} of the GPU's memory (XLA_CLIENT_MEM_FRACTION={_MEM_FRACTION})")
     of_model = sizes(args.model, download=True)
-    mesh, form = placement(args, jax.devices(), *of_model, batch=batch, context=context)
+    mesh, form = placement(args, jax.devices(platform), *of_model, batch=batch, context=context)
     dtype = jnp.dtype(args.dtype) if args.dtype else None
     return load(args.model, mesh=mesh, dtype=dtype, expert_form=form)
 
