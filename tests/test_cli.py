@@ -358,7 +358,8 @@ def test_one_gpu_is_the_default_if_it_is_enough(
 )
 def test_on_a_tpu_the_form_of_experts_is_that_of_plan(monkeypatch, name, batch, asked, form):
     tpu = types.SimpleNamespace(platform="tpu", device_kind=name, memory_stats=lambda: None)
-    monkeypatch.setattr(jax, "devices", lambda: [tpu])
+    for devices in ("devices", "local_devices"):
+        monkeypatch.setattr(jax, devices, lambda backend=None: [tpu])
     monkeypatch.setattr(terminal, "load", lambda model, **options: options["expert_form"])
     args = argparse.Namespace(model="20b", mesh=None, dtype=None, expert_form=asked)
     assert terminal.load_model(args, batch=batch, context=512) == form
