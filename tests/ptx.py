@@ -35,10 +35,13 @@ class Memory:
         return np.frombuffer(self.bytes[at : at + size].tobytes(), dtype).reshape(shape)
 
 
-def launch(text, operands, memory, *, grid, shared_bytes, warps=4, cluster=1, at_once=False):
+def launch(
+    text, operands, memory, *, grid, shared_bytes, warps=4, cluster=1, at_once=False, at_rest=()
+):
     """Runs a thread program whose first operand is the block and whose last is shared memory.
 
-    Clusters run one after the other, or all of them at once.
+    Clusters run one after the other, or all of them at once. What is at rest (addresses and sizes)
+    may be read before a warp has waited for earlier kernels, everything else only then.
 
     Returns:
       Address and size of what was copied to shared memory, and of what was only brought nearer.
@@ -54,6 +57,7 @@ def launch(text, operands, memory, *, grid, shared_bytes, warps=4, cluster=1, at
             for w in range(warps):
                 warp = _Warp(program, labels, values, memory.bytes, shared[n], barriers, w, bulks)
                 warp.spaces["shared::cluster"] = shared.reshape(-1)
+                warp.at_rest = at_rest
                 threads.append((n, warp.run()))
         waiting, arrived, fruitless = {}, {}, 0
         while threads:
@@ -173,6 +177,7 @@ class _Warp:
         self.program, self.labels, self.operands = program, labels, operands
         self.spaces = {"global": memory, "shared": shared}
         self.registers = {"%tid.x": np.arange(32, dtype=np.uint64) + 32 * warp}
+        self.at_rest = None  # Nothing to wait for.
 
     def value(self, name):
         name = name.strip()
@@ -227,6 +232,8 @@ class _Warp:
             return self.move(kind, args, active)
         if kind[0] == "mma":
             return self.multiply(args)
+        if name == "griddepcontrol.wait":
+            self.at_rest = None
         if kind[0] in ("griddepcontrol", "fence", "createpolicy") or name in _NO_STEP:
             return None
         if kind[0] in ("mbarrier", "cp"):
@@ -315,6 +322,8 @@ class _Warp:
         names = target.strip("{} ").split(",")
         at = self.address(address)
         assert not (at[active] % (size * len(names))).any(), f"misaligned {kind} {args}"
+        if kind[1] == "global":
+            self.check(kind[0], at[active], size * len(names))
         for i, register in enumerate(names):
             where = at[:, None] + size * i + np.arange(size)
             if kind[0] == "ld":
@@ -324,6 +333,12 @@ class _Warp:
             else:
                 raw = self.value(register)[:, None].view(np.uint8)
                 space[where[active]] = raw[active, :size]
+
+    def check(self, kind, at, size):
+        """Earlier kernels may still write what is not at rest."""
+        if self.at_rest is not None:
+            rests = [(first <= at) & (at + size <= first + all_) for first, all_ in self.at_rest]
+            assert kind == "ld" and np.any(rests, axis=0).all(), f"{kind} before it has waited"
 
     def bulk(self, kind, args, active):
         """Copies of whole pieces, started by some lanes, that a barrier waits for."""
@@ -344,6 +359,7 @@ class _Warp:
             to, source = self.address(args[0])[lane], self.address(args[1])[lane]
             size = int(args[2])
             self.bulks[0].append((source, size))
+            self.check("ld", source, size)
             assert to % 16 == 0 and source % 16 == 0 and size % 16 == 0, f"misaligned {args}"
             memory, shared = self.spaces["global"], self.spaces["shared"]
             shared[to : to + size] = 255

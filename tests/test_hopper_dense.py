@@ -39,6 +39,7 @@ def interpreter(monkeypatch):
             shared_bytes=program.shared_bytes,
             warps=WARPS,
             cluster=program.cluster,
+            at_rest=[(places[1], np.asarray(inputs[1]).nbytes)] if program.early else (),
         )
         return tuple(memory.get(at, o.shape, o.dtype) for at, o in zip(results, outs, strict=True))
 
@@ -82,9 +83,22 @@ def test_queries_keys_and_values(interpreter, M, sizes):
 @pytest.mark.parametrize(
     ("M", "inputs", "outputs"), [(1, 256, 40), (8, 96, 8), (16, 320, 72), (33, 96, 24)]
 )
-def test_a_product_is_added(interpreter, M, inputs, outputs):
+@pytest.mark.parametrize("early", [False, True])
+def test_a_product_is_added(interpreter, M, inputs, outputs, early):
     arrays = random(M, (M, inputs), (outputs, inputs), (outputs,), (M, outputs))
-    close(mosaic_gpu.add_product(*arrays), xla.add_product(*arrays))
+    close(mosaic_gpu.add_product(*arrays, early=early), xla.add_product(*arrays))
+
+
+def test_early_the_others_read_no_more_than_their_matrix(interpreter):
+    """The interpreter refuses everything else until the earlier kernels have ended."""
+    inputs, options = qkv_inputs(2), {"epsilon": EPSILON, "group": 3}
+    got = mosaic_gpu.queries_keys_values(*inputs, **options, early=True)
+    for ours, wanted in zip(got, xla.queries_keys_values(*inputs, **options), strict=True):
+        close(ours, wanted)
+    inputs, options = random(3, (3, 96), (96,), (8, 96), (8,)), {"choices": 2, "room": 64}
+    got = mosaic_gpu.route(*inputs, epsilon=EPSILON, **options, early=True)
+    want = xla.route(*inputs, epsilon=EPSILON, **options)
+    np.testing.assert_array_equal(got[1], want[1])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,14 @@ from hopper_layer import kernels_for_cuda, layer
 from gpt_oss_jax.kernels import sharded, target
 from gpt_oss_jax.kernels.dense import mosaic_gpu as dense_kernels
 from gpt_oss_jax.kernels.dispatch import dispatch
-from gpt_oss_jax.kernels.expert_matmul import api, few_rows, few_rows_ptx, mosaic_gpu
+from gpt_oss_jax.kernels.expert_matmul import (
+    api,
+    few_rows,
+    few_rows_ptx,
+    mosaic_gpu,
+    rows_ptx,
+    xla,
+)
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights, in_checkpoint_order
 from gpt_oss_jax.quant import MXArray
 from gpt_oss_jax.sharding import make_mesh
@@ -234,3 +242,47 @@ def test_what_is_said_of_an_implementation_that_is_passed_over(caplog, name, rem
 
     assert dispatch("x", {name: refuse, "xla": lambda: 1}, None) == 1
     assert len(caplog.records) == remarks
+
+
+def test_parts_are_added_to_the_residual_stream():
+    M, X, D = 3, 4, 300
+    numbers = np.random.default_rng(0)
+    residual = numbers.normal(size=(M, D)).astype(ml_dtypes.bfloat16)
+    parts = numbers.normal(size=(M, X, D)).astype(np.float32)
+    program, memory = rows_ptx.Add(M, D, X), ptx.Memory()
+    poison = np.full((M, D), np.nan, ml_dtypes.bfloat16)
+    places = [memory.put(x) for x in (residual, parts, poison)]
+    ptx.launch(program.ptx(), places, memory, grid=program.grid, shared_bytes=16)
+    got = memory.get(places[-1], (M, D), ml_dtypes.bfloat16)
+    summed = functools.reduce(np.add, parts.transpose(1, 0, 2)).astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(got, residual + summed)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
+def test_what_the_result_is_added_to(monkeypatch, implementation):
+    """And its gradient; with the kernel's own sum in the place of the launch."""
+    x, chosen, weight, w = layer(2, D=64, F=32)
+    monkeypatch.setattr(mosaic_gpu, "why_not_hopper", lambda: "")
+    kernel = lambda *args, residual_MD, room, **more: residual_MD + xla.expert_mlp(*args, **more)
+    monkeypatch.setattr(mosaic_gpu, "few_rows", kernel)
+    residual = jnp.ones_like(x)
+    run = functools.partial(api.expert_mlp, limit=7.0)
+
+    def total(residual, implementation):
+        more = {"residual": residual, "implementation": implementation}
+        return (run(x, chosen, weight, w, **more).astype(jnp.float32) ** 2).sum()
+
+    want = residual + run(x, chosen, weight, w, implementation="xla")
+    got = run(x, chosen, weight, w, residual=residual, implementation=implementation)
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(jax.grad(total)(residual, implementation), 2 * want)
+    with pytest.raises(ValueError, match="residual must have the shape of the rows"):
+        run(x, chosen, weight, w, residual=residual[:1])
+
+
+def test_no_program_promises_that_nobody_writes_what_it_reads():
+    """With `ld.global.nc` the assembler may read before the wait for earlier kernels."""
+    folder = pathlib.Path(few_rows_ptx.__file__).parents[1]
+    programs = [*folder.glob("*/*_ptx.py"), folder / "dense" / "ptx.py"]
+    launched = [p for p in programs if "WAIT" in p.read_text()]
+    assert len(launched) >= 4 and not [p for p in launched if ".nc" in p.read_text()]

@@ -70,7 +70,10 @@ class Skeleton:
 
     def model(self, leaves: tuple[jax.Array, ...]) -> Transformer:
         """The model with these weights."""
-        return jax.tree.unflatten(self.treedef, leaves)
+        model = jax.tree.unflatten(self.treedef, leaves)
+        # They are arguments of the program: nothing in it writes them.
+        model.weights_at_rest = True
+        return model
 
     def placed(self, tree):
         """Splits state over the mesh; left alone, XLA would keep all rows on every device."""

@@ -23,8 +23,8 @@ def launch(
 
     Args:
       name: Of the kernel, in profiles.
-      text: The program. Its operands: the thread block; pointers to inputs, results and shared
-        memory.
+      text: The program, which says `ptx.NEXT` and `ptx.WAIT`. Its operands: the thread block;
+        pointers to inputs, results and shared memory.
       outs: Shape and type of the result, or a tuple of them.
       inputs: Arrays in device memory; references for what it writes in place.
       grid: Thread blocks.
@@ -45,6 +45,8 @@ def launch(
             mgpu.inline_ptx(text, mgpu.block_idx(), *pointers, convergent=True)
 
         thread(*refs)
+        # The program has waited already. From this one Pallas learns of it.
+        plgpu.griddepcontrol_wait()
 
     shape = {
         "grid": (grid // cluster,),

@@ -1,8 +1,16 @@
-"""How PTX spells things."""
+"""How PTX spells things.
+
+A kernel may start while the one before it still runs (programmatic dependent launch): until it has
+waited it may read weights, and nothing that a kernel of the same program writes.
+"""
 
 from __future__ import annotations
 
 import struct
+
+# Everything of ours says `NEXT` and `WAIT` once, and what it reads or writes comes after `WAIT`.
+NEXT = "griddepcontrol.launch_dependents;"  # The kernel after this one may start.
+WAIT = "griddepcontrol.wait;"  # Until those before it have ended.
 
 
 def literal(value: float) -> str:

@@ -32,6 +32,7 @@ class Context:
       mesh: Devices that the weights are spread over, None for one.
       few_launches: Whether blocks run as the few kernels of `kernels.dense`; nothing is tapped.
       one_router: Whether at least their routers do.
+      early: Whether they may read weights before earlier kernels have ended.
     """
 
     positions_BT: jax.Array
@@ -43,6 +44,7 @@ class Context:
     mesh: Mesh | None
     few_launches: bool = False
     one_router: bool = False
+    early: bool = False
 
 
 class Attention(nnx.Module):

@@ -170,9 +170,9 @@ class MoE(nnx.Module):
         experts_BTX: jax.Array,
         weights_BTX: jax.Array,
         context: Context,
-        room: jax.Array | None = None,
+        **more: jax.Array | None,
     ) -> jax.Array:
-        """The weighted sum of these experts' outputs, [B, T, D]; `room` as in `expert_mlp`."""
+        """The weighted sum of these experts' outputs, [B, T, D]; `more` as in `expert_mlp`."""
         return expert_mlp(
             x_BTD,
             experts_BTX,
@@ -181,5 +181,5 @@ class MoE(nnx.Module):
             limit=self.limit,
             implementation=context.implementation,
             mesh=context.mesh,
-            room=room,
+            **more,
         )

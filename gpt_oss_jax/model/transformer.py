@@ -53,7 +53,7 @@ class Block(nnx.Module):
             attended_BTD, k_new, v_new = self.attention(h_BTD, context)
             x_BTD = tap(f"{name}.middle", x_BTD + attended_BTD)
         if context.one_router:
-            return x_BTD + self._experts_in_few_launches(x_BTD, context), k_new, v_new
+            return self._experts_in_few_launches(x_BTD, context), k_new, v_new
         h_BTD = tap(f"{name}.mlp_norm", self.mlp_norm(x_BTD))
         return tap(f"{name}.output", x_BTD + self.mlp(h_BTD, context)), k_new, v_new
 
@@ -70,13 +70,18 @@ class Block(nnx.Module):
             rows(context.sin_BTh),
             epsilon=self.attention_norm.epsilon,
             group=attention.qkv.out_shape[1] - 2,
+            early=context.early,
         )
         heads_BTKGH, k_new, v_new = attention.attend(
             apart(q_MKGH), apart(k_MKH), apart(v_MKH), context
         )
         heads_MI = heads_BTKGH.reshape(x_BTD.shape[0] * x_BTD.shape[1], -1)
         x_MD = dense.add_product(
-            heads_MI, attention.out.matrix, attention.out.bias[...], rows(x_BTD)
+            heads_MI,
+            attention.out.matrix,
+            attention.out.bias[...],
+            rows(x_BTD),
+            early=context.early,
         )
         return apart(x_MD), k_new, v_new
 
@@ -90,9 +95,11 @@ class Block(nnx.Module):
             epsilon=self.mlp_norm.epsilon,
             choices=mlp.experts_per_token,
             room=room_of(len(x_MD), mlp.experts_per_token, mlp.weights),
+            early=context.early,
         )
         apart = lambda x: x.reshape(*x_BTD.shape[:2], *x.shape[1:])
-        return mlp.through(apart(h_MD), apart(experts_MX), apart(weights_MX), context, room)
+        chosen = apart(h_MD), apart(experts_MX), apart(weights_MX)
+        return mlp.through(*chosen, context, room=room, residual=x_BTD)
 
 
 class Transformer(nnx.Module):
@@ -109,6 +116,8 @@ class Transformer(nnx.Module):
       implementation: Name of the kernels to use, None for the fastest that can.
       mesh: Devices that the weights are spread over, None for one. Whoever moves them by hand says
         so here.
+      weights_at_rest: Whether no program that runs the model also writes its weights, which kernels
+        may then read early; `generate` says so of its programs.
     """
 
     def __init__(
@@ -145,6 +154,7 @@ class Transformer(nnx.Module):
         self.config = config
         self.implementation = implementation
         self.mesh = mesh
+        self.weights_at_rest = False
         V, D = config.vocab_size, config.hidden_size
         self.embedding = Embedding(V, D, rngs=rngs, dtype=dtype)
         self.layers = nnx.List(
@@ -211,6 +221,7 @@ class Transformer(nnx.Module):
             self.mesh,
             few_launches=launches and tokens_BT.size <= dense.MAX_ROWS,
             one_router=launches and tokens_BT.size <= dense.MAX_ROUTED,
+            early=self.weights_at_rest,
         )
 
         # Few rows move, where the table would be gathered whole.

@@ -25,7 +25,7 @@ from gpt_oss_jax.kernels.attention.softmax_ptx import (
     values,
     weights,
 )
-from gpt_oss_jax.kernels.ptx import literal
+from gpt_oss_jax.kernels.ptx import NEXT, WAIT, literal
 
 TILE = 16  # Slots.
 MAX_QUERIES = 8
@@ -127,6 +127,7 @@ class Program:
         their slots (any past the last: nowhere), the result and shared memory.
         """
         text = f"""{_REGISTERS}
+{WAIT}
 mov.u32 tid, %tid.x; and.b32 lane, tid, 31; shr.u32 warp, tid, 5;
 shr.u32 g, lane, 2; and.b32 q, lane, 3;
 {"barrier.cluster.arrive;" if self.blocks > 1 else ""}
@@ -156,6 +157,7 @@ add.u32 i, i, 1; setp.lt.u32 more, i, count; add.u32 list, list, 4;
 {self._fetch_values("@more")}
 @more bra STEP;
 ALONE:
+{NEXT}
 {self._store() if self.stores else ""}
 {self._hand_over()}
 {self._block_sum()}
@@ -176,7 +178,7 @@ DONE:"""
         text += f"@p {_LOAD} {{q0, q1, q2, q3}}, [at];@p {_LOAD} {{q4, q5, q6, q7}}, [at + 64];\n"
         return text + (
             f"mad.lo.u32 t0, row, {self.queries}, t1; mul.wide.u32 at, t0, 4;"
-            "add.u64 at, at, <q_pos>; @p ld.global.nc.u32 q_pos, [at];"
+            "add.u64 at, at, <q_pos>; @p ld.global.u32 q_pos, [at];"
         )
 
     def _place(self, query: str) -> str:
@@ -195,9 +197,9 @@ mad.lo.u32 t0, t0, {self.group}, t2; mul.wide.u32 at, t0, {2 * HEAD};
         text += f"mad.lo.u32 t0, head, {self.group}, t2; mul.wide.u32 at, t0, {self.sink_bytes};"
         text += "add.u64 at, at, <sinks>; mov.u32 t0, 0;"
         if self.sink_bytes == 2:
-            text += "@p ld.global.nc.u16 t0, [at]; shl.b32 t0, t0, 16;"
+            text += "@p ld.global.u16 t0, [at]; shl.b32 t0, t0, 16;"
         else:
-            text += "@p ld.global.nc.u32 t0, [at];"
+            text += "@p ld.global.u32 t0, [at];"
         return text + f"mov.b32 sink, t0; mul.f32 sink, sink, {literal(math.log2(math.e))};"
 
     def _find(self) -> str:
@@ -208,7 +210,7 @@ mad.lo.u32 t0, t0, {self.group}, t2; mul.wide.u32 at, t0, {2 * HEAD};
         for n in range(self.queries):
             text += f"mul.lo.u32 t0, row, {self.queries}; add.u32 t0, t0, {n};"
             text += "mul.wide.u32 at, t0, 4; add.u64 at, at, <q_pos>;"
-            text += f"ld.global.nc.u32 from{n}, [at];"
+            text += f"ld.global.u32 from{n}, [at];"
         text += f"""
 mul.lo.u32 t0, row, {4 * TILE * self.tiles}; mad.lo.u32 t0, q, 16, t0;
 cvt.u64.u32 at_pos, t0; add.u64 at_pos, at_pos, <k_pos>;
@@ -220,7 +222,7 @@ SCAN:
             text += f"mul.wide.u32 at, t0, {4 * TILE}; add.u64 at, at, at_pos;"
             text += "".join(f"mov.u32 found{n}_{j}, -1;" for j in range(4))
             names = ", ".join(f"found{n}_{j}" for j in range(4))
-            text += f"@p ld.global.nc.v4.u32 {{{names}}}, [at];\n"
+            text += f"@p ld.global.v4.u32 {{{names}}}, [at];\n"
         for n in range(self._at_once):
             text += "setp.ne.u32 seen, 0, 0;"
             for j in range(4):
@@ -266,7 +268,7 @@ mad.lo.u32 t1, g, 16, t0; cvt.u64.u32 at, t1; add.u64 at_v, at_v, at;"""
 
     def _fetch_keys(self, guard: str) -> str:
         text = f"mul.wide.u32 at, tile, {4 * TILE}; add.u64 at, at, at_pos;"
-        text += f"{guard} ld.global.nc.v4.u32 {{k_pos0, k_pos1, k_pos2, k_pos3}}, [at];"
+        text += f"{guard} ld.global.v4.u32 {{k_pos0, k_pos1, k_pos2, k_pos3}}, [at];"
         text += f"mul.lo.u32 slot, tile, {TILE};"
         if self.slots % TILE:
             text += f"min.u32 slot, slot, {self.slots - TILE};"
@@ -288,13 +290,13 @@ mad.lo.u32 t1, g, 16, t0; cvt.u64.u32 at, t1; add.u64 at_v, at_v, at;"""
     def _read_new(self) -> str:
         """Starts to read the row's new key (lanes to 7) and value (to 15), and their slot."""
         return f"""mul.wide.u32 at, row, 4; add.u64 at, at, <slots>;
-ld.global.nc.u32 new_slot, [at];
+ld.global.u32 new_slot, [at];
 and.b32 t0, lane, 7; mul.wide.u32 at, t0, 16; mad.lo.u32 t0, row, {self.heads}, head;
 mul.wide.u32 more_at, t0, {2 * HEAD}; add.u64 at, at, more_at;
 add.u64 more_at, at, <v_new>; add.u64 at, at, <k_new>;
-setp.lt.u32 p, lane, 8; @p ld.global.nc.v4.u32 {{a0, a1, a2, a3}}, [at];
+setp.lt.u32 p, lane, 8; @p ld.global.v4.u32 {{a0, a1, a2, a3}}, [at];
 setp.ge.u32 p, lane, 8; setp.lt.and.u32 p, lane, 16, p;
-@p ld.global.nc.v4.u32 {{a0, a1, a2, a3}}, [more_at];"""
+@p ld.global.v4.u32 {{a0, a1, a2, a3}}, [more_at];"""
 
     def _keep_new(self) -> str:
         """Puts them where the lanes of a warp find them; `new_tile` and the place in it."""

@@ -72,6 +72,7 @@ def queries_keys_values(
     *,
     epsilon: float,
     group: int,
+    early: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalises rows, multiplies, and rotates queries and keys.
 
@@ -84,6 +85,7 @@ def queries_keys_values(
       sin_Mh: Likewise.
       epsilon: Of the normalisation.
       group: Query heads to a key head.
+      early: As in `ptx.Product`: nothing in this program writes the weights.
 
     Returns:
       Queries [M, K, G, H], keys and values [M, K, H].
@@ -91,7 +93,9 @@ def queries_keys_values(
     M, D = x_MD.shape
     H = 2 * cos_Mh.shape[1]
     K = weight_OD.shape[0] // (H * (group + 2))
-    program = _product(M, D, weight_OD.shape[0], "rotate", epsilon=epsilon, head=H, group=group)
+    program = _product(
+        M, D, weight_OD.shape[0], "rotate", epsilon=epsilon, head=H, group=group, early=early
+    )
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
     outs = (shape(M, K, group, H), shape(M, K, H), shape(M, K, H))
     return _launch(program, outs, (x_MD, weight_OD, bias_O, scale_D, cos_Mh, sin_Mh))
@@ -99,10 +103,15 @@ def queries_keys_values(
 
 @_differentiable
 def add_product(
-    x_MI: jax.Array, weight_OI: jax.Array, bias_O: jax.Array, residual_MO: jax.Array
+    x_MI: jax.Array,
+    weight_OI: jax.Array,
+    bias_O: jax.Array,
+    residual_MO: jax.Array,
+    *,
+    early: bool = False,
 ) -> jax.Array:
     """Residual stream [M, O] plus the product, both rounded first."""
-    program = _product(*x_MI.shape, weight_OI.shape[0], "add")
+    program = _product(*x_MI.shape, weight_OI.shape[0], "add", early=early)
     out = jax.ShapeDtypeStruct(residual_MO.shape, jnp.bfloat16)
     return _launch(program, (out,), (x_MI, weight_OI, bias_O, residual_MO))[0]
 
@@ -117,6 +126,7 @@ def route(
     epsilon: float,
     choices: int,
     room: int,
+    early: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Normalised rows, their experts and weights; and -1 so many times, for `expert_mlp`.
 
@@ -124,7 +134,8 @@ def route(
       bf16 [M, D], int32 [M, X], float32 [M, X], int32 [room] or None for none.
     """
     (M, D), E = x_MD.shape, weight_ED.shape[0]
-    program = _product(M, D, E, "route", epsilon=epsilon, choices=choices, room=room)
+    options = {"epsilon": epsilon, "choices": choices, "room": room, "early": early}
+    program = _product(M, D, E, "route", **options)
     outs = (
         jax.ShapeDtypeStruct((M, D), jnp.bfloat16),
         jax.ShapeDtypeStruct((M, choices), jnp.int32),

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from gpt_oss_jax.kernels.ptx import literal
+from gpt_oss_jax.kernels.ptx import NEXT, WAIT, literal
 
 MAX_INPUTS = 4096  # Rows are held in registers.
 TILE = 8
 WARPS = 8
-_SHARED_BYTES, _MAX_STAGES = 198 * 1024, 4  # Of tiles; sums and logits take the rest.
+_SHARED_BYTES, _MAX_STAGES = 150 * 1024, 4  # Of tiles; more keeps the next kernel from starting.
 _MAX_CLUSTER = 16
 _OPERANDS = {
     "rotate": ("scale", "cos", "sin", "q", "k", "v"),
@@ -42,6 +42,7 @@ class Product:
       group: Query heads to a key head.
       choices: Experts of a row.
       room: Words to fill with -1, a multiple of 4.
+      early: Whether the matrix may be read before earlier kernels have ended.
       multiprocessors: Of the device; it runs with any number.
     """
 
@@ -54,6 +55,7 @@ class Product:
     group: int = 0
     choices: int = 0
     room: int = 0
+    early: bool = False
     multiprocessors: int = 132
 
     @property
@@ -152,6 +154,7 @@ class Product:
         }[self.ending]
         routes = self.ending == "route"
         text = f"""{self._registers()}
+{NEXT} {"" if self.early else WAIT}
 mov.u32 warp, %tid.x; and.b32 lane, warp, 31; shr.u32 warp, warp, 5;
 shr.u32 g, lane, 2; and.b32 quad, lane, 3; add.u32 bars, <shared>, {self._bars};
 shl.b32 part, warp, 6; mad.lo.u32 part, quad, 16, part;
@@ -168,6 +171,7 @@ FILL:
 {self._fetch("FILLED")}
 add.u32 slot, slot, 1; setp.lt.u32 p, slot, {self._stages}; @p bra FILL;
 READY:
+{WAIT if self.early else ""}
 {self._empty_room() if routes else ""}
 {self._rows()}
 {"barrier.cluster.wait;" if routes else ""}
@@ -362,7 +366,7 @@ setp.lt.u32 is_q, head, {G}; setp.lt.u32 turns, head, {G + 1};"""
         H = self.head
         text = f"""{self._own_head()}
 mad.lo.u32 t0, kv, {self.group + 2}, head; mad.lo.u32 t0, t0, {H}, place; mul.wide.u32 at, t0, 2;
-add.u64 at, at, <bias>; ld.global.nc.u16 b0, [at]; ld.global.nc.u16 b1, [at + {H}];"""
+add.u64 at, at, <bias>; ld.global.u16 b0, [at]; ld.global.u16 b1, [at + {H}];"""
         for n in self._halves:
             text += f"""
 add.u32 t0, row, {8 * n}; mad.lo.u32 t1, t0, {H // 2}, place; mul.wide.u32 at, t1, 2;
@@ -392,7 +396,7 @@ cvt.rn.bf16.f32 h, f3; @has{n} st.global.b16 [at + {H}], h;"""
 
     def _load_bias(self) -> str:
         return f"""shl.b32 place, quad, 1; mad.lo.u32 place, unit, {TILE}, place;
-mul.wide.u32 at, place, 2; add.u64 at, at, <bias>; ld.global.nc.b32 kv, [at];
+mul.wide.u32 at, place, 2; add.u64 at, at, <bias>; ld.global.b32 kv, [at];
 """
 
     def _with_bias(self) -> str:

@@ -1,6 +1,6 @@
 """What `mosaic_gpu` computes, in plain XLA: what it is held against, and where gradients come from.
 
-The model's layers compute the same with names for what lies between.
+The model's layers compute the same with names for what lies between. Nothing is read `early`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from gpt_oss_jax.kernels.contract import einsum
 
 
-def queries_keys_values(x_MD, scale_D, weight_OD, bias_O, cos_Mh, sin_Mh, *, epsilon, group):
+def queries_keys_values(
+    x_MD, scale_D, weight_OD, bias_O, cos_Mh, sin_Mh, *, epsilon, group, early=False
+):
     """See `mosaic_gpu.queries_keys_values`."""
     H = 2 * cos_Mh.shape[1]
     y_MO = _product(_normalised(x_MD, scale_D, epsilon), weight_OD, bias_O).astype(x_MD.dtype)
@@ -22,12 +24,12 @@ def queries_keys_values(x_MD, scale_D, weight_OD, bias_O, cos_Mh, sin_Mh, *, eps
     return turned[:, :, :group], turned[:, :, group], y_MKCH[:, :, group + 1]
 
 
-def add_product(x_MI, weight_OI, bias_O, residual_MO):
+def add_product(x_MI, weight_OI, bias_O, residual_MO, *, early=False):
     """See `mosaic_gpu.add_product`."""
     return residual_MO + _product(x_MI, weight_OI, bias_O).astype(residual_MO.dtype)
 
 
-def route(x_MD, scale_D, weight_ED, bias_E, *, epsilon, choices, room):
+def route(x_MD, scale_D, weight_ED, bias_E, *, epsilon, choices, room, early=False):
     """See `mosaic_gpu.route`."""
     h_MD = _normalised(x_MD, scale_D, epsilon)
     logits_MX, experts_MX = jax.lax.top_k(_product(h_MD, weight_ED, bias_E), choices)

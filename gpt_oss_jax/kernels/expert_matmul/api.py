@@ -30,6 +30,7 @@ def expert_mlp(
     implementation: str | None = None,
     mesh: Mesh | None = None,
     room: jax.Array | None = None,
+    residual: jax.Array | None = None,
 ) -> jax.Array:
     """Sends each row through its experts and sums their outputs, weighted.
 
@@ -47,6 +48,7 @@ def expert_mlp(
       mesh: Devices to split rows and experts over; None: one device.
       room: int32 [M X F / 2], all -1: what "mosaic_gpu" needs for few rows, and else makes. Used
         twice, it is copied. Not for a mesh.
+      residual: What the result is added to, as large. Not for a mesh.
 
     Returns:
       [M, D] in the dtype of the rows.
@@ -79,14 +81,29 @@ def expert_mlp(
                 f"{room.dtype} {room.shape}{'' if mesh is None else ' and a mesh'}."
             )
 
+    if residual is not None and (mesh is not None or residual.shape != x_MD.shape):
+        raise ValueError(
+            f"residual must have the shape of the rows, {x_MD.shape}, and there must be no mesh; "
+            f"got {residual.shape}{'' if mesh is None else ' and a mesh'}."
+        )
+
     def kernel(x, experts, weights, w):
         # Of a mesh, a device has some of the experts: an id past them is that of another one.
         more = {"limit": limit, "some_elsewhere": mesh is not None}
         rows = (y.reshape(-1, y.shape[-1]) for y in (x, experts, weights))
-        with_room = {"mosaic_gpu": functools.partial(mosaic_gpu.expert_mlp, room=room)}
-        implementations = IMPLEMENTATIONS | with_room
+        to_MD = None if residual is None else residual.reshape(-1, residual.shape[-1])
+        adds_itself = functools.partial(mosaic_gpu.expert_mlp, room=room, residual=to_MD)
+        implementations = {name: _added(to_MD, f) for name, f in IMPLEMENTATIONS.items()}
+        implementations |= {"mosaic_gpu": adds_itself}
         y_MD = dispatch("expert_mlp", implementations, implementation, *rows, w, **more)
         return y_MD.reshape(x.shape)
 
     args = (x_MD, experts_MX, weights_MX, w)
     return kernel(*args) if mesh is None else sharded.expert_mlp(mesh, kernel, *args)
+
+
+def _added(residual_MD: jax.Array | None, kernel):
+    """A kernel whose result is added to something, if there is something."""
+    if residual_MD is None:
+        return kernel
+    return lambda *args, **more: residual_MD + kernel(*args, **more)

@@ -17,7 +17,7 @@ from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import (
     WARPS,
     Layer,
 )
-from gpt_oss_jax.kernels.expert_matmul.rows import can_sort, most_tiles, sort
+from gpt_oss_jax.kernels.expert_matmul.rows import add_parts, can_sort, most_tiles, sort
 from gpt_oss_jax.kernels.expert_matmul.rows_ptx import MAX_SORTED
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.kernels.launch import launch
@@ -33,6 +33,7 @@ def few_rows(
     limit: float,
     some_elsewhere: bool = False,
     room: jax.Array | None = None,
+    residual_MD: jax.Array | None = None,
 ) -> jax.Array:
     """See `mosaic_gpu.on_hopper`; for few rows to an expert.
 
@@ -59,10 +60,13 @@ def few_rows(
         room = jnp.full(M * X * program.hidden // 2, EMPTY, jnp.int32)
     y_ZD = _launch(program, x_MD, experts, members, weights, *up, *down, room)
     y_MXD = y_ZD.reshape(M, X, -1)
+    if residual_MD is not None and not some_elsewhere:
+        return add_parts(residual_MD, y_MXD)
     if some_elsewhere:
         # What no visit has was never written.
         y_MXD = jnp.where(experts_MX[..., None] < w.up.shape[0], y_MXD, 0)
-    return y_MXD.sum(axis=1).astype(x_MD.dtype)
+    y_MD = y_MXD.sum(axis=1).astype(x_MD.dtype)
+    return y_MD if residual_MD is None else residual_MD + y_MD
 
 
 def layer(w: ExpertWeights, M: int, X: int, limit: float, some_elsewhere: bool = False) -> Layer:

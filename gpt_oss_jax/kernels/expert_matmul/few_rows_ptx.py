@@ -28,6 +28,7 @@ from gpt_oss_jax.kernels.expert_matmul.mxfp4_ptx import (
     scale,
     swiglu,
 )
+from gpt_oss_jax.kernels.ptx import NEXT, WAIT
 
 COLUMNS = 8
 MAX_BLOCKS = 128  # On an input axis.
@@ -121,15 +122,21 @@ class Layer:
     @property
     def _stages(self) -> int:
         """Tiles in shared memory or on their way."""
-        return min(_MAX_STAGES, (_SHARED_BYTES - 2 * _SUM_BYTES) // (self._stage_bytes + 8))
+        return min(
+            _MAX_STAGES, (_SHARED_BYTES - 2 * _SUM_BYTES - 64 * WARPS) // (self._stage_bytes + 8)
+        )
 
     @property
     def _sums(self) -> int:
         return self._stages * self._stage_bytes
 
     @property
-    def _barriers(self) -> int:
+    def _members(self) -> int:
         return self._sums + 2 * _SUM_BYTES
+
+    @property
+    def _barriers(self) -> int:
+        return self._members + 64 * WARPS
 
     @property
     def _full(self) -> list[int]:
@@ -154,11 +161,14 @@ class Layer:
         inits = [(self._barriers + 8 * i, 1) for i in range(self._stages)]
         inits += [(at, WARPS) for at in self._full] + [(at, 1) for at in self._free]
         text = f"""{self._registers()}
+{NEXT}
 mov.u32 warp, %tid.x; and.b32 lane, warp, 31; shr.u32 warp, warp, 5; setp.eq.u32 leads, lane, 0;
+setp.lt.u32 leads_quad, lane, 4;
 shr.u32 g, lane, 2; and.b32 q, lane, 3; mad.lo.u32 blk, warp, 4, q;
 or.b32 t0, warp, lane; setp.eq.u32 p, t0, 0;
 {"".join(f"@p mbarrier.init.shared.b64 [<shared> + {at}], {n};" for at, n in inits)}
 @p fence.mbarrier_init.release.cluster; bar.sync 1, {32 * WARPS};
+{WAIT}
 {self._count()}
 setp.ge.u32 p, <block>, {self._blocks(self.up)}; @p bra DOWN;
 {self._run(self.up)}
@@ -188,6 +198,7 @@ mov.u32 slot, 0; mov.u32 phase, 0; mov.u32 done, 0;
 div.u32 visit, unit, {p.tiles}; mul.lo.u32 t0, visit, {p.tiles}; sub.u32 tile, unit, t0;
 {label("VISIT")}:
 {self._load_rows(p)}
+{self._keep_members()}
 {label("UNIT")}:
 mad.lo.u32 bar, slot, 8, <shared>;
 {_wait(label("TILE_IS_HERE"), self._barriers, "phase")}
@@ -200,10 +211,13 @@ bar.warp.sync -1; @leads mbarrier.arrive.shared.b64 _, [bar + {self._full[0]}];
 and.b32 t0, done, {WARPS - 1}; setp.ne.u32 p, warp, t0; @p bra {label("NEXT")};
 {_wait(label("SUMS_ARE_HERE"), self._full[0], "round")}
 {self._load_bias(p)}
-{self._take_over()}
-bar.warp.sync -1; @leads mbarrier.arrive.shared.b64 _, [bar + {self._free[0]}];
-add.u32 n, unit, {self._stages};
+bar.warp.sync -1; add.u32 n, unit, {self._stages};
 {self._fetch(p)}
+{self._take_over()}
+bar.warp.sync -1; mad.lo.u32 bar, turn, 8, <shared>;
+@leads mbarrier.arrive.shared.b64 _, [bar + {self._free[0]}];
+mad.lo.u32 t0, warp, 64, <shared>; mad.lo.u32 t0, q, 16, t0;
+ld.shared.v4.u32 {{y0, y1, y2, y3}}, [t0 + {self._members}];
 {self._finish(p, 0)}
 {self._finish(p, 1)}
 {label("NEXT")}:
@@ -217,7 +231,7 @@ mov.u32 tile, 0; add.u32 visit, visit, 1; bra {label("VISIT")};"""
     def _registers(self) -> str:
         steps = max(self.up.steps, self.down.steps)
         return f"""
-.reg .pred p, in, leads;
+.reg .pred p, in, leads, leads_quad;
 .reg .b16 h;
 .reg .b32 t<2>, warp, lane, g, q, n, blk, unit, last, total, slot, phase, turn, round, done;
 .reg .b32 bar, visit, tile, pair, row, aw, as, w0_<4>, w1_<4>, s<2>, k<2>, v0_<4>, v1_<4>;
@@ -233,10 +247,22 @@ mov.u32 tile, 0; add.u32 visit, visit, 1; bra {label("VISIT")};"""
         for first in range(0, self.visits, 32):
             text += f"mov.u32 t0, -1; setp.lt.u32 p, lane, {self.visits - first};"
             text += f"mul.wide.u32 at, lane, {4 * self.columns}; add.u64 at, at, <members>;"
-            text += f"@p ld.global.nc.u32 t0, [at + {4 * self.columns * first}];"
+            text += f"@p ld.global.u32 t0, [at + {4 * self.columns * first}];"
             text += "setp.ne.u32 p, t0, -1; vote.sync.ballot.b32 t0, p, -1;"
             text += "popc.b32 t0, t0; add.u32 total, total, t0;\n"
         return text
+
+    def _keep_members(self) -> str:
+        """Pairs (-1: none) and weights of two columns, for the end of a warp's tiles."""
+        text = ""
+        for column in range(2):
+            text += f"shl.b32 n, q, 1; add.u32 n, n, {column}; {self._member('n')}"
+            text += "mul.wide.u32 at, pair, 4; add.u64 at, at, <weights>; mov.u32 row, 0;"
+            text += f"@p ld.global.u32 row, [at]; selp.b32 y{column}, pair, -1, p;"
+            text += f"mov.u32 y{2 + column}, row;\n"
+        return f"""{text}mad.lo.u32 t0, warp, 64, <shared>; mad.lo.u32 t0, q, 16, t0;
+bar.warp.sync -1; @leads_quad st.shared.v4.u32 [t0 + {self._members}], {{y0, y1, y2, y3}};
+bar.warp.sync -1;"""
 
     def _member(self, column: str) -> str:
         """`pair` of a column, the first one's if it has none; in `p` whether it has."""
@@ -244,7 +270,7 @@ mov.u32 tile, 0; add.u32 visit, visit, 1; bra {label("VISIT")};"""
             return f"setp.eq.u32 p, {column}, 0; mov.u32 pair, visit;"
         return f"""mul.lo.u32 t0, visit, {self.columns}; mul.wide.u32 more, t0, 4;
 add.u64 more, more, <members>; mul.wide.u32 at, {column}, 4; add.u64 at, at, more;
-ld.global.nc.u32 pair, [at]; ld.global.nc.u32 t0, [more];
+ld.global.u32 pair, [at]; ld.global.u32 t0, [more];
 setp.ne.u32 p, pair, -1; selp.u32 pair, pair, t0, p;"""
 
     def _fetch(self, p: Projection) -> str:
@@ -256,9 +282,9 @@ setp.ne.u32 p, pair, -1; selp.u32 pair, pair, t0, p;"""
         text += f"mul.lo.u32 t1, t0, {p.tiles}; sub.u32 t1, n, t1;"
         if self.columns > 1:
             text += f"mul.wide.u32 at, t0, {4 * self.columns}; add.u64 at, at, <members>;"
-            text += "mov.u32 t0, 0; @p ld.global.nc.u32 t0, [at];"
+            text += "mov.u32 t0, 0; @p ld.global.u32 t0, [at];"
         text += "mul.wide.u32 at, t0, 4; add.u64 at, at, <experts>;"
-        text += "@p ld.global.nc.u32 t0, [at];"
+        text += "@p ld.global.u32 t0, [at];"
         text += f"min.u32 t0, t0, {self.experts - 1}; mad.lo.u32 n, t0, {p.tiles}, t1;\n"
         text += f"@p mbarrier.arrive.expect_tx.shared.b64 _, [bar], {self._tile_bytes(p)};\n"
         place = 0
@@ -289,18 +315,28 @@ setp.ne.u32 p, pair, -1; selp.u32 pair, pair, t0, p;"""
         text += f"mul.wide.u32 at, pair, {64 * p.blocks}; add.u64 at, at, <{rows}>;"
         text += "mul.wide.u32 more, blk, 64; add.u64 at, at, more;\n"
         names = [f"x{i}" for i in range(16 * p.steps)]
-        text += "" if up else "AGAIN:\n"
         for step in range(p.steps):
-            guard, own = self._guard(p, step), names[16 * step : 16 * step + 16]
-            if guard:
-                text += self._is_in(p, step) + "".join(f"mov.u32 {x}, 0;" for x in own)
+            if guard := self._guard(p, step):
+                text += self._is_in(p, step)
+            for x in names[16 * step : 16 * step + 16]:
+                if guard:
+                    text += f"mov.u32 {x}, 0;"
+                if not up:
+                    text += f"{guard} mov.u32 {x}, {EMPTY};"
+        text += "\n" if up else "\nAGAIN:\n"
+        for step in range(p.steps):
+            guard = self._guard(p, step) if up else "@p"
+            if up and guard:
+                text += self._is_in(p, step)
             for i in range(4):
-                four, place = ", ".join(own[4 * i : 4 * i + 4]), 256 * WARPS * step + 16 * i
-                text += f"{guard} {load}.v4.u32 {{{four}}}, [at + {place}];\n"
+                four = names[16 * step + 4 * i : 16 * step + 4 * i + 4]
+                if not up:
+                    text += f"{_largest(four)} setp.eq.u32 p, t0, {EMPTY};"
+                text += f"{guard} {load}.v4.u32 {{{', '.join(four)}}}, "
+                text += f"[at + {256 * WARPS * step + 16 * i}];\n"
         if not up:
-            text += "mov.u32 t0, 0;" + "".join(f"max.u32 t0, t0, {x};" for x in names)
-            text += f"setp.eq.u32 p, t0, {EMPTY}; vote.sync.any.pred p, p, -1; @!p bra ALL_THERE;"
-            text += "nanosleep.u32 100; bra AGAIN;\nALL_THERE:\n"
+            text += f"{_largest(names)} setp.eq.u32 p, t0, {EMPTY}; vote.sync.any.pred p, p, -1;"
+            text += "@!p bra ALL_THERE; nanosleep.u32 20; bra AGAIN;\nALL_THERE:\n"
         for first in range(0, len(names), 4):
             # As `decode` has them: 0 and 4, 1 and 5, 2 and 6, 3 and 7.
             four = names[first : first + 4]
@@ -374,7 +410,7 @@ setp.ne.u32 p, pair, -1; selp.u32 pair, pair, t0, p;"""
 
     def _finish(self, p: Projection, column: int) -> str:
         """Bias, then SwiGLU or routing weight, for one of a thread's two columns."""
-        text = f"shl.b32 n, q, 1; add.u32 n, n, {column}; {self._member('n')}"
+        text = f"mov.u32 pair, y{column}; setp.ne.u32 p, pair, -1;"
         for r in range(2):
             text += f"fma.rn.f32 f{r}, c{2 * r + column}, {literal(LAST_FACTOR)}, bias{r};"
         text += "\n"
@@ -382,8 +418,7 @@ setp.ne.u32 p, pair, -1; selp.u32 pair, pair, t0, p;"""
             text += "shl.b32 row, tile, 3; add.u32 row, row, g; shl.b32 row, row, 1;"
             text += f"mad.lo.u32 t0, pair, {p.rows}, row;"
             text += "mul.wide.u32 at, t0, 4; add.u64 at, at, <out>;"
-            text += "mul.wide.u32 more, pair, 4; add.u64 more, more, <weights>;"
-            text += "@p ld.global.nc.f32 b0, [more]; mul.f32 f0, f0, b0; mul.f32 f1, f1, b0;"
+            text += f"mov.b32 b0, y{2 + column}; mul.f32 f0, f0, b0; mul.f32 f1, f1, b0;"
             return text + "@p st.global.v2.f32 [at], {f0, f1};\n"
         text += swiglu("f0", "f1", self.limit)
         # Two neighbours in one word, which is there as a whole or not at all.
@@ -396,6 +431,11 @@ setp.ne.u32 p, pair, -1; selp.u32 pair, pair, t0, p;"""
 
 
 _SUM_BYTES = 512 * WARPS
+
+
+def _largest(names: list[str]) -> str:
+    """Of unsigned registers, to t0."""
+    return f"mov.u32 t0, {names[0]};" + "".join(f"max.u32 t0, t0, {x};" for x in names[1:])
 
 
 def _wait(label: str, barrier: int, parity: str) -> str:

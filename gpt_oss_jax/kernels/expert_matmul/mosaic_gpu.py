@@ -30,6 +30,7 @@ def expert_mlp(
     limit: float,
     some_elsewhere: bool = False,
     room: jax.Array | None = None,
+    residual: jax.Array | None = None,
 ) -> jax.Array:
     """See `api.expert_mlp`. With `some_elsewhere`, ids past the experts add nothing.
 
@@ -38,7 +39,8 @@ def expert_mlp(
     """
     if reason := why_not_hopper():
         raise NotImplementedError(reason)
-    return _differentiable(x_MD, experts_MX, weights_MX, w, room, limit, some_elsewhere)
+    arrays = x_MD, experts_MX, weights_MX, w, room, residual
+    return _differentiable(*arrays, limit, some_elsewhere)
 
 
 def room_of(rows: int, choices: int, w: ExpertWeights) -> int:
@@ -48,19 +50,19 @@ def room_of(rows: int, choices: int, w: ExpertWeights) -> int:
     return 0 if many or _why_not(jnp.dtype(jnp.bfloat16), w) else rows * choices * F // 2
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _differentiable(x_MD, experts_MX, weights_MX, w: ExpertWeights, room, limit, some_elsewhere):
-    more = {"limit": limit, "some_elsewhere": some_elsewhere, "room": room}
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _differentiable(x_MD, experts_MX, weights_MX, w, room, residual, limit, some_elsewhere):
+    more = {"limit": limit, "some_elsewhere": some_elsewhere, "room": room, "residual": residual}
     return on_hopper(x_MD, experts_MX, weights_MX, w, **more)
 
 
-def _forward(x_MD, experts_MX, weights_MX, w, room, limit, some_elsewhere):
-    kept = x_MD, experts_MX, weights_MX, w, room
+def _forward(x_MD, experts_MX, weights_MX, w, room, residual, limit, some_elsewhere):
+    kept = x_MD, experts_MX, weights_MX, w, room, residual
     return _differentiable(*kept, limit, some_elsewhere), kept
 
 
 def _backward(limit, some_elsewhere, kept, dy_MD):
-    x_MD, experts_MX, weights_MX, w, room = kept
+    x_MD, experts_MX, weights_MX, w, room, residual = kept
     more = {"limit": limit, "some_elsewhere": some_elsewhere}
     _, pull = jax.vjp(
         lambda x, weights, w: xla.expert_mlp(x, experts_MX, weights, w, **more),
@@ -70,7 +72,9 @@ def _backward(limit, some_elsewhere, kept, dy_MD):
     )
     dx_MD, dweights_MX, dw = pull(dy_MD)
     of_integers = lambda x: np.zeros(x.shape, jax.dtypes.float0)
-    return dx_MD, of_integers(experts_MX), dweights_MX, dw, jax.tree.map(of_integers, room)
+    dresidual = None if residual is None else dy_MD
+    dx_room = of_integers(experts_MX), dweights_MX, dw, jax.tree.map(of_integers, room)
+    return dx_MD, *dx_room, dresidual
 
 
 _differentiable.defvjp(_forward, _backward)
@@ -88,6 +92,7 @@ def on_hopper(
     limit: float,
     some_elsewhere: bool = False,
     room: jax.Array | None = None,
+    residual: jax.Array | None = None,
 ) -> jax.Array:
     """The expert layer for bf16 rows; compiles for Hopper on any machine.
 
@@ -98,9 +103,12 @@ def on_hopper(
         raise NotImplementedError(reason)
     (M, X), (E, F, _, D) = experts_MX.shape, w.up.shape
     tile = expert_tile(M, (E, D, F), X, multiprocessors())
-    few = functools.partial(few_rows, room=room)
-    kernel = few if tile is None else functools.partial(many_rows, tile=tile)
-    return kernel(x_MD, experts_MX, weights_MX, w, limit=limit, some_elsewhere=some_elsewhere)
+    arrays = x_MD, experts_MX, weights_MX, w
+    more = {"limit": limit, "some_elsewhere": some_elsewhere}
+    if tile is None:
+        return few_rows(*arrays, **more, room=room, residual_MD=residual)
+    y_MD = many_rows(*arrays, **more, tile=tile)
+    return y_MD if residual is None else residual + y_MD
 
 
 def _why_not(dtype, w: ExpertWeights) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from gpt_oss_jax.kernels.expert_matmul.rows_ptx import MAX_SORTED, Gather, Sort, Sum
+from gpt_oss_jax.kernels.expert_matmul.rows_ptx import MAX_SORTED, Add, Gather, Sort, Sum
 from gpt_oss_jax.kernels.expert_matmul.tiles import Tiles
 from gpt_oss_jax.kernels.launch import launch
 
@@ -66,10 +66,19 @@ def add_up(
     return _launch("add_rows", Sum(M, D, X, num_experts), _rows(M, D), inputs)
 
 
+def add_parts(residual_MD: jax.Array, y_MXD: jax.Array) -> jax.Array:
+    """The residual stream, bf16, plus the sum over X of float32 parts, both rounded first.
+
+    D is a multiple of 4.
+    """
+    M, X, D = y_MXD.shape
+    return _launch("add_parts", Add(M, D, X), _rows(M, D), (residual_MD, y_MXD))
+
+
 def _rows(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
 
-def _launch(name: str, run: Sort | Gather | Sum, outs, inputs: tuple):
+def _launch(name: str, run: Add | Gather | Sort | Sum, outs, inputs: tuple):
     size = {"warpgroups": run.warps // 4, "shared_bytes": run.shared_bytes}
     return launch(name, run.ptx(), outs, inputs, grid=run.grid, **size)

@@ -9,13 +9,18 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+from gpt_oss_jax.kernels.ptx import NEXT, WAIT
+
 MAX_SORTED = 1024
 _WARPS = 4
 _AT_ONCE = 3  # Pieces of each row that are on their way together.
-_START = """mov.u32 lane, %tid.x; shr.u32 row, lane, 5; and.b32 lane, lane, 31;
+_START = (
+    f"{NEXT} {WAIT}\n"
+    + """mov.u32 lane, %tid.x; shr.u32 row, lane, 5; and.b32 lane, lane, 31;
 rem.u32 t0, <block>, {grid}; mad.lo.u32 row, t0, {warps}, row;
 setp.ge.u32 p, row, {rows}; @p bra DONE;
 """
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +63,10 @@ class Sort:
         text = f"""{{
 .reg .pred p, in, is; .reg .b32 t0, i, warp, lane, e, rank, cell, own, count, tiles, first, place;
 .reg .b64 at, at_i;
+{NEXT} {WAIT}
 mov.u32 i, %tid.x; shr.u32 warp, i, 5; and.b32 lane, i, 31; mul.wide.u32 at_i, i, 4;
 setp.lt.u32 in, i, {self.pairs}; setp.lt.u32 is, i, {E};
-add.u64 at, at_i, $1; mov.u32 e, {E}; @in ld.global.nc.u32 e, [at]; min.u32 e, e, {E};
+add.u64 at, at_i, $1; mov.u32 e, {E}; @in ld.global.u32 e, [at]; min.u32 e, e, {E};
 mad.lo.u32 own, i, 4, $6; mov.u32 t0, 0;
 """
         for first in range(0, self.warps * (E + 1), threads):
@@ -131,9 +137,9 @@ class Gather:
         text = f"""{{
 .reg .pred p; .reg .b32 t0, lane, row, w<4>, v<16>; .reg .b64 at, from, more;
 {_START.format(grid=self.grid, warps=_WARPS, rows=self.rows)}
-ld.global.nc.u32 t0, [$3]; mul.lo.u32 t0, t0, {self.tile};
+ld.global.u32 t0, [$3]; mul.lo.u32 t0, t0, {self.tile};
 setp.ge.u32 p, row, t0; @p bra DONE;
-mul.wide.u32 at, row, 4; add.u64 at, at, $2; ld.global.nc.u32 t0, [at];
+mul.wide.u32 at, row, 4; add.u64 at, at, $2; ld.global.u32 t0, [at];
 setp.eq.u32 p, t0, -1; selp.b32 t0, 0, t0, p;
 div.u32 t0, t0, {self.choices}; mul.wide.u32 from, t0, {2 * self.width}; add.u64 from, from, $1;
 mul.wide.u32 at, row, {2 * self.width}; add.u64 at, at, $4;
@@ -146,7 +152,7 @@ cvt.u64.u32 more, t0; add.u64 from, from, more;
             text += f"setp.lt.u32 p, lane, {blocks - first};\n"
             for q in range(4):
                 words = ", ".join(f"w{i}" for i in range(4))
-                text += f"@p ld.global.nc.v4.u32 {{{words}}}, [from + {64 * first + 32 * q}];"
+                text += f"@p ld.global.v4.u32 {{{words}}}, [from + {64 * first + 32 * q}];"
                 # Values four apart come together: 0 and 4, 1 and 5, 2 and 6, 3 and 7.
                 for v in range(4):
                     halves = (0x5410, 0x7632)[v % 2]
@@ -155,6 +161,60 @@ cvt.u64.u32 more, t0; add.u64 from, from, more;
             for v in range(4):
                 words = ", ".join(f"v{4 * v + q}" for q in range(4))
                 text += f"@p st.global.v4.u32 [at + {64 * first + 16 * v}], {{{words}}};\n"
+        return _named(text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Add:
+    """The residual stream plus the sum of each row's parts, both rounded first.
+
+    Attributes:
+      rows: Rows.
+      width: Of a row, a multiple of 4.
+      parts: float32 rows to add up for each, which lie together.
+    """
+
+    rows: int
+    width: int
+    parts: int
+    warps: ClassVar[int] = _WARPS
+    shared_bytes: ClassVar[int] = 16
+
+    @property
+    def grid(self) -> int:
+        """Thread blocks; a thread has four numbers."""
+        return -(-self.rows * self.width // (4 * 32 * _WARPS))
+
+    def ptx(self) -> str:
+        """The thread program. Under vmap there are several grids, one after the other.
+
+        Its operands: the thread block; pointers to the residual stream, the parts, the result and
+        shared memory, which is not used.
+        """
+        fours, names = self.width // 4, [f"y{n}_{i}" for n in range(self.parts) for i in range(4)]
+        text = f"""{{
+.reg .pred in; .reg .b32 t0, i, row, w<2>; .reg .f32 f<2>, {", ".join(names)}; .reg .b64 at, from;
+{NEXT} {WAIT}
+mov.u32 i, %tid.x; rem.u32 t0, <block>, {self.grid}; mad.lo.u32 i, t0, {32 * _WARPS}, i;
+setp.lt.u32 in, i, {self.rows * fours}; div.u32 row, i, {fours}; mul.lo.u32 t0, row, {fours};
+sub.u32 t0, i, t0; mul.lo.u32 row, row, {self.parts * fours}; add.u32 t0, t0, row;
+mul.wide.u32 from, t0, 16; add.u64 from, from, $2; mul.wide.u32 at, i, 8; add.u64 at, at, $1;
+@in ld.global.v2.b32 {{w0, w1}}, [at];
+"""
+        for n in range(self.parts):
+            four = ", ".join(names[4 * n : 4 * n + 4])
+            text += f"@in ld.global.v4.f32 {{{four}}}, [from + {16 * fours * n}];\n"
+        for n in range(1, self.parts):
+            text += "".join(f"add.f32 y0_{i}, y0_{i}, y{n}_{i};" for i in range(4)) + "\n"
+        for i in range(2):
+            text += f"cvt.rn.bf16x2.f32 t0, y0_{2 * i + 1}, y0_{2 * i};"
+            for half, spread in enumerate(
+                ("shl.b32 row, t0, 16;", f"and.b32 row, t0, {0xFFFF0000};")
+            ):
+                text += spread + f"mov.b32 f{half}, row;"
+            text += _apart(f"w{i}", "t0", "row") + "mov.b32 y0_0, t0; mov.b32 y0_1, row;"
+            text += f"add.f32 f0, f0, y0_0; add.f32 f1, f1, y0_1; cvt.rn.bf16x2.f32 w{i}, f1, f0;\n"
+        text += "mul.wide.u32 at, i, 8; add.u64 at, at, $3; @in st.global.v2.b32 [at], {w0, w1};\n"
         return _named(text)
 
 
@@ -200,11 +260,11 @@ mul.wide.u32 more, lane, 16; mul.lo.u32 t0, row, {X}; mul.wide.u32 at, t0, 4;
             if self.experts is None:
                 text += f"setp.eq.u32 has{x}, 0, 0;"
             else:
-                text += f"ld.global.nc.u32 t0, [from0 + {4 * x}];"
+                text += f"ld.global.u32 t0, [from0 + {4 * x}];"
                 text += f"setp.lt.u32 has{x}, t0, {self.experts};"
         text += "\nadd.u64 at, at, $2;"
         for x in reversed(range(X)):
-            text += f"ld.global.nc.u32 t0, [at + {4 * x}]; mul.wide.u32 from{x}, t0, "
+            text += f"ld.global.u32 t0, [at + {4 * x}]; mul.wide.u32 from{x}, t0, "
             text += f"{2 * self.width}; add.u64 from{x}, from{x}, $1;"
             text += f"add.u64 from{x}, from{x}, more;\n"
         text += f"mul.wide.u32 at, row, {2 * self.width}; add.u64 at, at, $4;"
@@ -218,7 +278,7 @@ mul.wide.u32 more, lane, 16; mul.lo.u32 t0, row, {X}; mul.wide.u32 at, t0, 4;
                     words = [f"y{x}_{s - first}_{i}" for i in range(4)]
                     text += "".join(f"mov.u32 {word}, 0;" for word in words)
                     text += f"and.pred in, p, has{x};"
-                    text += f"@in ld.global.nc.v4.u32 {{{', '.join(words)}}}, "
+                    text += f"@in ld.global.v4.u32 {{{', '.join(words)}}}, "
                     text += f"[from{x} + {512 * s}];\n"
             for s in group:
                 words = [f"y0_{s - first}_{i}" for i in range(4)]
