@@ -1,7 +1,9 @@
 """How far bfloat16 logits are from the float32 model's, on the kernels and on XLA: needs a Hopper.
 
-Random prompts, logits at the tokens behind the 300th, as one chunk and step by step. From the root:
+Random prompts, logits at the tokens behind the 300th, as one chunk and step by step. With a mesh
+the float32 model still runs on one device, and the other on all. From the root:
 python benchmarks/precision.py synthetic:20b
+python benchmarks/precision.py synthetic:120b --mesh expert=2 --prompts 16
 """
 
 import argparse
@@ -10,9 +12,13 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from gpt_oss_jax import load
+from gpt_oss_jax.cli.terminal import mesh_axes
+from gpt_oss_jax.generate import device
 from gpt_oss_jax.model import init_cache
+from gpt_oss_jax.sharding import make_mesh, named_sharding
 
 BEFORE, AFTER = 300, 20
 # Implementation, rows of a call, tokens of a call behind the prompt.
@@ -56,11 +62,20 @@ def calmed(model):
     return jax.tree_util.tree_map_with_path(less, model)
 
 
+def spread(model, mesh):
+    """Moves a model to a mesh, array by array."""
+    model.mesh = mesh
+    for x in jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+        x[...] = jax.device_put(x[...], named_sharding(mesh, x.axes, x.shape))
+
+
 def logprobs(model, tokens_BT, call):
     """Of the tokens behind the prompt, [B, call, V] each."""
     B = tokens_BT.shape[0]
     at = np.broadcast_to(np.arange(BEFORE + AFTER, dtype=np.int32), tokens_BT.shape)
-    cache = init_cache(model.config, B, 512, model.dtype)
+    skeleton, _ = device.split(model)
+    place = jax.jit(lambda: skeleton.placed(init_cache(model.config, B, 512, model.dtype)))
+    cache = place()
     cache = read(model, tokens_BT[:, :BEFORE], at[:, :BEFORE], cache)
     for i in range(BEFORE, BEFORE + AFTER, call):
         part = np.s_[:, i : i + call]
@@ -72,6 +87,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--mesh", type=mesh_axes, default={}, metavar="AXIS=N,...")
     args = parser.parse_args()
     model = calmed(load(args.model, dtype=jnp.bfloat16))
     wide = lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
@@ -85,6 +101,9 @@ def main():
     # On the host: 1 GB for every row of a thousand.
     wanted = np.concatenate([np.asarray(next(logprobs(exact, g, AFTER))) for g in groups])
     print(f"float32: {time.perf_counter() - start:.0f} s", flush=True)
+    del exact
+    if args.mesh:
+        spread(model, make_mesh(**args.mesh))
     for implementation, rows, call in WAYS:
         start = time.perf_counter()
         model.implementation = implementation
