@@ -77,9 +77,13 @@ class Embedding(nnx.Module):
         # Not an assignment to its elements, which could put them back into the old order.
         self.weight = self.weight.replace(in_rows(table.sharding)(table))
 
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+    def __call__(self, tokens_BT: jax.Array, mesh: Mesh | None = None) -> jax.Array:
         """Rows of the tokens, [B, T, D]. Ids are clamped: check them where they come in."""
-        return self.weight[...][tokens_BT]
+        table_VD = self.weight[...]
+        if mesh is None or tokens_BT.size > 1:
+            return table_VD[tokens_BT]
+        # On GPUs the look-up of a single row becomes a slice, for which XLA gathers all rows first.
+        return table_VD[jnp.stack([tokens_BT, tokens_BT])][0]
 
 
 class RMSNorm(nnx.Module):

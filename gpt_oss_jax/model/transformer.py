@@ -227,7 +227,7 @@ class Transformer(nnx.Module):
         # Few rows move, where the table would be gathered whole.
         embedding = placed(self.embedding, self.mesh, in_use=False)
         gathered = functools.partial(placed, mesh=self.mesh, in_use=True)
-        x_BTD = tap("embedding", embedding(tokens_BT))
+        x_BTD = tap("embedding", embedding(tokens_BT, self.mesh))
         x_BTD = self._split(x_BTD)
         keys, values = [], []
         for layer in self.layers:
