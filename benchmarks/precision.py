@@ -1,9 +1,9 @@
 """How far bfloat16 logits are from the float32 model's, on the kernels and on XLA: needs a Hopper.
 
-Random prompts, logits at the tokens behind the 300th, as one chunk and step by step. With a mesh
-the float32 model still runs on one device, and the other on all. From the root:
+Random prompts, logits at the tokens behind the 300th, as one chunk and step by step. For each mesh
+the model is then spread over it; that of float32 runs on one device. From the root:
 python benchmarks/precision.py synthetic:20b
-python benchmarks/precision.py synthetic:120b --mesh expert=2 --prompts 16
+python benchmarks/precision.py synthetic:120b --prompts 16 --mesh expert=2 --mesh tensor=2
 """
 
 import argparse
@@ -18,12 +18,14 @@ from gpt_oss_jax import load
 from gpt_oss_jax.cli.terminal import mesh_axes
 from gpt_oss_jax.generate import device
 from gpt_oss_jax.model import init_cache
-from gpt_oss_jax.sharding import make_mesh, named_sharding
+from gpt_oss_jax.sharding import make_mesh, named_sharding, spelled
 
 BEFORE, AFTER = 300, 20
 # Implementation, rows of a call, tokens of a call behind the prompt.
 WAYS = [("xla", 8, 20), ("xla", 8, 1)]
 WAYS += [("mosaic_gpu", 8, 20), ("mosaic_gpu", 8, 1), ("mosaic_gpu", 64, 1)]
+# What can runs on kernels.
+WAYS_OF_MESH = [(None, 8, 20), (None, 8, 1)]
 
 
 @jax.jit
@@ -87,7 +89,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--mesh", type=mesh_axes, default={}, metavar="AXIS=N,...")
+    parser.add_argument("--mesh", type=mesh_axes, default=[], action="append")
     args = parser.parse_args()
     model = calmed(load(args.model, dtype=jnp.bfloat16))
     wide = lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
@@ -102,13 +104,20 @@ def main():
     wanted = np.concatenate([np.asarray(next(logprobs(exact, g, AFTER))) for g in groups])
     print(f"float32: {time.perf_counter() - start:.0f} s", flush=True)
     del exact
-    if args.mesh:
-        spread(model, make_mesh(**args.mesh))
-    for implementation, rows, call in WAYS:
+    report(model, tokens, wanted, WAYS)
+    for sizes in args.mesh:
+        spread(model, make_mesh(**sizes))
+        print(f"spread over {spelled(sizes)}", flush=True)
+        report(model, tokens, wanted, WAYS_OF_MESH)
+
+
+def report(model, tokens, wanted, ways):
+    """Prints how far the model is from the logits that are wanted, each way."""
+    for implementation, rows, call in ways:
         start = time.perf_counter()
         model.implementation = implementation
         kls, same = [], []
-        for first in range(0, args.prompts if rows > 1 else 8, rows):
+        for first in range(0, len(tokens), rows):
             group = slice(first, first + rows)
             for i, got in enumerate(logprobs(model, tokens[group], call)):
                 kl, equal = divergence(wanted[group, i * call : (i + 1) * call], got)
@@ -116,7 +125,7 @@ def main():
                 same.append(np.asarray(equal).ravel())
         kl, same = np.concatenate(kls), np.concatenate(same)
         print(
-            f"{implementation:<10} {rows:2} rows, {call:2} tokens a call: KL {kl.mean():.3e} +- "
+            f"{implementation or 'fastest':<10} {rows:2} rows, {call:2} tokens a call: KL {kl.mean():.3e} +- "
             f"{kl.std() / len(kl) ** 0.5:.1e} nats, largest {kl.max():.2e}, the same first choice "
             f"{100 * same.mean():.2f}%, {len(kl)} tokens, {time.perf_counter() - start:.0f} s",
             flush=True,

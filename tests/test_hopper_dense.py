@@ -16,6 +16,7 @@ from gpt_oss_jax.kernels import target
 from gpt_oss_jax.kernels.dense import mosaic_gpu, xla
 from gpt_oss_jax.kernels.dense.ptx import MAX_INPUTS, WARPS, Product
 from gpt_oss_jax.model import Transformer, init_cache
+from gpt_oss_jax.sharding import make_mesh, named_sharding
 
 EPSILON = 1e-5
 OLD = jax.__version_info__ < target.JAX_FOR_HOPPER
@@ -89,6 +90,14 @@ def test_a_product_is_added(interpreter, M, inputs, outputs, early):
     close(mosaic_gpu.add_product(*arrays, early=early), xla.add_product(*arrays))
 
 
+@pytest.mark.parametrize("M", [2, 13])
+def test_a_part_of_a_product(interpreter, M):
+    arrays = random(M, (M, 96), (24, 96))
+    got = mosaic_gpu.part_of_product(*arrays, early=True)
+    assert got.dtype == jnp.float32
+    close(got, xla.part_of_product(*arrays))
+
+
 def test_early_the_others_read_no_more_than_their_matrix(interpreter):
     """The interpreter refuses everything else until the earlier kernels have ended."""
     inputs, options = qkv_inputs(2), {"epsilon": EPSILON, "group": 3}
@@ -144,6 +153,7 @@ if not OLD:
             kernels_for_cuda(mosaic_gpu.add_product, *random(0, (2, 64), (8, 64), (8,), (2, 8)))
             == 1
         )
+        assert kernels_for_cuda(mosaic_gpu.part_of_product, *random(0, (2, 64), (8, 64))) == 1
         run = functools.partial(mosaic_gpu.route, epsilon=EPSILON, choices=2, room=4)
         assert kernels_for_cuda(run, *random(0, (2, 64), (64,), (8, 64), (8,))) == 1
 
@@ -171,9 +181,16 @@ def test_shared_memory_is_enough_for_every_width():
 
 
 @pytest.mark.parametrize(
-    ("T", "launches"), [(2, ["rotate", "add", "route"]), (9, ["route"])], ids=["4", "18"]
+    ("T", "launches", "axes"),
+    [
+        (2, ["rotate", "add", "route"], {}),
+        (9, ["route"], {}),
+        (2, ["rotate", "part", "route"], {"expert": 2}),
+        (9, ["route"], {"tensor": 2}),
+        (2, [], {"data": 2}),
+    ],
 )
-def test_a_decode_step_is_the_same_in_few_launches(interpreter, monkeypatch, T, launches):
+def test_a_decode_step_is_the_same_in_few_launches(interpreter, monkeypatch, T, launches, axes):
     """The whole model, some tokens for two rows, one padding; unless values are asked for."""
     config = dataclasses.replace(
         TINY,
@@ -198,6 +215,10 @@ def test_a_decode_step_is_the_same_in_few_launches(interpreter, monkeypatch, T, 
 
     want, cache_want = jax.jit(step)(model)
     monkeypatch.setattr(mosaic_gpu, "why_not", mosaic_gpu.why_not_on_hopper)
+    if axes:
+        model.mesh = make_mesh(**axes)
+        for x in jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+            x[...] = jax.device_put(x[...], named_sharding(model.mesh, x.axes, x.shape))
     got, cache_got = jax.jit(lambda model: step(model))(model)
     assert interpreter == 2 * launches
     real = np.asarray(positions) >= 0

@@ -117,7 +117,7 @@ def test_a_decode_step_moves_no_keys(shardable):
 
 
 def test_one_token_is_looked_up_as_two(shardable):
-    """For one row XLA's compiler for GPUs gathers the table: 1.16 GB a token, seen on two of them."""
+    """For one row XLA's compiler for GPUs gathers the table, 1.16 GB a token."""
     m, token = random_model(shardable, mesh=make_mesh(expert=2)), np.full((1, 1), 7, np.int32)
     text = jax.jit(m.embedding, static_argnums=1).lower(token, m.mesh).as_text()
     assert "tensor<2x1x1x192xf32>" in text

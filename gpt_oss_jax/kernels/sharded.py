@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -31,6 +32,53 @@ def attention(mesh: Mesh, kernel: Callable[..., jax.Array], q, k, v, sinks, q_po
     specs = _attention_specs(mesh, q, k, sinks, q_pos, k_pos, queries="tokens", keys=None)
     run = jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
     return run(q, k, v, sinks, q_pos, k_pos)
+
+
+def on_all(mesh: Mesh, kernel: Callable) -> Callable:
+    """A kernel that every device runs, on whole arguments."""
+    whole = PartitionSpec()
+    return jax.shard_map(kernel, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
+
+
+def rows_are_whole(mesh: Mesh) -> bool:
+    """Whether all devices have all rows, tokens and slots, and weights where they are used."""
+    return not any(named_sharding(mesh, ("batch", "tokens", "slots", "embed")).spec)
+
+
+def by_heads(mesh: Mesh, attend: Callable, weights, kept, x_BTD: jax.Array, shared):
+    """A layer's attention in which every device has its own heads, where `rows_are_whole`.
+
+    Args:
+      mesh: Devices.
+      attend: Of weights, keys and values, rows and `shared`, and the names of the mesh axes to sum
+        over what heads give; returns rows, which are whole, and new keys and values.
+      weights: Of the layer, with names of their axes.
+      kept: Keys and values [B, S, L] of the cache, heads side by side.
+      x_BTD: Rows.
+      shared: What else it needs, whole.
+
+    Returns:
+      What `attend` does.
+    """
+    is_weight = lambda x: hasattr(x, "axes")
+    spec = lambda x: named_sharding(mesh, x.axes, x.shape, in_use=True).spec
+    of_weights = jax.tree.map(spec, weights, is_leaf=is_weight)
+    heads = next(
+        axis
+        for x in jax.tree.leaves(weights, is_leaf=is_weight)
+        for name, axis in zip(x.axes, spec(x), strict=True)
+        if name == "kv_heads"
+    )
+    whole, of_kept = PartitionSpec(), PartitionSpec(None, None, heads)
+    attend = functools.partial(attend, over=_names(heads))
+    run = jax.shard_map(
+        attend,
+        mesh=mesh,
+        in_specs=(of_weights, of_kept, whole, whole),
+        out_specs=(whole, of_kept, of_kept),
+        check_vma=False,
+    )
+    return run(weights, kept, x_BTD, shared)
 
 
 def write(mesh: Mesh, heads: int, stored_BSL, slots_BT, new_BTL) -> jax.Array:

@@ -126,7 +126,8 @@ class Linear(nnx.Module):
     @property
     def matrix(self) -> jax.Array:
         """The weight as one matrix, [out, in]."""
-        return self.weight[...].reshape(math.prod(self.out_shape), -1)
+        weight = self.weight[...]  # Of which a device may have a part.
+        return weight.reshape(math.prod(weight.shape[: len(self.out_shape)]), -1)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., *in_shape] -> float32 [..., *out_shape]."""

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from gpt_oss_jax.config import Config
-from gpt_oss_jax.kernels import IMPLEMENTATIONS
+from gpt_oss_jax.kernels import IMPLEMENTATIONS, sharded
 from gpt_oss_jax.kernels.dense import mosaic_gpu as dense
 from gpt_oss_jax.kernels.expert_matmul.mosaic_gpu import room_of
 from gpt_oss_jax.model.attention import Attention, Context
@@ -58,48 +58,74 @@ class Block(nnx.Module):
         return tap(f"{name}.output", x_BTD + self.mlp(h_BTD, context)), k_new, v_new
 
     def _attend_in_few_launches(self, x_BTD, context: Context):
-        attention = self.attention
-        rows = lambda x: x.reshape(-1, *x.shape[2:])
-        apart = lambda x: x.reshape(*x_BTD.shape[:2], *x.shape[1:])
-        q_MKGH, k_MKH, v_MKH = dense.queries_keys_values(
-            rows(x_BTD),
-            self.attention_norm.scale[...],
-            attention.qkv.matrix,
-            attention.qkv.bias[...].reshape(-1),
-            rows(context.cos_BTh),
-            rows(context.sin_BTh),
-            epsilon=self.attention_norm.epsilon,
-            group=attention.qkv.out_shape[1] - 2,
-            early=context.early,
-        )
-        heads_BTKGH, k_new, v_new = attention.attend(
-            apart(q_MKGH), apart(k_MKH), apart(v_MKH), context
-        )
-        heads_MI = heads_BTKGH.reshape(x_BTD.shape[0] * x_BTD.shape[1], -1)
-        x_MD = dense.add_product(
-            heads_MI,
-            attention.out.matrix,
-            attention.out.bias[...],
-            rows(x_BTD),
-            early=context.early,
-        )
-        return apart(x_MD), k_new, v_new
+        own = self.attention_norm, self.attention
+        if context.mesh is None:
+            return _attended(*own, x_BTD, context)
+        cache, layer = context.cache, self.layer
+        kept = cache.k[layer], cache.v[layer]
+        where = {n: getattr(context, n) for n in ("positions_BT", "cos_BTh", "sin_BTh")}
+        kept_where = {n: getattr(cache, n) for n in ("full_positions", "ring_positions")}
+
+        def of_own_heads(own, kept, x_BTD, shared, over):
+            where, kept_where = shared
+            k, v = ((None,) * layer + (x,) for x in kept)
+            here = dataclasses.replace(cache, k=k, v=v, **kept_where)
+            here = dataclasses.replace(context, mesh=None, cache=here, **where)
+            return _attended(*own, x_BTD, here, over=over)
+
+        shared = where, kept_where
+        return sharded.by_heads(context.mesh, of_own_heads, own, kept, x_BTD, shared)
 
     def _experts_in_few_launches(self, x_BTD, context: Context):
-        mlp, x_MD = self.mlp, x_BTD.reshape(-1, x_BTD.shape[-1])
-        h_MD, experts_MX, weights_MX, room = dense.route(
-            x_MD,
-            self.mlp_norm.scale[...],
-            mlp.router.matrix,
-            mlp.router.bias[...],
+        mlp, x_MD, mesh = self.mlp, x_BTD.reshape(-1, x_BTD.shape[-1]), context.mesh
+        alone = mesh is None
+        route = functools.partial(
+            dense.route,
             epsilon=self.mlp_norm.epsilon,
             choices=mlp.experts_per_token,
-            room=room_of(len(x_MD), mlp.experts_per_token, mlp.weights),
+            room=room_of(len(x_MD), mlp.experts_per_token, mlp.weights) if alone else 0,
             early=context.early,
+        )
+        run = route if alone else sharded.on_all(mesh, route)
+        h_MD, experts_MX, weights_MX, room = run(
+            x_MD, self.mlp_norm.scale[...], mlp.router.matrix, mlp.router.bias[...]
         )
         apart = lambda x: x.reshape(*x_BTD.shape[:2], *x.shape[1:])
         chosen = apart(h_MD), apart(experts_MX), apart(weights_MX)
-        return mlp.through(*chosen, context, room=room, residual=x_BTD)
+        if alone:
+            return mlp.through(*chosen, context, room=room, residual=x_BTD)
+        return x_BTD + mlp.through(*chosen, context)
+
+
+def _attended(norm: RMSNorm, attention: Attention, x_BTD, context: Context, over=()):
+    """The residual stream after attention, in three launches, and its new keys and values.
+
+    Of a device's own heads: what they give is summed over the mesh axes `over`.
+    """
+    rows = lambda x: x.reshape(-1, *x.shape[2:])
+    apart = lambda x: x.reshape(*x_BTD.shape[:2], *x.shape[1:])
+    q_MKGH, k_MKH, v_MKH = dense.queries_keys_values(
+        rows(x_BTD),
+        norm.scale[...],
+        attention.qkv.matrix,
+        attention.qkv.bias[...].reshape(-1),
+        rows(context.cos_BTh),
+        rows(context.sin_BTh),
+        epsilon=norm.epsilon,
+        group=attention.qkv.out_shape[1] - 2,
+        early=context.early,
+    )
+    heads_BTKGH, k_new, v_new = attention.attend(
+        apart(q_MKGH), apart(k_MKH), apart(v_MKH), context
+    )
+    x_MD, heads_MI = rows(x_BTD), heads_BTKGH.reshape(x_BTD.shape[0] * x_BTD.shape[1], -1)
+    out, early = attention.out, context.early
+    if over:
+        y_MD = jax.lax.psum(dense.part_of_product(heads_MI, out.matrix, early=early), over)
+        x_MD += (y_MD + out.bias[...].astype(jnp.float32)).astype(x_MD.dtype)
+    else:
+        x_MD = dense.add_product(heads_MI, out.matrix, out.bias[...], x_MD, early=early)
+    return apart(x_MD), k_new, v_new
 
 
 class Transformer(nnx.Module):
@@ -221,7 +247,8 @@ class Transformer(nnx.Module):
             self.mesh,
             few_launches=launches and tokens_BT.size <= dense.MAX_ROWS,
             one_router=launches and tokens_BT.size <= dense.MAX_ROUTED,
-            early=self.weights_at_rest,
+            # Over a mesh a program may gather weights first.
+            early=self.weights_at_rest and self.mesh is None,
         )
 
         # Few rows move, where the table would be gathered whole.
@@ -258,7 +285,8 @@ class Transformer(nnx.Module):
         widths = config.hidden_size, config.num_attention_heads * config.head_dim
         sizes = widths, config.head_dim, config.num_experts, self.dtype
         named = self.implementation in (None, "mosaic_gpu")
-        if not named or self.mesh is not None or dense.why_not(*sizes):
+        whole = self.mesh is None or sharded.rows_are_whole(self.mesh)
+        if not (named and whole) or dense.why_not(*sizes):
             return False
         parts = operator.attrgetter(
             "attention_norm", "attention.qkv", "attention.out", "mlp_norm", "mlp.router"

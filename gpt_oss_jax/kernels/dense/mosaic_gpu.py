@@ -117,6 +117,14 @@ def add_product(
 
 
 @_differentiable
+def part_of_product(x_MI: jax.Array, weight_OI: jax.Array, *, early: bool = False) -> jax.Array:
+    """float32 [M, O], of a part of the inputs, to be summed with what other devices have."""
+    program = _product(*x_MI.shape, weight_OI.shape[0], "part", early=early)
+    out = jax.ShapeDtypeStruct((len(x_MI), len(weight_OI)), jnp.float32)
+    return _launch(program, (out,), (x_MI, weight_OI))[0]
+
+
+@_differentiable
 def route(
     x_MD: jax.Array,
     scale_D: jax.Array,

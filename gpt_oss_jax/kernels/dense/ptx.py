@@ -23,20 +23,22 @@ _MAX_CLUSTER = 16
 _OPERANDS = {
     "rotate": ("scale", "cos", "sin", "q", "k", "v"),
     "add": ("residual", "out"),
+    "part": ("out",),
     "route": ("scale", "normed", "experts", "weights", "room"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """Rows, normalised if the ending is not "add", times a matrix, plus a bias; and what follows.
+    """Rows, normalised before some endings, times a matrix, plus a bias; and what follows.
 
     Attributes:
       rows: Rows.
       inputs: Width of a row, a multiple of 32.
       outputs: Rows of the matrix, a multiple of 8.
       ending: "rotate": rotates queries and keys and puts queries, keys and values apart; "add":
-        adds the residual stream; "route": picks experts, in a cluster of blocks for 8 rows.
+        adds the residual stream; "part": leaves the sums as they are, without a bias; "route":
+        picks experts, in a cluster of blocks for 8 rows.
       epsilon: Of the normalisation.
       head: Width of a head, a multiple of 8.
       group: Query heads to a key head.
@@ -150,6 +152,7 @@ class Product:
         before, end = {
             "rotate": (self._before_rotating, self._rotate),
             "add": (self._before_adding, self._add),
+            "part": (str, self._put),
             "route": (self._load_bias, self._keep),
         }[self.ending]
         routes = self.ending == "route"
@@ -200,7 +203,8 @@ add.u32 slot, slot, 1; setp.eq.u32 p, slot, {self._stages}; @p xor.b32 phase, ph
 @p mov.u32 slot, 0;
 add.u32 unit, unit, {self._blocks}; setp.lt.u32 p, unit, {self._tiles}; @p bra UNIT;
 {self._route() if routes else ""}"""
-        operands = ("block", "x", "matrix", "bias", *_OPERANDS[self.ending], "shared")
+        bias = () if self.ending == "part" else ("bias",)
+        operands = ("block", "x", "matrix", *bias, *_OPERANDS[self.ending], "shared")
         for i, name in enumerate(operands):
             text = text.replace(f"<{name}>", f"${i}")
         return "{\n" + text + "\n}"
@@ -257,7 +261,7 @@ add.u32 ahead, ahead, {self._blocks};
             if self.ending == "route":
                 text += f"add.u64 atn{n}, at, <normed>;"
             text += f"add.u64 at, at, <x>;{self._loads('at', f'x{n}_', f'has{n}')}"
-        if self.ending == "add":
+        if self.ending in ("add", "part"):
             return text
         # With two halves there are not enough registers to load it ahead.
         scale, late = f"add.u64 at, more, <scale>;{self._loads('at', 'n')}", len(self._halves) > 1
@@ -421,6 +425,16 @@ mul.wide.u32 at, t0, 2; add.u64 at, at, <residual>; @has{n} ld.global.b32 residu
 add.f32 f0, f0, f2; add.f32 f1, f1, f3; cvt.rn.bf16x2.f32 t0, f1, f0;
 add.u32 t1, row, {8 * n}; mad.lo.u32 t1, t1, {self.outputs}, place; mul.wide.u32 at, t1, 2;
 add.u64 at, at, <out>; @has{n} st.global.b32 [at], t0;
+"""
+        return text
+
+    def _put(self) -> str:
+        """Sums in float32."""
+        text = f"shl.b32 place, quad, 1; mad.lo.u32 place, unit, {TILE}, place;\n"
+        for n in self._halves:
+            text += f"""add.u32 t1, row, {8 * n}; mad.lo.u32 t1, t1, {self.outputs}, place;
+mul.wide.u32 at, t1, 4; add.u64 at, at, <out>;
+@has{n} st.global.v2.f32 [at], {{c{2 * n}, c{2 * n + 1}}};
 """
         return text
 

@@ -29,6 +29,11 @@ def add_product(x_MI, weight_OI, bias_O, residual_MO, *, early=False):
     return residual_MO + _product(x_MI, weight_OI, bias_O).astype(residual_MO.dtype)
 
 
+def part_of_product(x_MI, weight_OI, *, early=False):
+    """See `mosaic_gpu.part_of_product`."""
+    return _product(x_MI, weight_OI, jnp.zeros(len(weight_OI)))
+
+
 def route(x_MD, scale_D, weight_ED, bias_E, *, epsilon, choices, room, early=False):
     """See `mosaic_gpu.route`."""
     h_MD = _normalised(x_MD, scale_D, epsilon)
