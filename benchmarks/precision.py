@@ -125,8 +125,8 @@ def report(model, tokens, wanted, ways):
                 same.append(np.asarray(equal).ravel())
         kl, same = np.concatenate(kls), np.concatenate(same)
         print(
-            f"{implementation or 'fastest':<10} {rows:2} rows, {call:2} tokens a call: KL {kl.mean():.3e} +- "
-            f"{kl.std() / len(kl) ** 0.5:.1e} nats, largest {kl.max():.2e}, the same first choice "
+            f"{implementation or 'fastest':<10} {rows:2} rows, {call:2} tokens a call: KL "
+            f"{kl.mean():.3e} +- {kl.std() / len(kl) ** 0.5:.1e} nats, largest {kl.max():.2e}, the same first choice "
             f"{100 * same.mean():.2f}%, {len(kl)} tokens, {time.perf_counter() - start:.0f} s",
             flush=True,
         )
