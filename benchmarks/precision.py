@@ -125,9 +125,10 @@ def report(model, tokens, wanted, ways):
                 same.append(np.asarray(equal).ravel())
         kl, same = np.concatenate(kls), np.concatenate(same)
         print(
-            f"{implementation or 'fastest':<10} {rows:2} rows, {call:2} tokens a call: KL "
-            f"{kl.mean():.3e} +- {kl.std() / len(kl) ** 0.5:.1e} nats, largest {kl.max():.2e}, the same first choice "
-            f"{100 * same.mean():.2f}%, {len(kl)} tokens, {time.perf_counter() - start:.0f} s",
+            f"{implementation or 'fastest':<10} {rows:2} rows, {call:2} tokens a call: "
+            f"KL {kl.mean():.3e} +- {kl.std() / len(kl) ** 0.5:.1e} nats, largest {kl.max():.2e}, "
+            f"the same first choice {100 * same.mean():.2f}%, {len(kl)} tokens, "
+            f"{time.perf_counter() - start:.0f} s",
             flush=True,
         )
 
