@@ -280,6 +280,15 @@ def test_a_mesh_is_a_mesh(folders):
         load(folders / "hf", mesh="expert=2")
 
 
+def test_several_gpus_are_refused_where_their_sums_would_fail(folders, monkeypatch):
+    monkeypatch.setattr(loading, "why_not_several_gpus", lambda: "NCCL is old")
+    mesh = make_mesh(expert=2)
+    load(folders / "hf", mesh=mesh)  # CPUs need none.
+    monkeypatch.setattr(loading, "_platform", lambda mesh: "gpu")
+    with pytest.raises(ValueError, match="NCCL is old"):
+        load(folders / "hf", mesh=mesh)
+
+
 @pytest.mark.parametrize(
     ("folder", "dtype", "implementation", "shuffled"),
     [

@@ -1,6 +1,9 @@
 """Kernels are chosen for the device that JAX computes on, which a user may have named."""
 
+from importlib import metadata
+
 import jax
+import pytest
 
 from gpt_oss_jax.kernels import target
 
@@ -31,3 +34,26 @@ def test_all_is_asked_of_that_device(monkeypatch):
     assert target.why_not_hopper() == ""
     monkeypatch.setattr(Other, "compute_capability", "8.0")
     assert target.why_not_hopper() == "needs a Hopper GPU, this is NVIDIA H200"
+
+
+@pytest.mark.parametrize(
+    ("jax_is", "installed", "is_fine"),
+    [
+        ((0, 12, 0), {"jax-cuda13-plugin": "0.12.0", "nvidia-nccl-cu13": "2.28.9"}, False),
+        ((0, 12, 0), {"jax-cuda13-plugin": "0.12.0", "nvidia-nccl-cu13": "2.30.1"}, True),
+        ((0, 11, 2), {"jax-cuda13-plugin": "0.11.2", "nvidia-nccl-cu13": "2.28.9"}, True),
+        # PyTorch's, beside a JAX for another CUDA.
+        ((0, 12, 0), {"jax-cuda13-plugin": "0.12.0", "nvidia-nccl-cu12": "2.27.3"}, True),
+    ],
+)
+def test_an_old_nccl_is_named(monkeypatch, jax_is, installed, is_fine):
+    def version(name):
+        if name not in installed:
+            raise metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(jax, "__version_info__", jax_is)
+    reason = target.why_not_several_gpus()
+    assert (reason == "") == is_fine
+    assert is_fine or "2.28.9: pip install --upgrade nvidia-nccl-cu13" in reason

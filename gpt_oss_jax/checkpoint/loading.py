@@ -35,6 +35,7 @@ from gpt_oss_jax.kernels.target import (
     knows_fp4,
     platform,
     why_not_hopper,
+    why_not_several_gpus,
 )
 from gpt_oss_jax.model import Transformer
 from gpt_oss_jax.model.layers import in_rows, rows_whole
@@ -86,10 +87,13 @@ def load(
     Raises:
       ValueError: If there is no such checkpoint, or anything about it is not as it should be: then
         everything that is wrong is named. If the weights do not fit the device. If `expert_form` is
-        named where no kernels for TPU take the experts.
+        named where no kernels for TPU take the experts. If NCCL is too old for several GPUs.
     """
     if not isinstance(mesh, Mesh | None):
         raise ValueError(f"mesh must be a jax.sharding.Mesh, such as of make_mesh, got {mesh!r}.")
+    several_gpus = mesh is not None and mesh.size > 1 and _platform(mesh) == "gpu"
+    if several_gpus and (reason := why_not_several_gpus()):
+        raise ValueError(f"{reason}.")
     dtype = _dtype(dtype, mesh)
     name = str(path_or_id)
     if name.startswith(synthetic.PREFIX):

@@ -23,8 +23,8 @@ from gpt_oss_jax.sampling import sample
 from gpt_oss_jax.sharding import named_sharding
 
 STEPS = 16  # Tokens a row and call at most.
-# What XLA puts into CUDA graphs: what it does by itself, sums over GPUs, and loops.
-_IN_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,COLLECTIVES,WHILE"
+# What XLA puts into CUDA graphs: what it does by itself on one GPU, and loops.
+_IN_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,WHILE"
 
 
 @jax.tree_util.register_dataclass
@@ -190,11 +190,9 @@ def decode(leaves, state, sampling, stops_K, steps, skeleton, *, spare: int = 0)
 
 def decode_program(state, skeleton: Skeleton, spare: int):
     """What `decode` calls, jitted, for the device that is there or named."""
-    mesh = skeleton.mesh
-    # Between processes the network's part of a sum is the host's, which no graph can hold.
-    own_gpus = platform() == "gpu" and (mesh is None or not mesh.is_multi_process)
-    tight = own_gpus and mesh is None and sum(map(_bytes, jax.tree.leaves(state))) > spare
-    return _decode_program(own_gpus, tight)
+    one_gpu = platform() == "gpu" and skeleton.mesh is None
+    tight = one_gpu and sum(map(_bytes, jax.tree.leaves(state))) > spare
+    return _decode_program(one_gpu, tight)
 
 
 @functools.cache
@@ -202,13 +200,7 @@ def _decode_program(whole_loop_is_a_graph: bool, tight: bool):
     """`_decode`, compiled; where XLA leaves the loop to the host, 0.2 ms go by between steps."""
     options = {}
     if whole_loop_is_a_graph:
-        options = {
-            "xla_gpu_enable_command_buffer": _IN_GRAPHS,
-            "xla_gpu_graph_min_graph_size": 1,
-            # XLA's own sums need NCCL 2.29.2, of which JAX 0.12 does not make sure, and no graph
-            # has them.
-            "xla_gpu_experimental_use_collective_kernels": "",
-        }
+        options = {"xla_gpu_enable_command_buffer": _IN_GRAPHS, "xla_gpu_graph_min_graph_size": 1}
     if tight:
         say_once(
             "little memory is free beside the model, so XLA compiles decoding without trying out "

@@ -5,9 +5,13 @@ Ahead-of-time compilation names it through `jax.sharding.use_abstract_mesh`.
 
 from __future__ import annotations
 
+from importlib import metadata
+
 import jax
 
 JAX_FOR_HOPPER = (0, 11, 2)
+# From the first on, JAX's own sums over GPUs call what NCCL has since the second.
+_SUMS_OF_JAX, _NCCL_FOR_SUMS = (0, 12), (2, 29, 2)
 
 
 def default_device() -> jax.Device:
@@ -44,4 +48,28 @@ def why_not_hopper() -> str:
         return f"needs JAX {wanted}, this is {jax.__version__}"
     if platform() != "gpu" or default_device().compute_capability != "9.0":
         return f"needs a Hopper GPU, this is {device_kind()}"
+    return ""
+
+
+def why_not_several_gpus() -> str:
+    """Why programs that sum over GPUs would fail, what to do included; "" if nothing is known.
+
+    JAX 0.12 is content with an NCCL that lacks what its small sums call (`NcclSymmetricMemory` of
+    XLA), and a decode step then ends with "ncclGetPeerDevicePointer failed".
+    """
+    if jax.__version_info__ < _SUMS_OF_JAX:
+        return ""
+    for cuda in ("cu13", "cu12"):
+        name = f"nvidia-nccl-{cuda}"
+        try:
+            metadata.version(f"jax-{cuda.replace('cu', 'cuda')}-plugin")
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue  # NCCL may come from elsewhere.
+        if tuple(int(x) for x in found.split(".")[:3]) < _NCCL_FOR_SUMS:
+            wanted = ".".join(map(str, _NCCL_FOR_SUMS))
+            return (
+                f"JAX {jax.__version__} needs NCCL {wanted} or newer for several GPUs, this is "
+                f"{found}: pip install --upgrade {name}"
+            )
     return ""

@@ -115,9 +115,7 @@ def _attended(norm: RMSNorm, attention: Attention, x_BTD, context: Context, over
         group=attention.qkv.out_shape[1] - 2,
         early=context.early,
     )
-    heads_BTKGH, k_new, v_new = attention.attend(
-        apart(q_MKGH), apart(k_MKH), apart(v_MKH), context
-    )
+    heads_BTKGH, k_new, v_new = attention.attend(apart(q_MKGH), apart(k_MKH), apart(v_MKH), context)
     x_MD, heads_MI = rows(x_BTD), heads_BTKGH.reshape(x_BTD.shape[0] * x_BTD.shape[1], -1)
     out, early = attention.out, context.early
     if over:

@@ -18,7 +18,7 @@ from gpt_oss_jax.kernels.launch import launch
 from gpt_oss_jax.kernels.target import multiprocessors, why_not_hopper
 
 # Of all three, and of `route` alone: with more, XLA's products are faster.
-MAX_ROWS, MAX_ROUTED = 16, 128
+MAX_ROWS, MAX_ROUTED = 32, 128
 _MAX_EXPERTS = 128
 
 
