@@ -20,7 +20,7 @@ def script(monkeypatch):
     return importlib.import_module
 
 
-@pytest.mark.parametrize("name", ["attention", "experts", "prefill_attention"])
+@pytest.mark.parametrize("name", ["attention", "experts", "prefill_attention", "several_gpus"])
 def test_options_are_explained(name, script, monkeypatch, capsys):
     main = script(name).main
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])

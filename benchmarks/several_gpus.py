@@ -1,0 +1,124 @@
+"""One GPU beside several: the same logits, speed, and what sums over the GPUs cost.
+
+From the root: python benchmarks/several_gpus.py synthetic:120b --mesh expert=2
+The model runs on one device first, is then moved to the mesh, and runs again. Logits are of random
+prompts with calmed weights (see `precision`); the divergence between the two runs is that of two
+ways to round, as of kernels and XLA there. Sums are those of a layer, after attention and after
+experts, timed by themselves in a loop; what is expected of them is a sum of two numbers, and one of
+64 MB, times their sizes.
+"""
+
+import argparse
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec
+from precision import AFTER, BEFORE, calmed, divergence, logprobs
+
+from gpt_oss_jax import bench, load
+from gpt_oss_jax.cli.bench import _head, _line
+from gpt_oss_jax.cli.terminal import mesh_axes
+from gpt_oss_jax.sharding import MESH_AXES, make_mesh, named_sharding, spelled
+
+ROWS, CALLS = 8, (AFTER, 1)
+LARGE = 2**24  # float32
+
+
+def spread(model, mesh):
+    """Moves a model to a mesh, array by array."""
+    model.mesh = mesh
+    for x in jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+        x[...] = jax.device_put(x[...], named_sharding(mesh, x.axes, x.shape))
+
+
+def logits(model):
+    """Of the same tokens, behind a prompt as one chunk and one by one; on the host."""
+    size = ROWS, BEFORE + AFTER
+    tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=size, dtype=np.int32)
+    found = (list(map(np.asarray, logprobs(calmed(model), tokens, call))) for call in CALLS)
+    return [np.concatenate(parts, axis=1) for parts in found]
+
+
+def seconds_of_sum(mesh, *shapes, times=200):
+    """Of one after the other over all devices, as they stand in a layer; median of five."""
+
+    def sums(xs):
+        for x in xs:
+            yield jax.lax.psum(x, MESH_AXES).astype(x.dtype)
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=PartitionSpec(),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    def loop(xs):
+        return jax.lax.fori_loop(0, times, lambda _, xs: tuple(sums(xs)), xs)
+
+    xs, taken = tuple(jnp.zeros(shape, dtype) for shape, dtype in shapes), []
+    for _ in range(6):
+        start = time.perf_counter()
+        jax.block_until_ready(loop(xs))
+        taken.append((time.perf_counter() - start) / times)
+    return float(np.median(taken[1:]))
+
+
+def report_sums(mesh, config, shapes):
+    """Of a decode step and of a prompt, for each shape."""
+    L, D = config.num_hidden_layers, config.hidden_size
+    least = seconds_of_sum(mesh, ((2,), jnp.float32))
+    rate = 4 * LARGE / seconds_of_sum(mesh, ((LARGE,), jnp.float32), times=20)
+    print(f"a sum of two numbers takes {1e6 * least:.1f} us, one of 64 MB {rate / 1e9:.4g} GB/s")
+    for batch, prompt in shapes:
+        for what, rows in ("a decode step", batch), ("the prompts", batch * (prompt - 1)):
+            expected = L * (2 * least + 6 * rows * D / rate)
+            sizes = ((rows, D), jnp.float32), ((rows, D), jnp.bfloat16)
+            came = L * seconds_of_sum(mesh, *sizes, times=200 if rows <= 128 else 20)
+            print(
+                f"{batch:4} x {prompt:6,}: {2 * L} sums of {what}, {6 * L * rows * D / 1e6:,.4g} "
+                f"MB: expected {1e3 * expected:.3g} ms, {1e3 * came:.3g} ms came",
+                flush=True,
+            )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--mesh", type=mesh_axes, action="append", required=True)
+    parser.add_argument("--shapes", default="1x1024,8x1024,128x1024,1x8192", metavar="BxT,...")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    args = parser.parse_args()
+    shapes = [tuple(map(int, x.split("x"))) for x in args.shapes.split(",")]
+    model = load(args.model)
+
+    def report(name):
+        for i, found in enumerate(
+            bench.measure(model, shapes, new_tokens=args.new_tokens, repeats=3)
+        ):
+            print(("" if i else _head(name, found)) + _line(found), end="", flush=True)
+
+    wanted = logits(model)
+    report(args.model)
+    for sizes in args.mesh:
+        mesh = make_mesh(**sizes)
+        spread(model, mesh)
+        print(f"\nspread over {spelled(sizes)}")
+        for call, want, got in zip(CALLS, wanted, logits(model), strict=True):
+            kl, same = divergence(want, got)
+            print(
+                f"{call:2} tokens a call: KL to one device {kl.mean():.3e} nats, the same first "
+                f"choice {100 * same.mean():.2f}% of {same.size}",
+                flush=True,
+            )
+        report(f"{args.model}, {spelled(sizes)}")
+        report_sums(mesh, model.config, shapes)
+
+
+if __name__ == "__main__":
+    main()
