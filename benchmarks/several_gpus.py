@@ -37,9 +37,11 @@ def spread(model, mesh):
 
 def logits(model):
     """Of the same tokens, behind a prompt as one chunk and one by one; on the host."""
+    calm = calmed(model)
+    calm.weights_at_rest = True
     size = ROWS, BEFORE + AFTER
     tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=size, dtype=np.int32)
-    found = (list(map(np.asarray, logprobs(calmed(model), tokens, call))) for call in CALLS)
+    found = (list(map(np.asarray, logprobs(calm, tokens, call))) for call in CALLS)
     return [np.concatenate(parts, axis=1) for parts in found]
 
 

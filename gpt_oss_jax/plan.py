@@ -248,7 +248,7 @@ def plan(
     count = _Count(config, kind, dtype, parts, abstract_mesh({}), expert_form or "packed")
     if mesh is None:
         mesh = preset(parts.values(), devices)
-        # The fastest kernels for GPUs do without a mesh.
+        # One row is faster without sums over GPUs.
         if kind.platform == "gpu" and spelled(mesh) != "none" and count.fits(context, batch):
             mesh, spread = {}, mesh
     if math.prod(mesh.values()) > devices:

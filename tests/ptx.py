@@ -10,6 +10,8 @@ import re
 import ml_dtypes
 import numpy as np
 
+from gpt_oss_jax.kernels.ptx import NEXT
+
 _ALL = 0xFFFFFFFF
 _NO_STEP = ("bar.warp.sync", "barrier.cluster.arrive")  # Warps go in step; waiting is for both.
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
@@ -46,8 +48,11 @@ def launch(
     Returns:
       Address and size of what was copied to shared memory, and of what was only brought nearer.
     """
+    # With it the assembler may read before the wait for earlier kernels.
+    assert "ld.global.nc" not in text, "a promise that nobody writes what is read"
+    assert text.count(NEXT) == 1, "the next kernel may start once"
     program, labels = _parse(text)
-    bulks = [], []
+    bulks, all_warps = ([], []), []
     for first in range(0, grid, grid if at_once else cluster):
         group = range(grid if at_once else cluster)
         shared = np.full((len(group), shared_bytes), 255, np.uint8)
@@ -58,6 +63,7 @@ def launch(
                 warp = _Warp(program, labels, values, memory.bytes, shared[n], barriers, w, bulks)
                 warp.spaces["shared::cluster"] = shared.reshape(-1)
                 warp.at_rest = at_rest
+                all_warps.append(warp)
                 threads.append((n, warp.run()))
         waiting, arrived, fruitless = {}, {}, 0
         while threads:
@@ -85,6 +91,7 @@ def launch(
                 threads += waiting.pop(place)
                 del arrived[place]
         assert not waiting, "a warp waits for ever"
+    assert all(warp.at_rest is None for warp in all_warps), "a warp ends before earlier kernels"
     return bulks
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 from hopper_layer import kernels_for_cuda
 from sizes import TINY
 
+from gpt_oss_jax.generate import device
 from gpt_oss_jax.kernels import target
 from gpt_oss_jax.kernels.dense import mosaic_gpu, xla
 from gpt_oss_jax.kernels.dense.ptx import MAX_INPUTS, WARPS, Product
@@ -180,32 +181,38 @@ def test_shared_memory_is_enough_for_every_width():
             assert size <= 227 * 1024, (inputs, ending)
 
 
+SMALL = dataclasses.replace(
+    TINY,
+    num_hidden_layers=2,
+    hidden_size=32,
+    head_dim=16,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_experts=8,
+)
+
+
+def small_model(config):
+    """In bfloat16, with random weights."""
+    make = lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    return nnx.merge(nnx.graphdef(nnx.eval_shape(make)), jax.jit(lambda: nnx.state(make()))())
+
+
 @pytest.mark.parametrize(
     ("T", "launches", "axes"),
     [
         (2, ["rotate", "add", "route"], {}),
         (9, ["route"], {}),
         (2, ["rotate", "part", "route"], {"expert": 2}),
+        # Key heads that the mesh does not divide are whole on every device.
+        (2, ["rotate", "add", "route"], {"expert": 4}),
         (9, ["route"], {"tensor": 2}),
         (2, [], {"data": 2}),
     ],
 )
 def test_a_decode_step_is_the_same_in_few_launches(interpreter, monkeypatch, T, launches, axes):
     """The whole model, some tokens for two rows, one padding; unless values are asked for."""
-    config = dataclasses.replace(
-        TINY,
-        num_hidden_layers=2,
-        hidden_size=32,
-        head_dim=16,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_experts=8,
-    )
-    make = jax.jit(lambda: nnx.state(Transformer(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))
-    graphdef = nnx.graphdef(
-        nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
-    )
-    model = nnx.merge(graphdef, make())
+    config, model = SMALL, small_model(SMALL)
     tokens = jnp.asarray(np.random.default_rng(0).integers(config.vocab_size, size=(2, T)))
     positions = jnp.asarray([[*range(T)], [0, -1, *range(1, T - 1)]])
 
@@ -215,6 +222,7 @@ def test_a_decode_step_is_the_same_in_few_launches(interpreter, monkeypatch, T, 
 
     want, cache_want = jax.jit(step)(model)
     monkeypatch.setattr(mosaic_gpu, "why_not", mosaic_gpu.why_not_on_hopper)
+    monkeypatch.setattr(mosaic_gpu, "MAX_ROWS", 16)
     if axes:
         model.mesh = make_mesh(**axes)
         for x in jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, nnx.Variable)):
@@ -231,6 +239,49 @@ def test_a_decode_step_is_the_same_in_few_launches(interpreter, monkeypatch, T, 
     router.bias = router.bias.replace(router.bias[...].astype(jnp.float32))
     jax.eval_shape(lambda model: step(model), model)
     assert len(interpreter) == 2 * len(launches)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What would be launched on Hopper, whose results are zeros here."""
+    programs = []
+
+    def launch(program, outs, inputs):
+        programs.append(program)
+        return tuple(jnp.zeros(x.shape, x.dtype) for x in outs)
+
+    monkeypatch.setattr(mosaic_gpu, "_launch", launch)
+    monkeypatch.setattr(mosaic_gpu, "why_not", mosaic_gpu.why_not_on_hopper)
+    return programs
+
+
+@pytest.mark.parametrize("generates", [False, True])
+@pytest.mark.parametrize("on_mesh", [False, True])
+def test_weights_are_read_early_where_nothing_writes_them(launched, generates, on_mesh):
+    """In the programs of `generate`, on one device: over a mesh weights may be gathered first."""
+    model = small_model(SMALL)
+    model.mesh = make_mesh(expert=2) if on_mesh else None
+    cache, token = init_cache(SMALL, 1, 16, jnp.bfloat16), jnp.zeros((1, 1), jnp.int32)
+    skeleton, leaves = device.split(model)
+
+    def forward(leaves, cache):
+        own = skeleton.model(leaves) if generates else model
+        return own.forward(token, token, cache)[0]
+
+    jax.eval_shape(forward, leaves, cache)
+    assert len(launched) == 3 * SMALL.num_hidden_layers
+    assert {x.early for x in launched} == {generates and not on_mesh}
+    assert not model.weights_at_rest
+
+
+@pytest.mark.parametrize(("heads", "launches"), [(2, 0), (4, 6)])
+def test_a_device_s_own_heads_must_be_wide_enough(launched, heads, launches):
+    """Of 2 key heads on 2 devices; what is multiplied comes in pieces of 32."""
+    model = small_model(dataclasses.replace(SMALL, num_attention_heads=heads))
+    model.mesh = make_mesh(expert=2)
+    cache, token = init_cache(model.config, 1, 16, jnp.bfloat16), jnp.zeros((1, 1), jnp.int32)
+    jax.eval_shape(lambda cache: model.forward(token, token, cache)[0], cache)
+    assert len(launched) == launches
 
 
 def test_other_types_are_refused():

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import struct
 
-# Everything of ours says `NEXT` and `WAIT` once, and what it reads or writes comes after `WAIT`.
+# Every program of `launch` says `NEXT` and `WAIT` once. What it reads or writes comes after `WAIT`,
+# but for a matrix that may be read early.
 NEXT = "griddepcontrol.launch_dependents;"  # The kernel after this one may start.
 WAIT = "griddepcontrol.wait;"  # Until those before it have ended.
 

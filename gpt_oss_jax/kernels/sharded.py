@@ -81,6 +81,13 @@ def by_heads(mesh: Mesh, attend: Callable, weights, kept, x_BTD: jax.Array, shar
     return run(weights, kept, x_BTD, shared)
 
 
+def own_heads(mesh: Mesh | None, kv_heads: int) -> int:
+    """How many of so many key heads a device has."""
+    if mesh is None:
+        return kv_heads
+    return named_sharding(mesh, ("kv_heads",), (kv_heads,)).shard_shape((kv_heads,))[0]
+
+
 def write(mesh: Mesh, heads: int, stored_BSL, slots_BT, new_BTL) -> jax.Array:
     """`xla.write`, with so many heads side by side; where slots are split, each device its own.
 

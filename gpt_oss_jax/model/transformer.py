@@ -280,7 +280,8 @@ class Transformer(nnx.Module):
     def _can_launch(self) -> bool:
         """Whether blocks can run as the kernels of `kernels.dense`."""
         config = self.config
-        widths = config.hidden_size, config.num_attention_heads * config.head_dim
+        own = sharded.own_heads(self.mesh, config.num_key_value_heads)
+        widths = config.hidden_size, own * config.group_size * config.head_dim
         sizes = widths, config.head_dim, config.num_experts, self.dtype
         named = self.implementation in (None, "mosaic_gpu")
         whole = self.mesh is None or sharded.rows_are_whole(self.mesh)

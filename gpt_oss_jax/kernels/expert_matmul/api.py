@@ -48,7 +48,7 @@ def expert_mlp(
       mesh: Devices to split rows and experts over; None: one device.
       room: int32 [M X F / 2], all -1: what "mosaic_gpu" needs for few rows, and else makes. Used
         twice, it is copied. Not for a mesh.
-      residual: What the result is added to, as large. Not for a mesh.
+      residual: What the result is added to, as the rows are. Not for a mesh.
 
     Returns:
       [M, D] in the dtype of the rows.
@@ -81,11 +81,13 @@ def expert_mlp(
                 f"{room.dtype} {room.shape}{'' if mesh is None else ' and a mesh'}."
             )
 
-    if residual is not None and (mesh is not None or residual.shape != x_MD.shape):
-        raise ValueError(
-            f"residual must have the shape of the rows, {x_MD.shape}, and there must be no mesh; "
-            f"got {residual.shape}{'' if mesh is None else ' and a mesh'}."
-        )
+    if residual is not None:
+        wanted, came = ((x.dtype, x.shape) for x in (x_MD, residual))
+        if mesh is not None or wanted != came:
+            raise ValueError(
+                f"residual must be as the rows, {wanted[0]} {wanted[1]}, and there must be no "
+                f"mesh; got {came[0]} {came[1]}{'' if mesh is None else ' and a mesh'}."
+            )
 
     def kernel(x, experts, weights, w):
         # Of a mesh, a device has some of the experts: an id past them is that of another one.

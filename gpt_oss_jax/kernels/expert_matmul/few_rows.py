@@ -60,13 +60,12 @@ def few_rows(
         room = jnp.full(M * X * program.hidden // 2, EMPTY, jnp.int32)
     y_ZD = _launch(program, x_MD, experts, members, weights, *up, *down, room)
     y_MXD = y_ZD.reshape(M, X, -1)
-    if residual_MD is not None and not some_elsewhere:
+    if residual_MD is not None:
         return add_parts(residual_MD, y_MXD)
     if some_elsewhere:
         # What no visit has was never written.
         y_MXD = jnp.where(experts_MX[..., None] < w.up.shape[0], y_MXD, 0)
-    y_MD = y_MXD.sum(axis=1).astype(x_MD.dtype)
-    return y_MD if residual_MD is None else residual_MD + y_MD
+    return y_MXD.sum(axis=1).astype(x_MD.dtype)
 
 
 def layer(w: ExpertWeights, M: int, X: int, limit: float, some_elsewhere: bool = False) -> Layer:

@@ -310,41 +310,57 @@ setp.ne.u32 p, pair, -1; selp.u32 pair, pair, t0, p;"""
         """A thread's part of the rows of a visit; zeros past the input axis."""
         up = p.name == "up"
         choice = f"div.u32 pair, pair, {self.choices};" if up else ""
-        rows, load = ("x", "ld.global") if up else ("hidden", "ld.relaxed.gpu.global")
         text = f"{self._member('g')}{choice}\n"
-        text += f"mul.wide.u32 at, pair, {64 * p.blocks}; add.u64 at, at, <{rows}>;"
-        text += "mul.wide.u32 more, blk, 64; add.u64 at, at, more;\n"
-        names = [f"x{i}" for i in range(16 * p.steps)]
-        for step in range(p.steps):
-            if guard := self._guard(p, step):
-                text += self._is_in(p, step)
-            for x in names[16 * step : 16 * step + 16]:
-                if guard:
-                    text += f"mov.u32 {x}, 0;"
-                if not up:
-                    text += f"{guard} mov.u32 {x}, {EMPTY};"
-        text += "\n" if up else "\nAGAIN:\n"
-        for step in range(p.steps):
-            guard = self._guard(p, step) if up else "@p"
-            if up and guard:
-                text += self._is_in(p, step)
-            for i in range(4):
-                four = names[16 * step + 4 * i : 16 * step + 4 * i + 4]
-                if not up:
-                    text += f"{_largest(four)} setp.eq.u32 p, t0, {EMPTY};"
-                text += f"{guard} {load}.v4.u32 {{{', '.join(four)}}}, "
-                text += f"[at + {256 * WARPS * step + 16 * i}];\n"
-        if not up:
-            text += f"{_largest(names)} setp.eq.u32 p, t0, {EMPTY}; vote.sync.any.pred p, p, -1;"
-            text += "@!p bra ALL_THERE; nanosleep.u32 20; bra AGAIN;\nALL_THERE:\n"
-        for first in range(0, len(names), 4):
+        text += f"mul.wide.u32 at, pair, {64 * p.blocks}; add.u64 at, at, "
+        text += f"<{'x' if up else 'hidden'}>; mul.wide.u32 more, blk, 64; add.u64 at, at, more;\n"
+        text += self._load_ready(p) if up else self._load_when_ready(p)
+        for first in range(0, 16 * p.steps, 4):
             # As `decode` has them: 0 and 4, 1 and 5, 2 and 6, 3 and 7.
-            four = names[first : first + 4]
+            four = [f"x{first + i}" for i in range(4)]
             for r in range(4):
                 text += f"prmt.b32 y{r}, {four[r // 2]}, {four[r // 2 + 2]}, "
                 text += f"{(0x5410, 0x7632)[r % 2]};"
             text += "".join(f"mov.u32 {x}, y{r};" for r, x in enumerate(four)) + "\n"
         return text
+
+    def _load_ready(self, p: Projection) -> str:
+        text = ""
+        for step, fours in self._fours(p):
+            guard = self._guard(p, step)
+            if guard:
+                text += self._is_in(p, step)
+                text += "".join(f"mov.u32 {x}, 0;" for four, _ in fours for x in four)
+            for four, place in fours:
+                text += f"{guard} ld.global.v4.u32 {{{', '.join(four)}}}, [at + {place}];\n"
+        return text
+
+    def _load_when_ready(self, p: Projection) -> str:
+        """Again, as long as some of it is `EMPTY`."""
+        text, again = "", ""
+        for step, fours in self._fours(p):
+            guard = self._guard(p, step)
+            text += self._is_in(p, step) if guard else ""
+            for four, place in fours:
+                text += "".join(f"mov.u32 {x}, 0;" for x in four) if guard else ""
+                text += "".join(f"{guard} mov.u32 {x}, {EMPTY};" for x in four)
+                again += f"{_largest(four)} setp.eq.u32 p, t0, {EMPTY}; @p ld.relaxed.gpu.global"
+                again += f".v4.u32 {{{', '.join(four)}}}, [at + {place}];\n"
+        every = [f"x{i}" for i in range(16 * p.steps)]
+        return f"""{text}
+AGAIN:
+{again}{_largest(every)} setp.eq.u32 p, t0, {EMPTY}; vote.sync.any.pred p, p, -1;
+@!p bra ALL_THERE; nanosleep.u32 20; bra AGAIN;
+ALL_THERE:
+"""
+
+    def _fours(self, p: Projection):
+        """Steps, each with four times four registers and how far from `at` they come from."""
+        for step in range(p.steps):
+            at, x = 256 * WARPS * step, 16 * step
+            yield (
+                step,
+                [([f"x{x + 4 * i + k}" for k in range(4)], at + 16 * i) for i in range(4)],
+            )
 
     def _products(self, p: Projection) -> str:
         """Of a thread's part of the rows with its part of the tile."""

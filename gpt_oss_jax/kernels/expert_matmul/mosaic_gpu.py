@@ -51,7 +51,9 @@ def room_of(rows: int, choices: int, w: ExpertWeights) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _differentiable(x_MD, experts_MX, weights_MX, w, room, residual, limit, some_elsewhere):
+def _differentiable(
+    x_MD, experts_MX, weights_MX, w: ExpertWeights, room, residual, limit, some_elsewhere
+):
     more = {"limit": limit, "some_elsewhere": some_elsewhere, "room": room, "residual": residual}
     return on_hopper(x_MD, experts_MX, weights_MX, w, **more)
 
@@ -72,9 +74,8 @@ def _backward(limit, some_elsewhere, kept, dy_MD):
     )
     dx_MD, dweights_MX, dw = pull(dy_MD)
     of_integers = lambda x: np.zeros(x.shape, jax.dtypes.float0)
-    dresidual = None if residual is None else dy_MD
-    dx_room = of_integers(experts_MX), dweights_MX, dw, jax.tree.map(of_integers, room)
-    return dx_MD, *dx_room, dresidual
+    dexperts_MX, droom = jax.tree.map(of_integers, (experts_MX, room))
+    return dx_MD, dexperts_MX, dweights_MX, dw, droom, None if residual is None else dy_MD
 
 
 _differentiable.defvjp(_forward, _backward)
