@@ -195,7 +195,13 @@ SMALL = dataclasses.replace(
 def small_model(config):
     """In bfloat16, with random weights."""
     make = lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-    return nnx.merge(nnx.graphdef(nnx.eval_shape(make)), jax.jit(lambda: nnx.state(make()))())
+    return nnx.merge(nnx.graphdef(outline(config)), jax.jit(lambda: nnx.state(make()))())
+
+
+def outline(config, mesh=None):
+    """In bfloat16, of shapes."""
+    options = {"dtype": jnp.bfloat16, "mesh": mesh}
+    return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), **options))
 
 
 @pytest.mark.parametrize(
@@ -259,16 +265,15 @@ def launched(monkeypatch):
 @pytest.mark.parametrize("on_mesh", [False, True])
 def test_weights_are_read_early_where_nothing_writes_them(launched, generates, on_mesh):
     """In the programs of `generate`, on one device: over a mesh weights may be gathered first."""
-    model = small_model(SMALL)
-    model.mesh = make_mesh(expert=2) if on_mesh else None
+    model = outline(SMALL, make_mesh(expert=2) if on_mesh else None)
     cache, token = init_cache(SMALL, 1, 16, jnp.bfloat16), jnp.zeros((1, 1), jnp.int32)
     skeleton, leaves = device.split(model)
 
-    def forward(leaves, cache):
+    def forward(model, leaves, cache):
         own = skeleton.model(leaves) if generates else model
         return own.forward(token, token, cache)[0]
 
-    jax.eval_shape(forward, leaves, cache)
+    jax.eval_shape(forward, model, leaves, cache)
     assert len(launched) == 3 * SMALL.num_hidden_layers
     assert {x.early for x in launched} == {generates and not on_mesh}
     assert not model.weights_at_rest
@@ -277,10 +282,10 @@ def test_weights_are_read_early_where_nothing_writes_them(launched, generates, o
 @pytest.mark.parametrize(("heads", "launches"), [(2, 0), (4, 6)])
 def test_a_device_s_own_heads_must_be_wide_enough(launched, heads, launches):
     """Of 2 key heads on 2 devices; what is multiplied comes in pieces of 32."""
-    model = small_model(dataclasses.replace(SMALL, num_attention_heads=heads))
-    model.mesh = make_mesh(expert=2)
-    cache, token = init_cache(model.config, 1, 16, jnp.bfloat16), jnp.zeros((1, 1), jnp.int32)
-    jax.eval_shape(lambda cache: model.forward(token, token, cache)[0], cache)
+    config = dataclasses.replace(SMALL, num_attention_heads=heads)
+    model = outline(config, make_mesh(expert=2))
+    cache, token = init_cache(config, 1, 16, jnp.bfloat16), jnp.zeros((1, 1), jnp.int32)
+    jax.eval_shape(lambda model, cache: model.forward(token, token, cache)[0], model, cache)
     assert len(launched) == launches
 
 
