@@ -25,6 +25,7 @@ from gpt_oss_jax.model import Transformer
 from gpt_oss_jax.model.cache import MIN_SLOTS, bucket
 from gpt_oss_jax.plan import variables
 from gpt_oss_jax.sampling import SamplingParams
+from gpt_oss_jax.sharding import spelled
 
 _COUNTED = 2**14  # Tokens of all rows, of a call that counts experts.
 
@@ -36,6 +37,8 @@ class Measurement:
     Attributes:
       device: Kind of the devices.
       devices: How many of them hold the model.
+      mesh: Its sizes as `--mesh` takes them, "none" for one device.
+      jax: Its version.
       dtype: Of activations and cache.
       batch: Rows generated at once.
       prompt_tokens: Tokens of each prompt.
@@ -64,6 +67,8 @@ class Measurement:
 
     device: str
     devices: int
+    mesh: str
+    jax: str
     dtype: str
     batch: int
     prompt_tokens: int
@@ -161,6 +166,8 @@ def _measured(model, reached, batch, prompt_tokens, new_tokens, repeats, report)
     values = Measurement(
         device=devices[0].device_kind,
         devices=len(devices),
+        mesh="none" if model.mesh is None else spelled(model.mesh.shape),
+        jax=jax.__version__,
         dtype=jnp.dtype(model.dtype).name,
         batch=batch,
         prompt_tokens=prompt_tokens,

@@ -7,7 +7,6 @@ from device to device there. Knows nothing of the model.
 
 from __future__ import annotations
 
-import collections
 import itertools
 import math
 import re
@@ -101,41 +100,24 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
 def preset(weights: Iterable[Weight], devices: int) -> dict[str, int]:
     """The mesh to spread one model over so many devices with, if nobody asks for another.
 
-    All devices share one model; as many as divide most of it, if not all do. Experts stay whole,
-    which kernels for TPU want, unless splitting their width saves more than a twentieth of the
-    memory.
+    Experts are split over as many as divide heads, vocabulary and experts alike, and stay whole,
+    which kernels want. Where there are more devices, they have copies and split the rows.
 
     Args:
-      weights: Of the model; their `axes`, `shape` and `dtype` are looked at.
+      weights: Of the model; their `axes` and `shape` are looked at.
       devices: How many there are, of any kind.
 
     Returns:
       Sizes for `make_mesh`.
     """
-    alike = collections.Counter((x.axes, x.shape, x.dtype.itemsize) for x in weights)
 
-    def bytes_of(weight, shape) -> int:
-        return math.prod(shape) * weight[-1] * alike[weight]
+    def split(x: Weight) -> int:
+        sizes = zip(x.axes, x.shape, strict=True)
+        return next((n for axis, n in sizes if "expert" in LOGICAL_TO_MESH.get(axis, ())), 0)
 
-    def bytes_on_a_device(weight, sizes: Mapping[str, int]) -> int:
-        axes, shape, _ = weight
-        return bytes_of(
-            weight, named_sharding(abstract_mesh(sizes), axes, shape).shard_shape(shape)
-        )
-
-    total, most = max(((bytes_of(x, x[1]), x) for x in alike), key=lambda x: x[0])
-    for count in range(devices, 0, -1):
-        if math.prod(most[1]) % count:
-            continue
-        meshes = [
-            {"expert": count // tensor, "tensor": tensor}
-            for tensor in range(1, count + 1)
-            if count % tensor == 0
-        ]
-        if dividing := [x for x in meshes if count * bytes_on_a_device(most, x) == total]:
-            break
-    needed = [sum(bytes_on_a_device(weight, x) for weight in alike) for x in dividing]
-    return next(x for x, size in zip(dividing, needed, strict=True) if size <= 1.05 * min(needed))
+    common = math.gcd(*map(split, weights))
+    expert = max(n for n in range(1, min(devices, common) + 1) if common % n == 0)
+    return {"data": devices // expert, "expert": expert}
 
 
 def spelled(sizes: Mapping[str, int]) -> str:

@@ -162,7 +162,7 @@ def test_one_gpu_is_the_default_where_it_is_enough():
     """Of TPUs all are taken; so are those that are asked for."""
     one, gpu = dict.fromkeys(MESH_AXES, 1), KINDS["h100"]
     found = plan(GPT_OSS_120B, gpu, 4)
-    assert found.fits and found.mesh == one and found.spread == {"expert": 4, "tensor": 1}
+    assert found.fits and found.mesh == one and found.spread == {"data": 1, "expert": 4}
     for kind, devices, options in [
         (gpu, 4, {"batch": 16, "context": 131_072}),
         (gpu, 4, {"mesh": {"expert": 4}}),
@@ -171,6 +171,14 @@ def test_one_gpu_is_the_default_where_it_is_enough():
         found = plan(GPT_OSS_120B, kind, devices, **options)
         assert found.mesh == one | {"expert": 4} and found.spread is None
     assert plan(GPT_OSS_120B, gpu).spread is None
+
+
+@pytest.mark.parametrize("devices", [8, 16, 256])
+def test_slices_of_any_size_run_on_kernels_for_tpu(devices):
+    """Which want whole experts."""
+    found = plan(GPT_OSS_120B, KINDS["v5e"], devices)
+    assert found.fits and found.expert_form == "packed"
+    assert (found.mesh["data"], found.mesh["expert"]) == (devices // 8, 8)
 
 
 def test_no_memory_at_all_is_refused():

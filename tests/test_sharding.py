@@ -24,6 +24,7 @@ MESHES = [
     {"data": 8},
     {"expert": 8},
     {"data": 2, "expert": 2, "tensor": 2},
+    {"data": 2, "expert": 4},
     {"expert": 2, "tensor": 4},
     {"expert": 4, "tensor": 2},
     {"tensor": 8},
@@ -226,16 +227,16 @@ def test_presets():
         (1, "none"),
         (2, "expert=2"),
         (4, "expert=4"),
-        (7, "expert=2,tensor=3"),  # Of which one stays idle: 7 divides nothing.
+        (7, "expert=4"),  # Of which three stay idle: 7 divides nothing.
         (8, "expert=8"),
-        (16, "expert=8,tensor=2"),  # As 16 do not divide the heads.
+        (16, "data=2,expert=8"),  # As 16 do not divide the heads.
     ]:
         assert [spelled(preset(x, devices)) for x in released] == [mesh] * 2
 
 
-def test_a_preset_leaves_devices_idle_where_nothing_divides(shardable, tiny):
-    assert preset(weights(shardable), 8) in MESHES
-    assert preset(weights(tiny), 8) == {"expert": 1, "tensor": 5}
+def test_a_preset_makes_copies_where_heads_do_not_divide(shardable, tiny):
+    assert preset(weights(shardable), 8) == {"data": 2, "expert": 4}
+    assert preset(weights(tiny), 8) == {"data": 8, "expert": 1}
 
 
 def test_too_few_devices_are_refused():

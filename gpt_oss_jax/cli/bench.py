@@ -101,10 +101,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _head(model: str, first: Measurement) -> str:
+    mesh = "" if first.mesh == "none" else f" (--mesh {first.mesh})"
     groups = [f" {name} ".center(width, "-" if name else " ") for name, width in _GROUPS.items()]
     return (
-        f"{model} on {first.devices} x {first.device}, {first.dtype}, {first.new_tokens} new "
-        f"tokens a row, medians of {first.repeats} runs\n"
+        f"{model} on {first.devices} x {first.device}{mesh}, JAX {first.jax}, {first.dtype}, "
+        f"{first.new_tokens} new tokens a row, medians of {first.repeats} runs\n"
         f"copying reaches {first.gb_per_second_limit:,.4g} GB/s, products "
         f"{first.tflop_per_second_limit:,.4g} TFLOP/s\n\n{' '.join(groups)}\n"
         + _aligned([name for name, _ in _COLUMNS])
