@@ -1,5 +1,8 @@
 """The plan: names of devices, bytes counted as they will lie, and what fits."""
 
+import re
+from pathlib import Path
+
 import jax
 import pytest
 from flax import nnx
@@ -10,9 +13,9 @@ from gpt_oss_jax.checkpoint import load, loading, synthetic
 from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B
 from gpt_oss_jax.generate import device, generate_batch
 from gpt_oss_jax.generate.loop import prompt_calls
-from gpt_oss_jax.plan import KINDS, Kind, parse_device, plan
+from gpt_oss_jax.plan import GIB, KINDS, Kind, parse_device, plan
 from gpt_oss_jax.sampling import SamplingParams
-from gpt_oss_jax.sharding import MESH_AXES, make_mesh
+from gpt_oss_jax.sharding import MESH_AXES, make_mesh, spelled
 
 CARD = Kind("card", "gpu", 1.0, 100, 10)
 
@@ -287,3 +290,27 @@ def test_the_command(capsys, monkeypatch):
 )
 def test_long_prompts_go_in_few_calls_that_fit(longest, rows, kind, memory, calls):
     assert prompt_calls(longest, rows, kind, memory * 2**30) == calls
+
+
+DOCS = Path(__file__).parents[1] / "docs"
+ROW = re.compile(r"^\| (\S[^|]*) \| (20b|120b) \| .*\|$", re.M)
+
+
+def row(device, model):
+    """Of the tables in docs/."""
+    config = {"20b": GPT_OSS_20B, "120b": GPT_OSS_120B}[model]
+    found = plan(config, *parse_device(device))
+    needed = (found.weights + found.cache + found.workspace) / GIB
+    largest = f"{found.largest_context:,}" if found.largest_context else "does not fit"
+    return (
+        f"| {device} | {model} | {spelled(found.mesh)} | {needed:.2f} of "
+        f"{found.kind.memory_gib:.2f} GiB | {largest} |"
+    )
+
+
+@pytest.mark.parametrize(("page", "rows"), [("tpu.md", 12), ("meshes.md", 12)])
+def test_tables_in_the_documentation_are_what_plan_says(page, rows):
+    found = [(x[0], row(x[1], x[2])) for x in ROW.finditer((DOCS / page).read_text())]
+    assert len(found) == rows
+    for written, planned in found:
+        assert written == planned
