@@ -83,8 +83,10 @@ def expert_mlp(
         # Of a mesh, a device has some of the experts: an id past them is that of another one.
         more = {"limit": limit, "some_elsewhere": mesh is not None}
         rows = (y.reshape(-1, y.shape[-1]) for y in (x, experts, weights))
-        with_room = {"mosaic_gpu": functools.partial(mosaic_gpu.expert_mlp, room=room)}
-        implementations = IMPLEMENTATIONS | with_room
+        implementations = IMPLEMENTATIONS | {
+            "mosaic_gpu": functools.partial(mosaic_gpu.expert_mlp, room=room),
+            "mosaic_tpu": functools.partial(mosaic_tpu.expert_mlp, num_experts=E),
+        }
         y_MD = dispatch("expert_mlp", implementations, implementation, *rows, w, **more)
         return y_MD.reshape(x.shape)
 

@@ -46,8 +46,12 @@ def expert_mlp(
     *,
     limit: float,
     some_elsewhere: bool = False,
+    num_experts: int | None = None,
 ) -> jax.Array:
     """See `api.expert_mlp`. With `some_elsewhere`, ids past the experts add nothing.
+
+    `num_experts` are those of all devices; None: only these. Many rows take memory for twice the
+    share that a device has of them, and go in rounds where it has more.
 
     Raises:
       NotImplementedError: On other devices, and for experts that are not in TPU words.
@@ -58,21 +62,24 @@ def expert_mlp(
         raise NotImplementedError("experts are not MXFP4")
     if w.up.words_of is None or w.down.words_of is None:
         raise NotImplementedError("experts are not in TPU words; MXArray.in_words makes them once")
-    return _differentiable(x_MD, experts_MX, weights_MX, w, limit, some_elsewhere)
+    total = num_experts or w.up.shape[0]
+    return _differentiable(x_MD, experts_MX, weights_MX, w, limit, some_elsewhere, total)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _differentiable(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit, some_elsewhere):
-    mlp = _few if x_MD.shape[0] <= FEW_ROWS else _many
-    return mlp(x_MD, experts_MX, weights_MX, w, limit, some_elsewhere)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _differentiable(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit, some_elsewhere, total):
+    if x_MD.shape[0] <= FEW_ROWS:
+        return _few(x_MD, experts_MX, weights_MX, w, limit, some_elsewhere)
+    return _many(x_MD, experts_MX, weights_MX, w, limit, total)
 
 
-def _forward(x_MD, experts_MX, weights_MX, w, limit, some_elsewhere):
+def _forward(x_MD, experts_MX, weights_MX, w, limit, some_elsewhere, total):
     kept = (x_MD, experts_MX, weights_MX, w)
-    return _differentiable(*kept, limit, some_elsewhere), kept
+    return _differentiable(*kept, limit, some_elsewhere, total), kept
 
 
-def _backward(limit, some_elsewhere, kept, dy_MD):
+def _backward(limit, some_elsewhere, total, kept, dy_MD):
+    del total
     x_MD, experts_MX, weights_MX, w = kept
     more = {"limit": limit, "some_elsewhere": some_elsewhere}
     _, pull = jax.vjp(
@@ -112,26 +119,50 @@ def _few(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit, some_elsewhere):
     return y_1MD[0].astype(x_MD.dtype)
 
 
-def _many(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit, some_elsewhere):
-    """Rows in tiles of one expert each."""
+def _many(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit, total):
+    """Rows in tiles of one expert each; those of all experts in one round, of some in several."""
     M, X = experts_MX.shape
     E = w.up.shape[0]
-    sorted_ = sort_into_tiles(experts_MX.reshape(-1), E, tile_size(M * X, E))
+    size = tile_size(M * X, total)
+    sorted_ = sort_into_tiles(experts_MX.reshape(-1), E, size)
     count = jnp.maximum(sorted_.count.astype(jnp.int32), 1)
-    weights_TP1 = weights_MX.reshape(-1)[sorted_.pairs][..., None].astype(jnp.float32)
-
-    steps = _Steps(sorted_.expert_of_tile.astype(jnp.int32), count, few=False)
+    # Pairs of other devices' experts are in no tile.
+    place_MX = jnp.where(experts_MX < E, sorted_.place_of_pair.reshape(M, X), -1)
+    slots = tiles_of_round(M * X, E, total)
     up = functools.partial(_activate, limit=limit)
-    x_TPD = x_MD[sorted_.pairs // X]
-    h_TPF = _call(up, "expert_up_many", steps, x_TPD, w.up, w.up_bias, x_MD.dtype)
-    y_TPD = _call(
-        _weigh, "expert_down_many", steps, h_TPF, w.down, w.down_bias, x_MD.dtype, weights_TP1
-    )
-    y_ZD = y_TPD.reshape(sorted_.pairs.size, -1)[sorted_.place_of_pair]
-    if some_elsewhere:
-        # What no tile has was never written.
-        y_ZD = jnp.where(experts_MX.reshape(-1, 1) < E, y_ZD, 0)
-    return y_ZD.reshape(M, X, -1).astype(jnp.float32).sum(axis=1).astype(x_MD.dtype)
+
+    def add_round(i, before_MD):
+        tiles_S = i * slots + jnp.arange(slots)  # Past the last they are the last again.
+        pairs_SP = sorted_.pairs[tiles_S]
+        experts_S = sorted_.expert_of_tile[tiles_S].astype(jnp.int32)
+        steps = _Steps(experts_S, jnp.minimum(count - i * slots, slots), few=False)
+        x_SPD = x_MD[pairs_SP // X]
+        h_SPF = _call(up, "expert_up_many", steps, x_SPD, w.up, w.up_bias, x_MD.dtype)
+        y_SPD = _call(_store, "expert_down_many", steps, h_SPF, w.down, w.down_bias, x_MD.dtype)
+        y_ZD = y_SPD.reshape(slots * size, -1)
+
+        def add_choice(j, before_MD):
+            place_M1 = place_MX[:, j, None] - i * slots * size
+            # What no tile of this round has was never written.
+            is_here = (place_M1 >= 0) & (place_M1 < slots * size)
+            y_MD = weights_MX[:, j, None] * y_ZD[place_M1[:, 0]].astype(jnp.float32)
+            return before_MD + jnp.where(is_here, y_MD, 0)
+
+        return jax.lax.fori_loop(0, X, add_choice, before_MD)
+
+    rounds = 1 if slots >= len(sorted_.expert_of_tile) else pl.cdiv(count, slots)
+    # Not a constant: XLA would fill those of all layers at the start, and keep them.
+    zero = jnp.minimum(sorted_.count, 0).astype(jnp.float32)
+    y_MD = jax.lax.fori_loop(0, rounds, add_round, jnp.broadcast_to(zero, (M, w.down.shape[1])))
+    return y_MD.astype(x_MD.dtype)
+
+
+def tiles_of_round(pairs: int, experts: int, total: int) -> int:
+    """Tiles that rows of some of the experts are given memory for: of twice their share, or all."""
+    most = 2 * pairs * experts // total if experts < total else pairs
+    size = tile_size(pairs, total)
+    # Every expert may leave one tile part empty.
+    return min(most, pairs) // size + experts
 
 
 def tile_size(pairs: int, experts: int) -> int:
@@ -150,8 +181,8 @@ def _activate(out, at, sums, *, limit):
     out[0, :, at] = xla.swiglu(sums(0, at), sums(1, at), limit).astype(out.dtype)
 
 
-def _weigh(out, at, sums, weights):
-    out[0, :, at] = (weights[0] * sums(0, at)).astype(out.dtype)
+def _store(out, at, sums):
+    out[0, :, at] = sums(0, at).astype(out.dtype)
 
 
 def _add(out, at, sums, weights):
