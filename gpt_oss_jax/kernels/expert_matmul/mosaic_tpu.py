@@ -70,7 +70,7 @@ def expert_mlp(
 def _differentiable(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit, some_elsewhere, total):
     if x_MD.shape[0] <= FEW_ROWS:
         return _few(x_MD, experts_MX, weights_MX, w, limit, some_elsewhere)
-    return _many(x_MD, experts_MX, weights_MX, w, limit, total)
+    return _many(x_MD, experts_MX, weights_MX, w, limit, some_elsewhere, total)
 
 
 def _forward(x_MD, experts_MX, weights_MX, w, limit, some_elsewhere, total):
@@ -119,28 +119,39 @@ def _few(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit, some_elsewhere):
     return y_1MD[0].astype(x_MD.dtype)
 
 
-def _many(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit, total):
-    """Rows in tiles of one expert each; those of all experts in one round, of some in several."""
+def _many(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit, some_elsewhere, total):
+    """Rows in tiles of one expert each: all of them at once, or those of some experts in rounds."""
     M, X = experts_MX.shape
     E = w.up.shape[0]
     size = tile_size(M * X, total)
     sorted_ = sort_into_tiles(experts_MX.reshape(-1), E, size)
     count = jnp.maximum(sorted_.count.astype(jnp.int32), 1)
+    up = functools.partial(_activate, limit=limit)
+
+    def through(experts_S, pairs_SP, count, write, *weights_SP1):
+        steps = _Steps(experts_S.astype(jnp.int32), count, few=False)
+        x_SPD = x_MD[pairs_SP // X]
+        h_SPF = _call(up, "expert_up_many", steps, x_SPD, w.up, w.up_bias, x_MD.dtype)
+        args = h_SPF, w.down, w.down_bias, x_MD.dtype, *weights_SP1
+        return _call(write, "expert_down_many", steps, *args).reshape(pairs_SP.size, -1)
+
+    if not some_elsewhere:
+        weights_TP1 = weights_MX.reshape(-1)[sorted_.pairs][..., None].astype(jnp.float32)
+        y_ZD = through(sorted_.expert_of_tile, sorted_.pairs, count, _weigh, weights_TP1)
+        y_ZD = y_ZD[sorted_.place_of_pair]
+        return y_ZD.reshape(M, X, -1).astype(jnp.float32).sum(axis=1).astype(x_MD.dtype)
+
+    slots = tiles_of_round(M * X, E, total)
     # Pairs of other devices' experts are in no tile.
     place_MX = jnp.where(experts_MX < E, sorted_.place_of_pair.reshape(M, X), -1)
-    slots = tiles_of_round(M * X, E, total)
-    up = functools.partial(_activate, limit=limit)
 
     def add_round(i, before_MD):
         tiles_S = i * slots + jnp.arange(slots)  # Past the last they are the last again.
-        pairs_SP = sorted_.pairs[tiles_S]
-        experts_S = sorted_.expert_of_tile[tiles_S].astype(jnp.int32)
-        steps = _Steps(experts_S, jnp.minimum(count - i * slots, slots), few=False)
-        x_SPD = x_MD[pairs_SP // X]
-        h_SPF = _call(up, "expert_up_many", steps, x_SPD, w.up, w.up_bias, x_MD.dtype)
-        y_SPD = _call(_store, "expert_down_many", steps, h_SPF, w.down, w.down_bias, x_MD.dtype)
-        y_ZD = y_SPD.reshape(slots * size, -1)
+        left = jnp.minimum(count - i * slots, slots)
+        y_ZD = through(sorted_.expert_of_tile[tiles_S], sorted_.pairs[tiles_S], left, _store)
 
+        # One by one: side by side the choices of all rows, most of which are others', are larger
+        # than all else. Weighted here, as in the kernel the weights take a register a row.
         def add_choice(j, before_MD):
             place_M1 = place_MX[:, j, None] - i * slots * size
             # What no tile of this round has was never written.
@@ -153,16 +164,14 @@ def _many(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit, total):
     rounds = 1 if slots >= len(sorted_.expert_of_tile) else pl.cdiv(count, slots)
     # Not a constant: XLA would fill those of all layers at the start, and keep them.
     zero = jnp.minimum(sorted_.count, 0).astype(jnp.float32)
-    y_MD = jax.lax.fori_loop(0, rounds, add_round, jnp.broadcast_to(zero, (M, w.down.shape[1])))
+    y_MD = jax.lax.fori_loop(0, rounds, add_round, jnp.broadcast_to(zero, x_MD.shape))
     return y_MD.astype(x_MD.dtype)
 
 
 def tiles_of_round(pairs: int, experts: int, total: int) -> int:
-    """Tiles that rows of some of the experts are given memory for: of twice their share, or all."""
-    most = 2 * pairs * experts // total if experts < total else pairs
-    size = tile_size(pairs, total)
+    """Tiles that some of all experts have memory for: of twice their share of the pairs."""
     # Every expert may leave one tile part empty.
-    return min(most, pairs) // size + experts
+    return min(2 * pairs * experts // total, pairs) // tile_size(pairs, total) + experts
 
 
 def tile_size(pairs: int, experts: int) -> int:
@@ -179,6 +188,10 @@ def outputs_of_step(parts: int, few: bool) -> int:
 
 def _activate(out, at, sums, *, limit):
     out[0, :, at] = xla.swiglu(sums(0, at), sums(1, at), limit).astype(out.dtype)
+
+
+def _weigh(out, at, sums, weights):
+    out[0, :, at] = (weights[0] * sums(0, at)).astype(out.dtype)
 
 
 def _store(out, at, sums):
