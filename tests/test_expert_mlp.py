@@ -136,6 +136,38 @@ def test_ids_past_the_experts_add_nothing(implementation, M, own):
     np.testing.assert_allclose(got, want, atol=1e-5 * scale)
 
 
+@pytest.mark.parametrize(
+    ("form", "parts", "rounds"),
+    [("mosaic_tpu", 3, [1, 2, 1]), ("mosaic_tpu, folded", 9, [1, 1, 1, 3, 3, 1, 1, 1, 1])],
+)
+def test_more_than_twice_a_share_goes_in_rounds(form, parts, rounds):
+    """All rows go to one or two of the devices that share nine experts; the others have none.
+
+    One device after the other: in the interpreter they wait for each other at every kernel, and so
+    have to have the same number of rounds.
+    """
+    w = jax.tree.map(lambda a: a[:9], weights())
+    x, experts, weight = rows(270, experts=3 if parts == 3 else 2)
+    experts += 3
+    own, size = 9 // parts, mosaic_tpu.tile_size(experts.size, 9)
+    tiles_E = -(-np.bincount(experts.reshape(-1), minlength=9) // size)
+    at_once = mosaic_tpu.tiles_of_round(experts.size, own, 9)
+    needed = tiles_E.reshape(parts, own).sum(axis=1)
+    assert np.maximum(1, -(-needed // at_once)).tolist() == rounds
+
+    options = {"limit": 7.0, "some_elsewhere": True, "num_experts": 9}
+    on_a_device = jax.jit(functools.partial(mosaic_tpu.expert_mlp, **options))
+    got = []
+    for first in range(0, 9, own):
+        some = laid_out(jax.tree.map(lambda a: a[first : first + own], w), form)  # noqa: B023
+        is_own = (experts >= first) & (experts < first + own)
+        with as_on_a_tpu():
+            got.append(on_a_device(x, jnp.where(is_own, experts - first, own), weight, some))
+    assert [bool((y != 0).any()) for y in got] == [n > 0 for n in needed]
+    want = dense_mlp(x, experts, weight, *dense(w), limit=7.0)
+    np.testing.assert_allclose(sum(got), want, atol=1e-5 * float(jnp.abs(want).max()))
+
+
 @at_every_count
 def test_bf16(implementation, M):
     w, args = weights(dtype=jnp.bfloat16), rows(M, jnp.bfloat16)

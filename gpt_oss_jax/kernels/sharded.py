@@ -93,6 +93,9 @@ def write(mesh: Mesh, heads: int, stored_BSL, slots_BT, new_BTL) -> jax.Array:
 
     XLA writes a single slot as a slice, for which it would gather all of them.
     """
+    # Where heads do not fill the lanes of a TPU, XLA turns a cache around to write and to read it:
+    # those of all layers at the start, where it may, and keeps them.
+    stored_BSL, new_BTL = lax.optimization_barrier((stored_BSL, new_BTL))
     spec = lambda x, keys: (
         named_sharding(mesh, ("batch", keys, "kv_heads"), (*x.shape[:2], heads)).spec
     )

@@ -94,9 +94,13 @@ def expert_mlp(
         more = {"limit": limit, "some_elsewhere": mesh is not None}
         rows = (y.reshape(-1, y.shape[-1]) for y in (x, experts, weights))
         to_MD = None if residual is None else residual.reshape(-1, residual.shape[-1])
-        adds_itself = functools.partial(mosaic_gpu.expert_mlp, room=room, residual=to_MD)
-        implementations = {name: _added(to_MD, f) for name, f in IMPLEMENTATIONS.items()}
-        implementations |= {"mosaic_gpu": adds_itself}
+        others = IMPLEMENTATIONS | {
+            "mosaic_tpu": functools.partial(mosaic_tpu.expert_mlp, num_experts=E)
+        }
+        implementations = {name: _added(to_MD, f) for name, f in others.items()}
+        implementations["mosaic_gpu"] = functools.partial(
+            mosaic_gpu.expert_mlp, room=room, residual=to_MD
+        )
         y_MD = dispatch("expert_mlp", implementations, implementation, *rows, w, **more)
         return y_MD.reshape(x.shape)
 

@@ -46,8 +46,12 @@ def expert_mlp(
     *,
     limit: float,
     some_elsewhere: bool = False,
+    num_experts: int | None = None,
 ) -> jax.Array:
     """See `api.expert_mlp`. With `some_elsewhere`, ids past the experts add nothing.
+
+    `num_experts` are those of all devices; None: only these. Many rows take memory for twice the
+    share that a device has of them, and go in rounds where it has more.
 
     Raises:
       NotImplementedError: On other devices, and for experts that are not in TPU words.
@@ -58,21 +62,24 @@ def expert_mlp(
         raise NotImplementedError("experts are not MXFP4")
     if w.up.words_of is None or w.down.words_of is None:
         raise NotImplementedError("experts are not in TPU words; MXArray.in_words makes them once")
-    return _differentiable(x_MD, experts_MX, weights_MX, w, limit, some_elsewhere)
+    total = num_experts or w.up.shape[0]
+    return _differentiable(x_MD, experts_MX, weights_MX, w, limit, some_elsewhere, total)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _differentiable(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit, some_elsewhere):
-    mlp = _few if x_MD.shape[0] <= FEW_ROWS else _many
-    return mlp(x_MD, experts_MX, weights_MX, w, limit, some_elsewhere)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _differentiable(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit, some_elsewhere, total):
+    if x_MD.shape[0] <= FEW_ROWS:
+        return _few(x_MD, experts_MX, weights_MX, w, limit, some_elsewhere)
+    return _many(x_MD, experts_MX, weights_MX, w, limit, some_elsewhere, total)
 
 
-def _forward(x_MD, experts_MX, weights_MX, w, limit, some_elsewhere):
+def _forward(x_MD, experts_MX, weights_MX, w, limit, some_elsewhere, total):
     kept = (x_MD, experts_MX, weights_MX, w)
-    return _differentiable(*kept, limit, some_elsewhere), kept
+    return _differentiable(*kept, limit, some_elsewhere, total), kept
 
 
-def _backward(limit, some_elsewhere, kept, dy_MD):
+def _backward(limit, some_elsewhere, total, kept, dy_MD):
+    del total
     x_MD, experts_MX, weights_MX, w = kept
     more = {"limit": limit, "some_elsewhere": some_elsewhere}
     _, pull = jax.vjp(
@@ -112,26 +119,59 @@ def _few(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit, some_elsewhere):
     return y_1MD[0].astype(x_MD.dtype)
 
 
-def _many(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit, some_elsewhere):
-    """Rows in tiles of one expert each."""
+def _many(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit, some_elsewhere, total):
+    """Rows in tiles of one expert each: all of them at once, or those of some experts in rounds."""
     M, X = experts_MX.shape
     E = w.up.shape[0]
-    sorted_ = sort_into_tiles(experts_MX.reshape(-1), E, tile_size(M * X, E))
+    size = tile_size(M * X, total)
+    sorted_ = sort_into_tiles(experts_MX.reshape(-1), E, size)
     count = jnp.maximum(sorted_.count.astype(jnp.int32), 1)
-    weights_TP1 = weights_MX.reshape(-1)[sorted_.pairs][..., None].astype(jnp.float32)
-
-    steps = _Steps(sorted_.expert_of_tile.astype(jnp.int32), count, few=False)
     up = functools.partial(_activate, limit=limit)
-    x_TPD = x_MD[sorted_.pairs // X]
-    h_TPF = _call(up, "expert_up_many", steps, x_TPD, w.up, w.up_bias, x_MD.dtype)
-    y_TPD = _call(
-        _weigh, "expert_down_many", steps, h_TPF, w.down, w.down_bias, x_MD.dtype, weights_TP1
-    )
-    y_ZD = y_TPD.reshape(sorted_.pairs.size, -1)[sorted_.place_of_pair]
-    if some_elsewhere:
-        # What no tile has was never written.
-        y_ZD = jnp.where(experts_MX.reshape(-1, 1) < E, y_ZD, 0)
-    return y_ZD.reshape(M, X, -1).astype(jnp.float32).sum(axis=1).astype(x_MD.dtype)
+
+    def through(experts_S, pairs_SP, count, write, *weights_SP1):
+        steps = _Steps(experts_S.astype(jnp.int32), count, few=False)
+        x_SPD = x_MD[pairs_SP // X]
+        h_SPF = _call(up, "expert_up_many", steps, x_SPD, w.up, w.up_bias, x_MD.dtype)
+        args = h_SPF, w.down, w.down_bias, x_MD.dtype, *weights_SP1
+        return _call(write, "expert_down_many", steps, *args).reshape(pairs_SP.size, -1)
+
+    if not some_elsewhere:
+        weights_TP1 = weights_MX.reshape(-1)[sorted_.pairs][..., None].astype(jnp.float32)
+        y_ZD = through(sorted_.expert_of_tile, sorted_.pairs, count, _weigh, weights_TP1)
+        y_ZD = y_ZD[sorted_.place_of_pair]
+        return y_ZD.reshape(M, X, -1).astype(jnp.float32).sum(axis=1).astype(x_MD.dtype)
+
+    slots = tiles_of_round(M * X, E, total)
+    # Pairs of other devices' experts are in no tile.
+    place_MX = jnp.where(experts_MX < E, sorted_.place_of_pair.reshape(M, X), -1)
+
+    def add_round(i, before_MD):
+        tiles_S = i * slots + jnp.arange(slots)  # Past the last they are the last again.
+        left = jnp.minimum(count - i * slots, slots)
+        y_ZD = through(sorted_.expert_of_tile[tiles_S], sorted_.pairs[tiles_S], left, _store)
+
+        # One by one: side by side the choices of all rows, most of which are others', are larger
+        # than all else. Weighted here, as in the kernel the weights take a register a row.
+        def add_choice(j, before_MD):
+            place_M1 = place_MX[:, j, None] - i * slots * size
+            # What no tile of this round has was never written.
+            is_here = (place_M1 >= 0) & (place_M1 < slots * size)
+            y_MD = weights_MX[:, j, None] * y_ZD[place_M1[:, 0]].astype(jnp.float32)
+            return before_MD + jnp.where(is_here, y_MD, 0)
+
+        return jax.lax.fori_loop(0, X, add_choice, before_MD)
+
+    rounds = 1 if slots >= len(sorted_.expert_of_tile) else pl.cdiv(count, slots)
+    # Not a constant: XLA would fill those of all layers at the start, and keep them.
+    zero = jnp.minimum(sorted_.count, 0).astype(jnp.float32)
+    y_MD = jax.lax.fori_loop(0, rounds, add_round, jnp.broadcast_to(zero, x_MD.shape))
+    return y_MD.astype(x_MD.dtype)
+
+
+def tiles_of_round(pairs: int, experts: int, total: int) -> int:
+    """Tiles that some of all experts have memory for: of twice their share of the pairs."""
+    # Every expert may leave one tile part empty.
+    return min(2 * pairs * experts // total, pairs) // tile_size(pairs, total) + experts
 
 
 def tile_size(pairs: int, experts: int) -> int:
@@ -152,6 +192,10 @@ def _activate(out, at, sums, *, limit):
 
 def _weigh(out, at, sums, weights):
     out[0, :, at] = (weights[0] * sums(0, at)).astype(out.dtype)
+
+
+def _store(out, at, sums):
+    out[0, :, at] = sums(0, at).astype(out.dtype)
 
 
 def _add(out, at, sums, weights):
