@@ -76,6 +76,7 @@ KINDS = {
     )
 }
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x", "ironwood": "tpu7x"}
+_ALIASES |= {k.jax_name.lower().replace(" ", "-"): k.name for k in KINDS.values() if k.jax_name}
 _MOST = 65_536  # Devices; the largest slice has 9,216 chips.
 # Whose slices are named by their cores, two to a chip.
 _NAMED_BY_CORES = ("v5p", "tpu7x")
@@ -149,15 +150,19 @@ def parse_device(text: str) -> tuple[Kind, int]:
       ValueError: If it is none of these.
     """
     name = re.sub("[_ ]", "-", text.strip().lower())
+    # As nvidia-smi has it: "NVIDIA H100 80GB HBM3".
+    name = re.sub(r"^nvidia-|-hbm\w*$", "", name)
     count, in_cores = 1, False
     if several := re.fullmatch(r"(\d{1,6})x(.+)", name):
         count, name = int(several[1]), several[2]
-    if sized := re.fullmatch(r"(?:(.+)-)?(\d{1,5}(?:\.\d+)?)g(?:i?b)?(?:-(\d{1,6}))?", name):
+    if sized := re.fullmatch(r"(?:(.+)-)?(\d{1,5}(?:\.\d+)?)-?g(?:i?b)?(?:-(\d{1,6}))?", name):
         count *= int(sized[3] or 1)
         kind = _of_memory(text, sized[1], float(sized[2]))
     else:
         if (plain := name.replace("-", "")) in KINDS:
             name = plain
+        elif name in _ALIASES:
+            pass
         elif shape := re.fullmatch(r"(.+)-(\d{1,6}(?:x\d{1,6})+)", name):
             name, count = shape[1], count * math.prod(map(int, shape[2].split("x")))
         elif several := re.fullmatch(r"(.+)-(\d{1,6})", name):

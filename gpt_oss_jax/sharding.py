@@ -199,7 +199,9 @@ def not_split(variables: Mapping[str, Any], mesh: Mesh | AbstractMesh) -> str:
             found[name] = found.get(name, 0) + size
     if not found:
         return ""
+    held = sum(found.values())
+    size = f"{held / 1e9:.2f} GB" if held >= 1e7 else f"{held / 1e6:.2f} MB"
     return (
         f"the mesh {spelled(mesh.shape)} does not divide {'; '.join(sorted(found))}: each device "
-        f"holds {sum(found.values()) / 1e9:.2f} GB of them"
+        f"holds {size} of them"
     )

@@ -225,7 +225,7 @@ def test_says_what_the_mesh_does_not_split(folders, sharded, caplog):
     (said,) = caplog.messages
     assert "the mesh tensor=2 does not divide" in said
     assert "layers/*/attention/qkv/weight [3, 7, 14, 96]" in said and "mlp_norm" not in said
-    assert said.endswith(" GB of them")
+    assert said.endswith(" MB of them")
 
 
 def test_synthetic_models_are_made_in_their_shards(monkeypatch):

@@ -144,6 +144,11 @@ def test_nothing_half_packed_is_left(tmp_path, programs):
     assert sorted(x.name for x in tmp_path.iterdir()) == ["a.tar", "programs"]
 
 
+def test_an_archive_is_a_file(tmp_path, capsys):
+    assert cli.main(["compile", "--unpack", str(tmp_path / "none.tar")]) == 2
+    assert "none.tar is no file" in capsys.readouterr().err
+
+
 def test_nothing_half_unpacked_is_left(tmp_path, programs):
     chip, archive = jax.devices()[0], tmp_path / "a.tar"
     compile_archive.pack(programs, archive, chip)

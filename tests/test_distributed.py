@@ -273,7 +273,7 @@ def test_addresses():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("host", 2), "process_id is not there"),
+        (("host", 2), "missing: process_id"),
         (("host", 2, 2), "process_id must be from 0"),
         (("host", 2, "0"), "must be int .*, got 2 and '0'"),
         (("host:port", 2, 1), "coordinator must be"),

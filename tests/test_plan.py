@@ -26,6 +26,9 @@ CARD = Kind("card", "gpu", 1.0, 100, 10)
         ("v5e", "v5e", 1),
         ("v5litepod-8", "v5e", 8),
         ("V6e-4", "v6e", 4),
+        ("TPU v5 lite", "v5e", 1),
+        ("NVIDIA H100 80GB HBM3", "h100", 1),
+        ("NVIDIA H200", "h200", 1),
         ("v5p-8", "v5p", 4),
         ("tpu7x", "tpu7x", 2),
         ("tpu7x-8", "tpu7x", 8),
@@ -65,6 +68,7 @@ def test_a_card_is_known_by_its_memory():
     assert (kind.memory_gib, kind.bandwidth_gb, devices) == (0.95 * 40, 0, 2)
     assert kind.name == "a100-40GB"
     assert parse_device("a100_40gb-4") == (kind, 4) and parse_device("4x16GB")[1] == 4
+    assert parse_device("16 GB") == parse_device("16GB")
 
 
 @pytest.mark.parametrize(
@@ -290,6 +294,12 @@ def test_the_command(capsys, monkeypatch):
 )
 def test_long_prompts_go_in_few_calls_that_fit(longest, rows, kind, memory, calls):
     assert prompt_calls(longest, rows, kind, memory * 2**30) == calls
+
+
+def test_a_released_model_is_known_by_its_last_name(capsys):
+    """`plan` needs no folder, and looks nowhere else."""
+    assert cli.main(["plan", "gpt-oss-20b", "--device", "h100"]) == 0
+    assert "weights         12.82 GiB" in capsys.readouterr().out
 
 
 DOCS = Path(__file__).parents[1] / "docs"

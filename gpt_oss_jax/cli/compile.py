@@ -154,6 +154,8 @@ def _ours() -> Path:
 
 
 def _unpack(archive: Path) -> int:
+    if not archive.is_file():
+        raise ValueError(f"{archive} is no file; wanted is an archive of compile --output.")
     directory = _ours()
     count = compile_archive.unpack(archive, directory, jax.devices()[0])
     write(f"{count} programs unpacked into {directory}\n")

@@ -207,6 +207,9 @@ def sizes(name: str, *, download: bool = False) -> tuple[Config, str]:
     if name.startswith(synthetic.PREFIX):
         return synthetic.config_of(name), "mxfp4"
     released = _RELEASED.get(ALIASES.get(name, name))
+    if not download:
+        # By its last part as well: a folder that is not there is not looked for elsewhere.
+        released = released or _RELEASED.get(f"openai/{name}")
     if released is not None and not os.path.isdir(name):
         return released, "mxfp4"
     source = open_source(name, download=download)

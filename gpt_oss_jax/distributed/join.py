@@ -174,7 +174,7 @@ def _place(host: str | None, num_processes: int | None, process_id: int | None) 
         if missing:
             raise ValueError(
                 "coordinator, num_processes and process_id must be given together where they are "
-                f"not detected; {', '.join(missing)} is not there."
+                f"not detected; missing: {', '.join(missing)}."
             )
         detected = Place(host, num_processes, process_id)
     place = Place(
