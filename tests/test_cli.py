@@ -309,7 +309,7 @@ def test_options_reach_the_model(folder, capsys):
     ("mesh", "devices", "said"),
     [
         ("expert=4", 4, ""),
-        (None, 8, "spread over 8 of 8 devices, --mesh expert=8"),
+        (None, 8, "spread over 8 of 8 devices, --mesh data=4,expert=2"),
         ("none", 1, ""),
     ],
 )
