@@ -210,10 +210,6 @@ def outline(config, mesh=None):
         (2, ["rotate", "add", "route"], {}),
         (9, ["route"], {}),
         (2, ["rotate", "part", "route"], {"expert": 2}),
-        # Key heads that the mesh does not divide are whole on every device.
-        (2, ["rotate", "add", "route"], {"expert": 4}),
-        (9, ["route"], {"tensor": 2}),
-        (2, [], {"data": 2}),
     ],
 )
 def test_a_decode_step_is_the_same_in_few_launches(interpreter, monkeypatch, T, launches, axes):
@@ -277,6 +273,25 @@ def test_weights_are_read_early_where_nothing_writes_them(launched, generates, o
     assert len(launched) == 3 * SMALL.num_hidden_layers
     assert {x.early for x in launched} == {generates and not on_mesh}
     assert not model.weights_at_rest
+
+
+@pytest.mark.parametrize(
+    ("tokens", "axes", "endings"),
+    [
+        (1, {"tensor": 2}, ["rotate", "part", "route"]),
+        # Key heads that the mesh does not divide are whole on every device.
+        (1, {"expert": 4}, ["rotate", "add", "route"]),
+        (33, {"expert": 2}, ["route"]),
+        (1, {"data": 2}, []),
+        (1, {"fsdp": 2}, []),
+        (1, {"context": 2}, []),
+    ],
+)
+def test_what_a_mesh_launches(launched, tokens, axes, endings):
+    model = outline(SMALL, make_mesh(**axes))
+    cache, token = init_cache(SMALL, 1, 64, jnp.bfloat16), jnp.zeros((1, tokens), jnp.int32)
+    jax.eval_shape(lambda model, cache: model.forward(token, token, cache)[0], model, cache)
+    assert [x.ending for x in launched] == SMALL.num_hidden_layers * endings
 
 
 @pytest.mark.parametrize(("heads", "launches"), [(2, 0), (4, 6)])
