@@ -187,8 +187,9 @@ def check(config, program, tokens, devices):
     assert memory.temp_size_in_bytes < 0.5 * embedding + tokens * 2**20
     moved = re.findall(r"= (\w+)\[([\d,]*)\]\S* (?:all-|collective-|reduce-s)\S*\(", text)
     assert bool(moved) == (devices > 1)
+    # Never fewer than two rows: `Embedding` says why it looks up one token twice.
     for kind, shape in moved:
-        assert kind not in ("u8", "u32") and size(shape) <= tokens * config.hidden_size
+        assert kind not in ("u8", "u32") and size(shape) <= max(tokens, 2) * config.hidden_size
 
 
 def size(shape: str) -> int:
