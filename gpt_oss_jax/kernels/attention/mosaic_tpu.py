@@ -3,13 +3,16 @@
 Key heads go together until they fill the 128 lanes of a register; a query has zeros where the other
 heads of its group are, so that one product gives the scores of all of them, and its values lie in
 lanes of their own. Softmax runs along the keys; it starts from the sink, whose weight is one and
-whose value is zero. Which blocks of keys a block of queries has to see at all follows from the
-positions alone: the others are neither copied nor computed.
+whose value is zero. What it keeps of a query, the largest score and the sum of weights, fills whole
+registers: nothing has to be spread over lanes, and only the end adds them up. Which blocks of keys
+a block of queries has to see at all follows from the positions alone: the others are neither copied
+nor computed.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import jax
@@ -19,10 +22,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from gpt_oss_jax.kernels.attention import xla
+from gpt_oss_jax.kernels.attention.tpu_tiles import tiles
 from gpt_oss_jax.kernels.target import device_kind
 
 _LANES = 128
-_QUERIES, _KEYS = 64, 512  # Of one block, at most.
 _VMEM = 48 << 20
 _HIDDEN = -1e30  # A score so low that its weight is zero beside any sink.
 
@@ -72,10 +75,16 @@ def _attend(q_BTKGH, k_BSKH, v_BSKH, sinks_KG, q_pos_BT, k_pos_BS, window):
     S = k_BSKH.shape[1]
     heads = _LANES // H if _LANES % H == 0 and K % (_LANES // H) == 0 else K  # Of a group.
     groups, lanes, rows = K // heads, heads * H, heads * G
-    queries = 1 if T == 1 else min(_QUERIES, 8 * math.ceil(T / 8))
+    sizes = tiles(device_kind())
+    block = sizes.full if window is None else sizes.window
+    queries = 1 if T == 1 else min(block.queries, 8 * math.ceil(T / 8))
+    # One query leaves room for more than one group; a step costs more than what it computes.
+    together = math.gcd(groups, sizes.groups) if T == 1 else 1
+    at_a_time = max(n for n in range(1, rows + 1) if rows % n == 0 and n * queries <= block.rows)
     q_BTKGH = _padded(q_BTKGH, queries, 0)
     q_pos_BT = _padded(q_pos_BT, queries, -1)
-    keys = _keys(S)
+    # Of one query little is known but that it sees most keys, in a window, too.
+    keys = _keys(S, sizes.full.keys if T == 1 else block.keys)
     k_BSL, v_BSL = (_padded(x.reshape(B, S, K * H), keys, 0) for x in (k_BSKH, v_BSKH))
     k_pos_BS = _padded(k_pos_BS, keys, -1)
 
@@ -94,31 +103,38 @@ def _attend(q_BTKGH, k_BSKH, v_BSKH, sinks_KG, q_pos_BT, k_pos_BS, window):
         del count
         return steps[(b * blocks + i) * num_steps + j]
 
-    of_keys = pl.BlockSpec(
-        (1, keys, lanes), lambda b, g, i, j, *s: (b, key_block(b, g, i, j, *s), g)
+    of_queries = pl.BlockSpec(
+        (1, together, 1, *q.shape[3:]), lambda b, g, i, j, *s: (b, g, i, 0, 0)
     )
+    of_keys = pl.BlockSpec(
+        (1, keys, together * lanes), lambda b, g, i, j, *s: (b, key_block(b, g, i, j, *s), g)
+    )
+    kept = pltpu.VMEM((together, rows * queries, _LANES), jnp.float32)
     out = pl.pallas_call(
-        functools.partial(_body, blocks=blocks, window=window, scale=H**-0.5),
+        functools.partial(
+            _body, blocks=blocks, at_a_time=at_a_time * queries, window=window, scale=H**-0.5
+        ),
         name=f"attention_{'full' if window is None else 'window'}",
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(B, groups, blocks, num_steps),
+            # No more steps than somebody needs: one that finds nothing to do takes time, too.
+            grid=(B, groups // together, blocks, jnp.maximum(count_BQ.max(), 1)),
             in_specs=[
-                pl.BlockSpec((1, 1, 1, *q.shape[3:]), lambda b, g, i, j, *s: (b, g, i, 0, 0)),
+                of_queries,
                 of_keys,
                 of_keys,
-                pl.BlockSpec((1, rows, 1), lambda b, g, i, j, *s: (g, 0, 0)),
+                pl.BlockSpec((together, rows, 1), lambda b, g, i, j, *s: (g, 0, 0)),
                 pl.BlockSpec((1, queries, 1), lambda b, g, i, j, *s: (b, i, 0)),
                 pl.BlockSpec(
                     (1, 1, keys), lambda b, g, i, j, *s: (b, 0, key_block(b, g, i, j, *s))
                 ),
             ],
-            out_specs=pl.BlockSpec((1, 1, 1, *q.shape[3:]), lambda b, g, i, j, *s: (b, g, i, 0, 0)),
+            out_specs=of_queries,
             scratch_shapes=[
-                pltpu.VMEM((rows * queries, 1), jnp.float32),
-                pltpu.VMEM((rows * queries, 1), jnp.float32),
-                pltpu.VMEM((rows * queries, lanes), jnp.float32),
+                kept,
+                kept,
+                pltpu.VMEM((together, rows * queries, lanes), jnp.float32),
             ],
         ),
         compiler_params=pltpu.CompilerParams(
@@ -149,40 +165,58 @@ def _body(
     values,
     *,
     blocks,
+    at_a_time,
     window,
     scale,
 ):
     del steps
     step = pl.program_id(3)
-    rows, queries = sinks.shape[1], q_pos.shape[1]
+    (together, rows, _), queries, keys = sinks.shape, q_pos.shape[1], k_pos.shape[2]
+    lanes = values.shape[2]
+    # Scores are powers of two: so exponents need one product less.
+    base_2 = math.log2(math.e)
 
     @pl.when(step == 0)
     def _():
-        sink = jnp.broadcast_to(sinks[0][:, None], (rows, queries, 1))
-        largest[...] = sink.reshape(largest.shape)
-        total[...] = jnp.ones_like(total)
+        for g in range(together):
+            sink = jnp.broadcast_to(base_2 * sinks[g], (rows, _LANES))
+            if queries > 1:
+                sink = jnp.broadcast_to(sink[:, None], (rows, queries, _LANES))
+            largest[g] = sink.reshape(largest.shape[1:])
+        # A weight of one, in the first lane: those of a query are not yet added up.
+        first = jax.lax.broadcasted_iota(jnp.int32, total.shape, 2) == 0
+        total[...] = first.astype(jnp.float32)
         values[...] = jnp.zeros_like(values)
 
     @pl.when(step < counts[pl.program_id(0) * blocks + pl.program_id(2)])
     def _():
-        scores = scale * _dot(q[0, 0, 0], k[0], ((1,), (1,)))
         distance = q_pos[0] - k_pos[0]
         visible = (k_pos[0] >= 0) & (distance >= 0)
         if window is not None:
             visible &= distance < window
-        scores = scores.reshape(rows, queries, -1)
-        scores = jnp.where(visible[None], scores, _HIDDEN).reshape(rows * queries, -1)
-        before = largest[...]
-        now = jnp.maximum(before, scores.max(axis=1, keepdims=True))
-        weights = jnp.exp(scores - now)
-        kept = jnp.exp(before - now)
-        largest[...] = now
-        total[...] = kept * total[...] + weights.sum(axis=1, keepdims=True)
-        values[...] = kept * values[...] + _dot(weights.astype(v.dtype), v[0], ((1,), (0,)))
+        if queries > 1:
+            heads = at_a_time // queries
+            visible = jnp.broadcast_to(visible[None], (heads, queries, keys))
+            visible = visible.reshape(at_a_time, keys)
+        for g, start in itertools.product(range(together), range(0, rows * queries, at_a_time)):
+            own, of_group = pl.ds(start, at_a_time), pl.ds(g * lanes, lanes)
+            scores = base_2 * scale * _dot(q[0, g, 0, own], k[0, :, of_group], ((1,), (1,)))
+            scores = jnp.where(visible, scores, _HIDDEN)
+            before = largest[g, own]
+            now = jnp.maximum(before, scores.max(axis=1, keepdims=True))
+            weights = jnp.exp2(scores - _columns(now, keys))
+            kept = jnp.exp2(before - now)
+            largest[g, own] = now
+            total[g, own] = kept * total[g, own] + sum(
+                weights[:, i : i + _LANES] for i in range(0, keys, _LANES)
+            )
+            values[g, own] = _columns(kept, lanes) * values[g, own] + _dot(
+                weights.astype(v.dtype), v[0, :, of_group], ((1,), (0,))
+            )
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _():
-        out[0, 0, 0] = (values[...] / total[...]).astype(out.dtype)
+        out[0, :, 0] = (values[...] / total[...].sum(axis=2, keepdims=True)).astype(out.dtype)
 
 
 def _steps(q_pos_BT, k_pos_BS, queries, keys, window):
@@ -216,12 +250,16 @@ def _dot(a, b, contracted):
     )
 
 
-def _keys(S: int) -> int:
+def _columns(alike, number):
+    """As many of 128 columns that are all alike."""
+    return jnp.tile(alike, (1, math.ceil(number / _LANES)))[:, :number]
+
+
+def _keys(S: int, most: int) -> int:
     """Keys of a block: a part of the cache that needs no padding, if there is one."""
-    if S <= _KEYS:
-        return S
-    whole = [keys for keys in range(_LANES, _KEYS + 1, _LANES) if S % keys == 0]
-    return max(whole, default=_KEYS)
+    most = min(most, _LANES * math.ceil(S / _LANES))
+    whole = [keys for keys in range(_LANES, most + 1, _LANES) if S % keys == 0]
+    return max(whole, default=most)
 
 
 def _padded(x, multiple, value):
