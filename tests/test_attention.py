@@ -30,9 +30,9 @@ def where_it_runs(request):
         yield
 
 
-def inputs(T, S, dtype=jnp.float32):
+def inputs(T, S, dtype=jnp.float32, heads=(K, G, H)):
     random = np.random.default_rng(0)
-    shapes = (B, T, K, G, H), (B, S, K, H), (B, S, K, H), (K, G)
+    shapes = (B, T, *heads), *((B, S, heads[0], heads[2]),) * 2, heads[:2]
     return tuple(jnp.asarray(random.normal(size=shape), dtype) for shape in shapes)
 
 
@@ -56,10 +56,15 @@ def test_equals_the_oracle(implementation, window, T, S):
 
 
 @pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize(("T", "S"), [(1, 640), (1, 700), (70, 1200)])
-def test_several_blocks_on_a_tpu(window, T, S):
-    """More keys than one block, in an order that no block bounds, and in that of a full cache."""
-    args = inputs(T, S)
+@pytest.mark.parametrize(
+    ("T", "S", "heads"), [(1, 640, (8, 2, 64)), (1, 700, (K, G, H)), (150, 1200, (K, G, H))]
+)
+def test_several_blocks_on_a_tpu(window, T, S, heads):
+    """More keys than one block, in an order that no block bounds, and in that of a full cache.
+
+    Heads of 64 fill the lanes two by two: one query has all four groups in one step.
+    """
+    args = inputs(T, S, heads=heads)
     shuffled = positions(T, S)
     in_order = shuffled | {"k_pos_BS": jnp.sort(shuffled["k_pos_BS"], axis=1)}
     for where in (shuffled, in_order):

@@ -34,14 +34,16 @@ class Tiles:
       groups: Of heads, 128 lanes of keys each, that one step takes where there is one query.
     """
 
-    full: Block = Block(queries=64, keys=512, rows=256)
+    full: Block = Block(queries=128, keys=512, rows=1024)
     window: Block = Block(queries=128, keys=128, rows=256)
     groups: int = 4
 
 
+_SMALL = Block(queries=128, keys=512, rows=256)
 TILES = {
+    "TPU v5 lite": Tiles(full=_SMALL),
     # Its two cores share out the steps, whose number so has to be even.
-    "TPU v5": Tiles(groups=2),
+    "TPU v5": Tiles(full=_SMALL, groups=2),
 }
 
 
