@@ -18,6 +18,14 @@ _MANY_MAPS = 30_000
 
 
 @pytest.fixture(autouse=True, scope="module")
+def compiles_quickly():
+    """Most tests run for less time than their programs take to compile; others override this."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
 def few_programs():
     """Programs of earlier tests are dropped before there is no room for more, which aborts."""
     yield

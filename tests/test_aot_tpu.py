@@ -25,6 +25,11 @@ from gpt_oss_jax.sharding import make_mesh, named_sharding
 KINDS = ("v5e", "v5p", "v6e", "tpu7x")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiles_quickly():
+    """Not here: what the compiler makes of programs is what is looked at."""
+
+
 class Target:
     """The first chips of a kind."""
 

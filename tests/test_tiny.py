@@ -36,6 +36,11 @@ HELD_OUT = [item for item in world.world().values() if world.held_out(item.promp
 BATCH = 64
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiles_quickly():
+    """Not here: hundreds of answers are generated."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Asked:
     """One question of the exam and what the model wrote after it.

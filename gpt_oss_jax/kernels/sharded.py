@@ -168,9 +168,8 @@ def _attention_specs(mesh: Mesh, q, k, sinks, q_pos, k_pos, *, queries, keys):
 def expert_mlp(mesh: Mesh, kernel: Callable[..., jax.Array], x_MD, experts_MX, weights_MX, w):
     """The expert layer with experts split: each device adds what its own give, then all are summed.
 
-    Rows go nowhere. A device has all of those that its part of the batch has, and a sum over the
-    devices moves fewer bytes than sending rows to their experts and back while a row is sent to
-    about as many devices as there are.
+    Rows go nowhere: a device has all of those that its part of the batch has. docs/meshes.md counts
+    what that moves, and what sending them to their experts would.
     """
     specs = _specs(mesh, w)
     of_rows = named_sharding(mesh, (*_ROWS[: x_MD.ndim - 1], None), x_MD.shape).spec
