@@ -2,7 +2,7 @@
 
 What comes out are lower bounds of times, by the compiler, not speeds: bundles are issue slots, and
 no wait for memory or for the matrix unit is among them. One row of a layer of either model, whose
-cache is full: the tokens are its last ones. Needs libtpu.
+cache is full: the tokens are its last ones. Of several devices each has some heads. Needs libtpu.
 From the root: python benchmarks/tpu_attention.py v6e --tokens 1 4096
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tpu_experts import CORES, GHZ
 
-K, G, H, WINDOW = 8, 8, 64, 128
+G, H, WINDOW = 8, 64, 128
 BUNDLE = re.compile(r"^ *(?:0x[0-9a-f]+|0) +(\w\w)? *: (>*) *\{")
 
 
@@ -24,6 +24,7 @@ def main():
     parser.add_argument("kind", help="v5e, v5p, v6e or tpu7x")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4096])
     parser.add_argument("--context", type=int, default=32768, help="slots of the cache")
+    parser.add_argument("--heads", type=int, default=8, help="of keys, on one device")
     sizes = "queries=64,keys=512,rows=256: other sizes than those of the table, to be compared"
     parser.add_argument("--block", default="", metavar="NAME=N,...", help=sizes)
     parser.add_argument("--groups", type=int, help="of heads, in a step of one query")
@@ -39,17 +40,18 @@ def main():
                 slots = args.context
                 if window:  # A ring, and behind it what is new.
                     slots = WINDOW + tokens if tokens > 1 else WINDOW
-                memory = compile_layer(args.kind, tokens, slots, window)
-                report(args.kind, tokens, slots, window, memory, bundles(Path(folder)))
+                layer = args.kind, args.heads, tokens, slots, window
+                memory = compile_layer(*layer)
+                report(*layer, memory, bundles(Path(folder)))
 
 
 def use_tiles(kind, block, groups):
-    from gpt_oss_jax.kernels.attention.tpu_tiles import TILES, tiles
+    from gpt_oss_jax.kernels.attention.tpu_tiles import TILES, Tiles
     from gpt_oss_jax.plan import KINDS
 
     name = KINDS[kind].jax_name
     given = {key: int(value) for key, value in (one.split("=") for one in block.split(",") if one)}
-    old = tiles(name)
+    old = TILES.get(name, Tiles())
     TILES[name] = dataclasses.replace(
         old,
         full=dataclasses.replace(old.full, **given),
@@ -58,7 +60,7 @@ def use_tiles(kind, block, groups):
     )
 
 
-def compile_layer(kind, tokens, slots, window):
+def compile_layer(kind, K, tokens, slots, window):
     import jax
     import jax.numpy as jnp
 
@@ -110,26 +112,24 @@ def bundles(folder):
     return found
 
 
-def report(kind, tokens, slots, window, memory, found):
+def report(kind, K, tokens, slots, window, memory, found):
     import jax.numpy as jnp
 
-    from gpt_oss_jax.kernels.attention.mosaic_tpu import _keys, _steps
-    from gpt_oss_jax.kernels.attention.tpu_tiles import tiles
+    from gpt_oss_jax.kernels.attention.mosaic_tpu import _steps
+    from gpt_oss_jax.kernels.attention.tpu_tiles import of_step
     from gpt_oss_jax.plan import KINDS
 
-    sizes = tiles(KINDS[kind].jax_name)
-    block = sizes.window if window and tokens > 1 else sizes.full
-    queries = min(tokens, block.queries)
-    keys = _keys(slots, block.keys)
+    groups = max(1, K * H // 128)
+    block, together = of_step(KINDS[kind].jax_name, tokens, slots, groups, window)
+    queries, keys, rounds = block.queries, block.keys, groups // together
     k_pos = jnp.arange(slots)[None]
     k_pos = jnp.pad(k_pos, ((0, 0), (0, -slots % keys)), constant_values=-1)
     q_pos = jnp.arange(slots - tokens, slots)[None]
     q_pos = jnp.pad(q_pos, ((0, 0), (0, -tokens % queries)), constant_values=-1)
     _, counts = _steps(q_pos, k_pos, queries, keys, window)
-    groups = K * H // 128 // (sizes.groups if tokens == 1 else 1)
-    steps = int(counts.sum()) * groups
+    steps = int(counts.sum()) * rounds
     computed, once, around = found
-    total = steps * (computed + around) + counts.size * groups * once
+    total = steps * (computed + around) + counts.size * rounds * once
     read = 2 * 2 * K * H * min(slots, window + tokens - 1 if window else slots)
     pairs = sum(min(i + 1, window or slots) for i in range(slots - tokens, slots))
     print(
@@ -137,11 +137,12 @@ def report(kind, tokens, slots, window, memory, found):
     )
     print(f"  temporaries {memory.temp_size_in_bytes / 1e6:.2f} MB")
     line = f"  {steps} steps of {queries} x {keys}: {computed} bundles and {around} around; "
-    line += f"{counts.size * groups} times {once} at the start and end; "
+    line += f"{counts.size * rounds} times {once} at the start and end; "
     line += f"{total:,} bundles, {read / 1e6:.1f} MB"
     if kind in GHZ:
         of_bytes = read / KINDS[kind].bandwidth_gb / 1e3
-        of_bundles = total / GHZ[kind] / CORES.get(kind, 1) / 1e3
+        cores = min(CORES.get(kind, 1), counts.size * rounds)
+        of_bundles = total / GHZ[kind] / cores / 1e3
         of_products = 4 * K * G * H * pairs / KINDS[kind].tflops / 1e6
         line += (
             f"; bytes {of_bytes:,.2f} us, bundles {of_bundles:,.2f} us, products {of_products:,.2f}"

@@ -44,11 +44,6 @@ class Models:
         return np.random.default_rng(1).integers(0, self.config.vocab_size, shape, np.int32)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compiles_quickly():
-    """Not here: the reference runs for longer than anything compiles."""
-
-
 @pytest.fixture(scope="session", params=CONFIGS)
 def models(request, tmp_path_factory) -> Models:
     config = CONFIGS[request.param]

@@ -22,10 +22,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from gpt_oss_jax.kernels.attention import xla
-from gpt_oss_jax.kernels.attention.tpu_tiles import tiles
+from gpt_oss_jax.kernels.attention.tpu_tiles import LANES, of_step
 from gpt_oss_jax.kernels.target import device_kind
 
-_LANES = 128
 _VMEM = 48 << 20
 _HIDDEN = -1e30  # A score so low that its weight is zero beside any sink.
 
@@ -73,18 +72,13 @@ _differentiable.defvjp(_forward, _backward)
 def _attend(q_BTKGH, k_BSKH, v_BSKH, sinks_KG, q_pos_BT, k_pos_BS, window):
     B, T, K, G, H = q_BTKGH.shape
     S = k_BSKH.shape[1]
-    heads = _LANES // H if _LANES % H == 0 and K % (_LANES // H) == 0 else K  # Of a group.
+    heads = LANES // H if LANES % H == 0 and K % (LANES // H) == 0 else K  # Of a group.
     groups, lanes, rows = K // heads, heads * H, heads * G
-    sizes = tiles(device_kind())
-    block = sizes.full if window is None else sizes.window
-    queries = 1 if T == 1 else min(block.queries, 8 * math.ceil(T / 8))
-    # One query leaves room for more than one group; a step costs more than what it computes.
-    together = math.gcd(groups, sizes.groups) if T == 1 else 1
+    block, together = of_step(device_kind(), T, S, groups, window)
+    queries, keys = block.queries, block.keys
     at_a_time = max(n for n in range(1, rows + 1) if rows % n == 0 and n * queries <= block.rows)
     q_BTKGH = _padded(q_BTKGH, queries, 0)
     q_pos_BT = _padded(q_pos_BT, queries, -1)
-    # Of one query little is known but that it sees most keys, in a window, too.
-    keys = _keys(S, sizes.full.keys if T == 1 else block.keys)
     k_BSL, v_BSL = (_padded(x.reshape(B, S, K * H), keys, 0) for x in (k_BSKH, v_BSKH))
     k_pos_BS = _padded(k_pos_BS, keys, -1)
 
@@ -109,7 +103,7 @@ def _attend(q_BTKGH, k_BSKH, v_BSKH, sinks_KG, q_pos_BT, k_pos_BS, window):
     of_keys = pl.BlockSpec(
         (1, keys, together * lanes), lambda b, g, i, j, *s: (b, key_block(b, g, i, j, *s), g)
     )
-    kept = pltpu.VMEM((together, rows * queries, _LANES), jnp.float32)
+    kept = pltpu.VMEM((together, rows * queries, LANES), jnp.float32)
     out = pl.pallas_call(
         functools.partial(
             _body, blocks=blocks, at_a_time=at_a_time * queries, window=window, scale=H**-0.5
@@ -179,9 +173,9 @@ def _body(
     @pl.when(step == 0)
     def _():
         for g in range(together):
-            sink = jnp.broadcast_to(base_2 * sinks[g], (rows, _LANES))
+            sink = jnp.broadcast_to(base_2 * sinks[g], (rows, LANES))
             if queries > 1:
-                sink = jnp.broadcast_to(sink[:, None], (rows, queries, _LANES))
+                sink = jnp.broadcast_to(sink[:, None], (rows, queries, LANES))
             largest[g] = sink.reshape(largest.shape[1:])
         # A weight of one, in the first lane: those of a query are not yet added up.
         first = jax.lax.broadcasted_iota(jnp.int32, total.shape, 2) == 0
@@ -208,7 +202,7 @@ def _body(
             kept = jnp.exp2(before - now)
             largest[g, own] = now
             total[g, own] = kept * total[g, own] + sum(
-                weights[:, i : i + _LANES] for i in range(0, keys, _LANES)
+                weights[:, i : i + LANES] for i in range(0, keys, LANES)
             )
             values[g, own] = _columns(kept, lanes) * values[g, own] + _dot(
                 weights.astype(v.dtype), v[0, :, of_group], ((1,), (0,))
@@ -252,14 +246,7 @@ def _dot(a, b, contracted):
 
 def _columns(alike, number):
     """As many of 128 columns that are all alike."""
-    return jnp.tile(alike, (1, math.ceil(number / _LANES)))[:, :number]
-
-
-def _keys(S: int, most: int) -> int:
-    """Keys of a block: a part of the cache that needs no padding, if there is one."""
-    most = min(most, _LANES * math.ceil(S / _LANES))
-    whole = [keys for keys in range(_LANES, most + 1, _LANES) if S % keys == 0]
-    return max(whole, default=most)
+    return jnp.tile(alike, (1, math.ceil(number / LANES)))[:, :number]
 
 
 def _padded(x, multiple, value):
