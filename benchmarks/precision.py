@@ -56,6 +56,14 @@ def calmed(model):
     return jax.tree_util.tree_map_with_path(less, model)
 
 
+def in_float32(model):
+    """The same model with float32 activations, on XLA."""
+    wide = lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
+    exact = jax.tree.map(wide, model)
+    exact.implementation = "xla"
+    return exact
+
+
 def logprobs(model, tokens_BT, call):
     """Of the tokens behind the prompt, [B, call, V] each."""
     B = tokens_BT.shape[0]
@@ -74,9 +82,7 @@ def main():
     parser.add_argument("--prompts", type=int, default=64)
     args = parser.parse_args()
     model = calmed(load(args.model, dtype=jnp.bfloat16))
-    wide = lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
-    exact = jax.tree.map(wide, model)
-    exact.implementation = "xla"
+    exact = in_float32(model)
     size = args.prompts, BEFORE + AFTER
     tokens = np.random.default_rng().integers(model.config.vocab_size, size=size, dtype=np.int32)
 

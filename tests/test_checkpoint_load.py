@@ -228,6 +228,14 @@ def test_says_what_the_mesh_does_not_split(folders, sharded, caplog):
     assert said.endswith(" MB of them")
 
 
+def test_the_largest_synthetic_arrays_are_made_while_there_is_room():
+    """Making the embedding takes three and a half times its bytes beside it."""
+    shapes = {"x/bias": (3,), "embedding/weight": (8, 4), "unembedding/weight": (4, 8)}
+    targets = {path: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for path, shape in shapes.items()}
+    made = [path for path, _ in synthetic.arrays(TINY, targets)]
+    assert made == ["embedding/weight", "unembedding/weight", "x/bias"]
+
+
 def test_synthetic_models_are_made_in_their_shards(monkeypatch):
     monkeypatch.setitem(synthetic._CONFIGS, "20b", SHARDABLE)
     mesh = make_mesh(expert=4, tensor=2)

@@ -87,7 +87,8 @@ def arrays(
 ) -> Iterator[tuple[str, jax.Array]]:
     """Makes random weights where the targets' shardings want them; nothing passes the host."""
     key = jax.random.key(seed, impl="unsafe_rbg")
-    for path, target in targets.items():
+    # The largest ones first: what making one takes beside itself is more than the last ones leave.
+    for path, target in sorted(targets.items(), key=lambda x: -math.prod(x[1].shape)):
         make = _maker(_moments(path, config), target.shape, target.dtype, target.sharding)
         yield path, make(jax.random.fold_in(key, zlib.crc32(path.encode())))
 
