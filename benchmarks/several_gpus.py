@@ -3,9 +3,9 @@
 From the root: python benchmarks/several_gpus.py synthetic:120b --mesh expert=2
 The model runs on one device first, is then moved to the mesh, and runs again. Logits are of random
 prompts with calmed weights, and are held against those of float32 on XLA (see `precision`): on a
-mesh they must not be farther from them than on one device. Sums are those of a layer, after attention and after
-experts, timed by themselves in a loop; what is expected of them is a sum of two numbers, and one of
-64 MB, times their sizes.
+mesh they must not be farther from them than on one device. Sums are those of a layer, after
+attention and after experts, timed by themselves in a loop; what is expected of them is a sum of two
+numbers, and one of 64 MB, times their sizes.
 """
 
 import argparse
