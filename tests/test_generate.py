@@ -13,8 +13,10 @@ import pytest
 from random_model import random_model
 from sizes import SHARDABLE, TINY
 
-from gpt_oss_jax.generate import Completion, device, generate, generate_batch, loop
+from gpt_oss_jax.checkpoint import outline
+from gpt_oss_jax.generate import Completion, ahead, device, generate, generate_batch, loop
 from gpt_oss_jax.kernels import dispatch
+from gpt_oss_jax.model import Transformer
 from gpt_oss_jax.sampling import SamplingParams, sample
 from gpt_oss_jax.sharding import make_mesh
 
@@ -248,6 +250,22 @@ def test_a_sharded_model_generates_the_same_and_compiles_once(caplog):
     skeleton, leaves = device.split(sharded)
     k = device.empty_cache(leaves[0], skeleton, 2, 64).k[1]
     assert k.shape == (2, 64, 4 * 10) and k.sharding.shard_shape(k.shape) == (1, 64, 2 * 10)
+
+
+def test_what_was_lowered_from_shapes_is_not_lowered_again(monkeypatch):
+    config = dataclasses.replace(SMALL, vocab_size=103)  # Of no other test.
+    forward, traced = Transformer.forward, []
+
+    def counted(self, *args, **options):
+        traced.append(args[0].shape)
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(Transformer, "forward", counted)
+    prompt = list(range(19))
+    ahead.lower_answer(outline(config), len(prompt), 25, SAMPLED, 0)
+    assert traced == [(1, 4), (1, 16), (1, 1)]
+    list(generate(random_model(config), prompt, context=25, sampling=SAMPLED, stop_tokens=()))
+    assert len(traced) == 3
 
 
 @pytest.mark.parametrize("tight", [False, True])

@@ -21,7 +21,14 @@ from gpt_oss_jax.cli.terminal import (
     write,
 )
 from gpt_oss_jax.directories import user_state
-from gpt_oss_jax.harmony import REASONING_EFFORTS, System, decode
+from gpt_oss_jax.harmony import (
+    REASONING_EFFORTS,
+    Developer,
+    Message,
+    System,
+    decode,
+    render,
+)
 
 _HISTORY_LINES = 1000
 
@@ -69,8 +76,12 @@ def run(args: argparse.Namespace) -> int:
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("PROMPT must not be empty; leave it out for a conversation.")
     # Before the model is loaded, which takes a while: whatever may be wrong with the rest.
-    params, _ = sampling(args), System(args.reasoning_effort, args.date)
-    model = load_model(args, context=args.context)
+    params = sampling(args)
+    asked = [System(args.reasoning_effort, args.date), Message("user", args.prompt or "")]
+    if args.developer_message:
+        asked.insert(1, Developer(args.developer_message))
+    prompt = len(render(asked))
+    model = load_model(args, context=args.context, prompt=prompt, sampling=params)
     if args.context > model.config.max_context:
         remark(f"--context is cut to the model's {model.config.max_context:,} tokens")
     chat = Chat(

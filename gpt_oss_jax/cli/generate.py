@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
     remark("these models expect harmony, which `gpt-oss-jax chat` speaks; this is raw text")
     # Checked before the model is loaded, which takes a while.
     params, ids = sampling(args), encode_text(args.text)
-    model = load_model(args, context=len(ids) + args.max_tokens)
+    whole = len(ids) + args.max_tokens
+    model = load_model(args, context=whole, prompt=len(ids), sampling=params)
     steps = generate(model, ids, max_tokens=args.max_tokens, sampling=params)
     # A character may be spread over several tokens.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gpt_oss_jax import distributed
-from gpt_oss_jax.checkpoint import load, open_source, synthetic
+from gpt_oss_jax.checkpoint import load, open_source, outline, synthetic
 from gpt_oss_jax.checkpoint.experts import model_kind
 from gpt_oss_jax.checkpoint.hub import ALIASES
 from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B, Config
+from gpt_oss_jax.generate import ahead
 from gpt_oss_jax.kernels.target import default_device
 from gpt_oss_jax.model import Transformer
 from gpt_oss_jax.model.moe import EXPERT_FORMS
@@ -130,13 +131,23 @@ def take_gpu_memory() -> None:
         os.environ["XLA_CLIENT_MEM_FRACTION"] = _MEM_FRACTION
 
 
-def load_model(args: argparse.Namespace, *, batch: int = 1, context: int = 8192) -> Transformer:
+def load_model(
+    args: argparse.Namespace,
+    *,
+    batch: int = 1,
+    context: int = 8192,
+    prompt: int = 0,
+    sampling: SamplingParams | None = None,
+) -> Transformer:
     """The model that `add_model_options` asked for.
 
     Args:
       args: Of the command line.
       batch: Rows that it is to be run with at once.
       context: Tokens of each.
+      prompt: Tokens of the one that will be answered first, about; 0: there may be none. What its
+        answer runs is lowered while the weights are read.
+      sampling: Of that answer.
     """
     try:
         platform = default_device().platform
@@ -148,8 +159,26 @@ def load_model(args: argparse.Namespace, *, batch: int = 1, context: int = 8192)
         remark(f"JAX takes {share} of the GPU's memory (XLA_CLIENT_MEM_FRACTION={_MEM_FRACTION})")
     of_model = sizes(args.model, download=True)
     mesh, form = placement(args, jax.devices(platform), *of_model, batch=batch, context=context)
-    dtype = jnp.dtype(args.dtype) if args.dtype else None
-    return load(args.model, mesh=mesh, dtype=dtype, expert_form=form)
+    options = {"mesh": mesh, "expert_form": form}
+    options["dtype"] = jnp.dtype(args.dtype) if args.dtype else None
+    if not prompt or mesh is not None:
+        return load(args.model, **options)
+    context = min(context, of_model[0].max_context)
+    answer = (prompt, context, sampling)
+    lowering = threading.Thread(target=_lower, args=(of_model, options, answer), daemon=True)
+    lowering.start()
+    try:
+        return load(args.model, **options)
+    finally:
+        lowering.join()
+
+
+def _lower(of_model: tuple[Config, str], options: Mapping, answer: tuple) -> None:
+    config, experts = of_model
+    memory = (default_device().memory_stats() or {}).get("bytes_limit", 0)
+    # Whatever is wrong, the answer itself will meet it, and say it where it is seen.
+    with contextlib.suppress(Exception):
+        ahead.lower_answer(outline(config, experts=experts, **options), *answer, memory)
 
 
 def placement(

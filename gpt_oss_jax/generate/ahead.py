@@ -1,4 +1,4 @@
-"""The programs of a generation, compiled from shapes alone, in the order in which `loop` runs them.
+"""The programs of a generation, made from shapes alone, in the order in which `loop` runs them.
 
 Their arrays are `jax.ShapeDtypeStruct`s: neither weights nor a device are needed, and what is put
 into JAX's persistent cache is what a generation looks for there. Knows nothing of devices that are
@@ -8,7 +8,7 @@ only named (`aot`), nor of where compiled programs are kept.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +34,23 @@ class Program:
     name: str
     what: str
     compiled: jax.stages.Compiled
+
+
+def _compiled(what: str, program, *args) -> Generator[Program, None, Any]:
+    """Yields the compiled program and returns what a call gives, of shapes and shardings."""
+    compiled = program.lower(*args).compile()
+    yield Program(what.split(":")[0], what, compiled)
+    out = program.eval_shape(*args)
+    if all(getattr(x, "sharding", None) is None for x in jax.tree.leaves(args)):
+        return out  # Nothing says where the arguments are, so neither do the results.
+    place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    return jax.tree.map(place, out, compiled.output_shardings)
+
+
+def _lowered(what: str, program, *args) -> Generator[jax.stages.Lowered, None, Any]:
+    """Yields the lowered program and returns what a call gives, of shapes."""
+    yield program.lower(*args)
+    return program.eval_shape(*args)
 
 
 def programs(
@@ -64,6 +81,27 @@ def programs(
             yield from _compiled(what, device.grown, state, skeleton, 2 * slots)
 
 
+def lower_answer(
+    model: Transformer, prompt: int, context: int, sampling: SamplingParams, memory: float
+) -> None:
+    """Lowers what the answer to one prompt begins with, so that only compiling is left to do.
+
+    JAX keeps what it lowers: a call with arrays of these shapes, in this process, finds it.
+
+    Args:
+      model: Of shapes, see `checkpoint.outline`, for one device.
+      prompt: Its tokens.
+      context: Most tokens of it and its answer.
+      sampling: How tokens are drawn.
+      memory: Bytes that JAX can have of the device; 0: not known.
+    """
+    slots = loop.first_slots(prompt, context - 1)
+    chunks = set(loop.prompt_calls(prompt - 1, 1, platform(), memory))
+    options = {"memory": memory, "samplings": [sampling], "make": _lowered}
+    for _ in of_cache(model, 1, slots, sorted(chunks), **options):
+        pass
+
+
 def of_cache(
     model: Transformer,
     rows: int,
@@ -72,8 +110,9 @@ def of_cache(
     *,
     memory: float,
     samplings: Sequence[SamplingParams],
+    make: Callable = _compiled,
 ) -> Generator[Program, None, device.DecodeState]:
-    """Compiles what works on a cache of this size; returns the state, of shapes.
+    """Makes what works on a cache of this size; returns the state, of shapes.
 
     Args:
       model: Of shapes and shardings.
@@ -82,20 +121,21 @@ def of_cache(
       chunks: Prompt tokens a row and call.
       memory: Bytes that JAX can have of a device; 0: not known.
       samplings: Each has a decode program of its own.
+      make: Compiles or lowers, and yields what it has made.
     """
     skeleton, leaves = device.split(model)
     ints = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype)
     size = f"{rows} x {slots} slots"
-    cache = yield from _compiled(
+    cache = yield from make(
         f"empty_cache: {size}", device.empty_cache, leaves[0], skeleton, rows, slots
     )
     for chunk in chunks:
         tokens = ints(rows, chunk)
         what = f"prefill: {rows} x {chunk} tokens, {size}"
-        yield from _compiled(what, device.prefill, leaves, cache, tokens, tokens, skeleton)
+        yield from make(what, device.prefill, leaves, cache, tokens, tokens, skeleton)
     each = ints(rows)
     seeds = ints(rows, dtype=jnp.uint32)
-    state = yield from _compiled(
+    state = yield from make(
         f"begin: {size}", device.begin, cache, seeds, each, each, each, each, skeleton
     )
     stops, steps = ints(loop.stop_slots(0)), ints()
@@ -103,7 +143,7 @@ def of_cache(
         _, on = sampling.tree_flatten()
         what = f"decode: {size}, {', '.join(on) or 'greedy'}"
         run = device.decode_program(state, skeleton, device.spare_bytes(leaves, memory))
-        yield from _compiled(what, run, leaves, state, sampling, stops, steps, skeleton)
+        yield from make(what, run, leaves, state, sampling, stops, steps, skeleton)
     return state
 
 
@@ -130,14 +170,3 @@ def cache_sizes(context: int, rows: int, kind: str, memory: float) -> dict[int, 
         for furthest in (prompt, context - 1):
             found.setdefault(loop.first_slots(prompt, furthest), set()).update(calls[read])
     return {slots: tuple(sorted(chunks)) for slots, chunks in sorted(found.items())}
-
-
-def _compiled(what: str, program, *args) -> Generator[Program, None, Any]:
-    """Yields the compiled program and returns what a call gives, of shapes and shardings."""
-    compiled = program.lower(*args).compile()
-    yield Program(what.split(":")[0], what, compiled)
-    out = program.eval_shape(*args)
-    if all(getattr(x, "sharding", None) is None for x in jax.tree.leaves(args)):
-        return out  # Nothing says where the arguments are, so neither do the results.
-    place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-    return jax.tree.map(place, out, compiled.output_shardings)
