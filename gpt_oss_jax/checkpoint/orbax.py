@@ -25,7 +25,7 @@ import numpy as np
 import tensorstore as ts
 
 from gpt_oss_jax.checkpoint import names
-from gpt_oss_jax.checkpoint._orbax import ocp
+from gpt_oss_jax.checkpoint._orbax import orbax_v1
 from gpt_oss_jax.checkpoint.experts import Source
 from gpt_oss_jax.checkpoint.files import Folder, LocalFolder, RemoteFolder
 from gpt_oss_jax.checkpoint.names import Variable
@@ -159,7 +159,7 @@ def write_orbax(source: Source, path: Path, fingerprint: str, step: Callable[[in
     """
     if path.exists():
         # Merged by an earlier run, but not renamed by whoever called.
-        if ocp.metadata(str(path)).custom_metadata[_OURS]["fingerprint"] == fingerprint:
+        if orbax_v1().metadata(str(path)).custom_metadata[_OURS]["fingerprint"] == fingerprint:
             return
         shutil.rmtree(path)
     done = _begun(path, fingerprint)
@@ -178,7 +178,7 @@ def write_orbax(source: Source, path: Path, fingerprint: str, step: Callable[[in
                 "checksums": {path: checksum(value, value.dtype) for path, value in values.items()},
             }
             with _saving():
-                ocp.partial.save(path, _nest(values), custom_metadata={_OURS: ours})
+                orbax_v1().partial.save(path, _nest(values), custom_metadata={_OURS: ours})
             del values
         step(sum(x.nbytes for x in group))
 
@@ -190,7 +190,7 @@ def finalize(path: Path, files: Mapping[str, bytes]) -> None:
     for name, content in files.items():
         (_partial(path) / name).write_bytes(content)
     with _saving():
-        ocp.partial.finalize(path)
+        orbax_v1().partial.finalize(path)
 
 
 def verify(source: OrbaxSource, step: Callable[[int], None]) -> None:
@@ -215,8 +215,9 @@ def checksum(array: np.ndarray, dtype: np.dtype) -> int:
     return crc
 
 
-def _saving() -> ocp.Context:
-    context = ocp.Context()
+def _saving():
+    """A context manager."""
+    context = orbax_v1().Context()
     saving = context.array.saving
     # MXFP4 does not compress, and what does is not worth the time.
     saving.use_ocdbt, saving.use_zarr3, saving.use_compression = True, True, False
@@ -229,9 +230,8 @@ def _saving() -> ocp.Context:
 def _storage_of(path, value):
     # One expert a chunk: whoever holds some of the experts reads those only.
     if "mlp" in jax.tree_util.keystr(path) and value.nbytes > _CHUNK:
-        return ocp.options.ArrayOptions.Saving.StorageOptions(
-            chunk_byte_size=_CHUNK, shard_axes=(0,)
-        )
+        options = orbax_v1().options.ArrayOptions.Saving
+        return options.StorageOptions(chunk_byte_size=_CHUNK, shard_axes=(0,))
     return None
 
 
