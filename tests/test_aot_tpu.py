@@ -195,6 +195,7 @@ def check(config, program, tokens, devices):
     # Never fewer than two rows: `Embedding` says why it looks up one token twice.
     for kind, shape in moved:
         assert kind not in ("u8", "u32") and size(shape) <= max(tokens, 2) * config.hidden_size
+        assert kind == "bf16" or size(shape) <= config.hidden_size, "twice the bytes"
 
 
 def size(shape: str) -> int:

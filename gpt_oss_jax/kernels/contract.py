@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 
-def einsum(spec: str, *operands: jax.Array) -> jax.Array:
-    """`jnp.einsum` with a float32 result.
+def einsum(spec: str, *operands: jax.Array, dtype=jnp.float32) -> jax.Array:
+    """`jnp.einsum`, accumulated in float32.
 
     Without an explicit precision JAX multiplies float32 in TF32 on NVIDIA GPUs and in bf16 on TPU;
     float32 operands here always get the highest precision. bf16 products are exact in float32.
@@ -15,11 +15,12 @@ def einsum(spec: str, *operands: jax.Array) -> jax.Array:
     Args:
       spec: An einsum string, such as "BTD,ED->BTE".
       *operands: Floating arrays; one in float32 makes it a float32 contraction.
+      dtype: Of the result, and of what devices add up where they share a contraction.
     """
     exact = any(operand.dtype == jnp.float32 for operand in operands)
     return jnp.einsum(
         spec,
         *operands,
         precision=jax.lax.Precision.HIGHEST if exact else None,
-        preferred_element_type=jnp.float32,
+        preferred_element_type=dtype,
     )

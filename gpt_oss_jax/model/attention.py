@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from gpt_oss_jax.config import Config
 from gpt_oss_jax.kernels import attention, store_and_attend
 from gpt_oss_jax.kernels.attention.xla import scores
+from gpt_oss_jax.kernels.sharded import own_heads
 from gpt_oss_jax.model.cache import Cache, full_slots, ring_slots, write
 from gpt_oss_jax.model.layers import Linear, normal
 from gpt_oss_jax.model.rope import apply_rope
@@ -87,7 +88,11 @@ class Attention(nnx.Module):
         q_BTKGH = tap(f"{name}.q_rope", apply_rope(q_BTKGH, context.cos_BTh, context.sin_BTh))
         k_BTKH = tap(f"{name}.k_rope", apply_rope(k_BTKH, context.cos_BTh, context.sin_BTh))
         heads_BTKGH, k_new, v_new = self.attend(q_BTKGH, k_BTKH, v_BTKH, context)
-        out_BTD = tap(f"{name}.out", self.out(heads_BTKGH).astype(x_BTD.dtype))
+        # Where devices add what their heads give, as experts are added: half the bytes of a prompt.
+        split = own_heads(context.mesh, k_BTKH.shape[2]) < k_BTKH.shape[2]
+        sum_dtype = x_BTD.dtype if split else jnp.float32
+        out_BTD = self.out(heads_BTKGH, sum_dtype=sum_dtype)
+        out_BTD = tap(f"{name}.out", out_BTD.astype(x_BTD.dtype))
         return out_BTD, k_new, v_new
 
     def attend(

@@ -129,8 +129,8 @@ class Linear(nnx.Module):
         weight = self.weight[...]  # Of which a device may have a part.
         return weight.reshape(math.prod(weight.shape[: len(self.out_shape)]), -1)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., *in_shape] -> float32 [..., *out_shape]."""
+    def __call__(self, x: jax.Array, *, sum_dtype=jnp.float32) -> jax.Array:
+        """[..., *in_shape] -> float32 [..., *out_shape]; devices add their parts in `sum_dtype`."""
         # As one matrix: a contraction over several axes makes XLA transpose the weight each time.
         rows = x.reshape(*x.shape[: x.ndim - len(self.in_shape)], -1)
         weight_OI = self.matrix
@@ -139,6 +139,6 @@ class Linear(nnx.Module):
             # product at a quarter of the bandwidth.
             y = (weight_OI.astype(jnp.float32) * rows.astype(jnp.float32).reshape(-1)).sum(axis=-1)
         else:
-            y = einsum("...I,OI->...O", rows, weight_OI)
+            y = einsum("...I,OI->...O", rows, weight_OI, dtype=sum_dtype).astype(jnp.float32)
         y = y.reshape(*rows.shape[:-1], *self.out_shape)
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
