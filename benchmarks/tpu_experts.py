@@ -86,12 +86,15 @@ def compile_layer(kind, form, rows):
 
 
 def kernels(folder):
-    """Bundles of each kernel: of a group of outputs and the last one; of decoding; of the rest."""
+    """Bundles of each kernel: of a group of outputs and the last one; of decoding; of the rest.
+
+    The rest is of a step, and of a call, before its first step and after its last.
+    """
     found = {}
     for path in folder.glob("*-expert_*-*final_bundles.txt"):
         if "schedule-analysis" in path.name:
             continue
-        loops, around, inside = [], 0, None
+        loops, around, once, inside = [], 0, 0, None
         for line in path.read_text().splitlines():
             if inside is not None:
                 inside["matmul"] |= "vmatmul" in line
@@ -99,7 +102,8 @@ def kernels(folder):
                 continue
             depth = len(bundle[2])
             if depth < 2:
-                around += 1
+                around += depth
+                once += not depth
                 inside = None
                 continue
             if bundle[1] or inside is None:
@@ -109,9 +113,11 @@ def kernels(folder):
         products = sorted(x["bundles"] for x in loops if x["matmul"])[-2:][::-1]
         others = sorted(x["bundles"] for x in loops if not x["matmul"])
         name = re.search(r"(expert_\w+?_(?:few|many))", path.name)[1]
-        # Of loops without products only decoding is large; the others copy what does not fill.
+        # Of loops without products only decoding is large. The others copy outputs to their place:
+        # those of more than a few bundles 64 registers at a time, which a step does not have.
         decode = [others.pop() if others and others[-1] > 100 else 0 for _ in range(2)]
-        found[name] = (products, decode, around + sum(others))
+        copies = sum(x for x in others if x < 20)
+        found[name] = (products, decode, around + copies, once)
     return found
 
 
@@ -133,18 +139,19 @@ def report(kind, form, rows, found):
     if many:
         size = min(sizes.rows, max(16, 1 << (-(-rows * CHOSEN // EXPERTS) - 1).bit_length()))
         steps = int(sort_into_tiles(jnp.asarray(chosen.ravel()), EXPERTS, size).count)
-    for name, (products, decode, around) in sorted(found.items()):
+    for name, (products, decode, around, once) in sorted(found.items()):
         groups = D // sizes.lanes
         parts = 2 if "up" in name else 1
         outputs = -(-D // (sizes.many if many else sizes.few // parts))
         bundles = steps * (groups * products[0] + products[1] + outputs * around)
-        bundles += experts * (groups * decode[0] + decode[1])
+        bundles += experts * (groups * decode[0] + decode[1]) + once
         total += bundles
         weights = D * D * (2 if "up" in name else 1)
         print(
             f"  {name}: {products[0]} bundles for {sizes.lanes} outputs "
             f"({sizes.lanes * weights / D / products[0]:,.0f} "
-            f"weights a bundle), {decode[0]} to decode them, {around} around a step; {steps} steps"
+            f"weights a bundle), {decode[0]} to decode them, {around} around a step, {once} once; "
+            f"{steps} steps"
         )
     bits = {"packed": 4.25, "folded": 8}[form]
     size = 3 * D * D * experts * bits / 8
