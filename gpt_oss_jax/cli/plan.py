@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 
@@ -163,17 +164,29 @@ def _ask_compiler(config: Config, found: Plan, dtype) -> None:
         mesh = make_mesh(**found.mesh, devices=devices) if count > 1 else None
         model = outline(config, mesh=mesh, dtype=dtype, expert_form=found.expert_form)
         remark(f"compiling for {found.kind.name}")
-        for program in ahead.of_cache(model, rows, slots, [chunk], **options):
+        for program in _largest(model, rows, slots, chunk, options):
             remark(program.what)
             memory = program.compiled.memory_analysis()
             # What a program does not use stays where it is.
             arguments = max(arguments, memory.argument_size_in_bytes)
             temporaries[program.name] = memory.temp_size_in_bytes
+            if program.name == "grown":
+                # Beside weights and the new cache, which are arguments of the others.
+                temporaries[program.name] += memory.argument_size_in_bytes
     total = arguments + max(temporaries.values())
     estimate = found.weights + found.cache + found.workspace
     parts = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in temporaries.items() if size)
     write(
         f"\nThe compiler: {total / GIB:.2f} GiB, of these {arguments / GIB:.2f} weights and cache; "
-        f"temporaries of {parts}.\nEstimated were {estimate / GIB:.2f} GiB, "
+        f"beside them {parts}.\nEstimated were {estimate / GIB:.2f} GiB, "
         f"{100 * (estimate / total - 1):+.1f}%.\n"
     )
+
+
+def _largest(model, rows, slots, chunk, options) -> Iterator[ahead.Program]:
+    """The programs with a cache of this size, and before them the one that makes it so large."""
+    if slots > MIN_SLOTS:
+        smaller = options | {"samplings": []}
+        state = yield from ahead.of_cache(model, rows, slots // 2, [], **smaller)
+        yield from ahead.growth(model, state)
+    yield from ahead.of_cache(model, rows, slots, [chunk], **options)

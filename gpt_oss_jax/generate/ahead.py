@@ -76,9 +76,15 @@ def programs(
         options = {"memory": memory, "samplings": samplings}
         state = yield from of_cache(model, rows, slots, chunks, **options)
         if 2 * slots in sizes:
-            skeleton, _ = device.split(model)
-            what = f"grown: {rows} x {slots} to {2 * slots} slots"
-            yield from _compiled(what, device.grown, state, skeleton, 2 * slots)
+            yield from growth(model, state)
+
+
+def growth(model: Transformer, state: device.DecodeState) -> Iterator[Program]:
+    """Compiles what gives a state, of shapes, twice the slots."""
+    skeleton, _ = device.split(model)
+    rows, slots = len(state.token_B), state.cache.max_len
+    what = f"grown: {rows} x {slots} to {2 * slots} slots"
+    yield from _compiled(what, device.grown, state, skeleton, 2 * slots)
 
 
 def lower_answer(
