@@ -94,8 +94,10 @@ def test_the_others_end_when_process_0_is_killed():
     with two_processes(*command, cwd=ROOT) as processes:
         assert all(json.loads(process.stdout.readline()) for process in processes)
         processes[0].kill()
-        code, _, said = ended(processes[1], 20)
-    assert (code, said) == (1, "gpt-oss-jax: process 0 is gone, so process 1 ends, too.")
+        _, said = processes[1].communicate(timeout=20)
+    assert processes[1].returncode == 1
+    # JAX may have time for lines of its own, before or after.
+    assert "gpt-oss-jax: process 0 is gone, so process 1 ends, too." in said.splitlines()
 
 
 def test_command_line_converts_once_and_only_process_0_speaks(tmp_path):

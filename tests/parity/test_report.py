@@ -22,7 +22,7 @@ from gpt_oss_jax.parity.predictions import predictions
 NAMES = {"original": "official", "hf": "hf"}
 LENGTHS = {"window-7": (1, 7, 8, 300), "window-128": (1, 127, 128, 129, 4097)}
 ROTATED = tuple(f".attention.{x}" for x in ("q", "k", "q_rope", "k_rope"))
-PROMPTS, LENGTH = 64, 100
+PROMPTS, LENGTH = 32, 100
 
 
 def both(source):
