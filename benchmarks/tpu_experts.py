@@ -114,9 +114,9 @@ def kernels(folder):
         others = sorted(x["bundles"] for x in loops if not x["matmul"])
         name = re.search(r"(expert_\w+?_(?:few|many))", path.name)[1]
         # Of loops without products only decoding is large. The others copy outputs to their place:
-        # those of more than a few bundles 64 registers at a time, which a step does not have.
+        # those of more than a few bundles 64 registers at a time, which few rows do not have.
         decode = [others.pop() if others and others[-1] > 100 else 0 for _ in range(2)]
-        copies = sum(x for x in others if x < 20)
+        copies = sum(x for x in others if x < 20 or name.endswith("many"))
         found[name] = (products, decode, around + copies, once)
     return found
 

@@ -126,11 +126,8 @@ class Chat:
         if len(self._functions) < len(tools):
             names = ", ".join(tool.name for tool in tools)
             raise ValueError(f"tools must have different names, got {names}.")
-        self._preamble: list[System | Developer] = [
-            System(reasoning_effort, date=date, knowledge_cutoff=knowledge_cutoff)
-        ]
-        if developer_message or tools:
-            self._preamble.append(Developer(developer_message, tuple(tools)))
+        system = System(reasoning_effort, date=date, knowledge_cutoff=knowledge_cutoff)
+        self._preamble = preamble(system, developer_message, tools)
         self._sampling = sampling
         self._max_tokens = max_tokens
         self._context = context
@@ -212,6 +209,15 @@ class Chat:
             raise ValueError(f"wanted the arguments as a JSON object, got {text}.")
         result = self._functions[name].call(**arguments)
         return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
+
+
+def preamble(
+    system: System, developer_message: str = "", tools: Sequence[Function] = ()
+) -> list[System | Developer]:
+    """What a conversation begins with."""
+    if not developer_message and not tools:
+        return [system]
+    return [system, Developer(developer_message, tuple(tools))]
 
 
 class _Turn:

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -21,6 +22,7 @@ from gpt_oss_jax.chat import Reply
 from gpt_oss_jax.checkpoint import synthetic, writer
 from gpt_oss_jax.cli import chat as cli_chat, checkpoints, terminal
 from gpt_oss_jax.config import GPT_OSS_20B
+from gpt_oss_jax.generate import ahead, device
 from gpt_oss_jax.harmony import encode_text
 
 
@@ -292,6 +294,28 @@ def test_generate_warns_once_and_streams(folder, capsys):
     assert cli.main(["generate", folder, "Once", "--max-tokens", "5", "--temperature", "0"]) == 0
     out, err = capsys.readouterr()
     assert out.strip() and err.count("harmony") == 1
+
+
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_what_is_lowered_while_the_model_loads_is_what_runs(folder, monkeypatch, capsys, command):
+    lowered, run, of_cache, empty_cache = [], [], ahead.of_cache, device.empty_cache
+
+    def lowering(model, rows, slots, chunks, **options):
+        lowered.append((threading.current_thread().name, rows, slots, chunks))
+        return of_cache(model, rows, slots, chunks, **options)
+
+    def running(leaf, skeleton, rows, slots):
+        run.append((rows, slots))
+        return empty_cache(leaf, skeleton, rows, slots)
+
+    running.lower, running.eval_shape = empty_cache.lower, empty_cache.eval_shape
+    monkeypatch.setattr(ahead, "of_cache", lowering)
+    monkeypatch.setattr(device, "empty_cache", running)
+    # Eight are devices enough for a mesh, of which nothing is lowered early.
+    cli.main([command, folder, "hello", "--max-tokens", "4", "--mesh", "none"])
+    ((thread, *sizes, _),) = lowered
+    assert thread != threading.current_thread().name
+    assert [tuple(sizes)] == run and "lowered" not in capsys.readouterr().err
 
 
 def test_options_reach_the_model(folder, capsys):

@@ -5,6 +5,7 @@ Two layers, one windowed and one full, and few different shapes: the time here i
 
 import dataclasses
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,6 @@ from sizes import SHARDABLE, TINY
 from gpt_oss_jax.checkpoint import outline
 from gpt_oss_jax.generate import Completion, ahead, device, generate, generate_batch, loop
 from gpt_oss_jax.kernels import dispatch
-from gpt_oss_jax.model import Transformer
 from gpt_oss_jax.sampling import SamplingParams, sample
 from gpt_oss_jax.sharding import make_mesh
 
@@ -252,20 +252,26 @@ def test_a_sharded_model_generates_the_same_and_compiles_once(caplog):
     assert k.shape == (2, 64, 4 * 10) and k.sharding.shard_shape(k.shape) == (1, 64, 2 * 10)
 
 
-def test_what_was_lowered_from_shapes_is_not_lowered_again(monkeypatch):
-    config = dataclasses.replace(SMALL, vocab_size=103)  # Of no other test.
-    forward, traced = Transformer.forward, []
-
-    def counted(self, *args, **options):
-        traced.append(args[0].shape)
-        return forward(self, *args, **options)
-
-    monkeypatch.setattr(Transformer, "forward", counted)
-    prompt = list(range(19))
-    ahead.lower_answer(outline(config), len(prompt), 25, SAMPLED, 0)
-    assert traced == [(1, 4), (1, 16), (1, 1)]
-    list(generate(random_model(config), prompt, context=25, sampling=SAMPLED, stop_tokens=()))
-    assert len(traced) == 3
+@pytest.mark.parametrize("bound", [False, True], ids=["anywhere", "bound to a device, as on a TPU"])
+def test_what_was_lowered_from_shapes_is_not_lowered_again(caplog, bound):
+    config = dataclasses.replace(SMALL, vocab_size=103 + bound)  # Of no other test.
+    shapes, model = outline(config), random_model(config)
+    if bound:
+        device, place = jax.devices()[0], jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        table = shapes.embedding.weight
+        shapes.embedding.weight = table.replace(
+            jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=place)
+        )
+        table = model.embedding.weight
+        model.embedding.weight = table.replace(jax.device_put(table[...], device))
+    prompt, name = list(range(19)), r"MLIR module conversion jit\((\w+)\)"
+    lowered = lambda: [found for x in caplog.messages for found in re.findall(name, x)]
+    with caplog.at_level("DEBUG", logger="jax"):
+        ahead.lower_answer(shapes, len(prompt), 25, SAMPLED, 0)
+        before = lowered()
+        assert before == ["empty_cache", "prefill", "prefill", "begin", "_decode"]
+        list(generate(model, prompt, context=25, sampling=SAMPLED, stop_tokens=()))
+    assert not set(before) & set(lowered()[len(before) :])
 
 
 @pytest.mark.parametrize("tight", [False, True])

@@ -265,3 +265,11 @@ def test_a_mesh_of_other_axes_is_refused():
 def test_unknown_axis_is_refused():
     with pytest.raises(ValueError, match="got 'width'"):
         named_sharding(make_mesh(), ("width",))
+
+
+@pytest.mark.parametrize(("axes", "count"), [({"expert": 2}, 2), ({"data": 2}, 0)])
+def test_what_heads_give_is_added_in_bfloat16_where_devices_share_them(axes, count):
+    model = random_model(SHARDABLE, dtype=jnp.bfloat16, mesh=make_mesh(**axes))
+    tokens = jnp.zeros((2, 8), jnp.int32)
+    program = str(jax.make_jaxpr(lambda model, tokens: model(tokens))(model, tokens))
+    assert program.count("preferred_element_type=bfloat16") == count

@@ -1,4 +1,4 @@
-"""Orbax v1, imported when a checkpoint is written: half a second that nothing else has to wait."""
+"""Orbax v1, imported when a checkpoint is written: nothing else has to wait for its half second."""
 
 import functools
 import logging

@@ -9,6 +9,7 @@ https://orbax.readthedocs.io
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -215,8 +216,7 @@ def checksum(array: np.ndarray, dtype: np.dtype) -> int:
     return crc
 
 
-def _saving():
-    """A context manager."""
+def _saving() -> contextlib.AbstractContextManager:
     context = orbax_v1().Context()
     saving = context.array.saving
     # MXFP4 does not compress, and what does is not worth the time.

@@ -6,7 +6,7 @@ import datetime
 import sys
 
 from gpt_oss_jax import distributed
-from gpt_oss_jax.chat import Chat
+from gpt_oss_jax.chat import Chat, preamble
 from gpt_oss_jax.cli.processes import add_process_options
 from gpt_oss_jax.cli.terminal import (
     DIM,
@@ -21,14 +21,7 @@ from gpt_oss_jax.cli.terminal import (
     write,
 )
 from gpt_oss_jax.directories import user_state
-from gpt_oss_jax.harmony import (
-    REASONING_EFFORTS,
-    Developer,
-    Message,
-    System,
-    decode,
-    render,
-)
+from gpt_oss_jax.harmony import REASONING_EFFORTS, Message, System, decode, render
 
 _HISTORY_LINES = 1000
 
@@ -77,11 +70,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("PROMPT must not be empty; leave it out for a conversation.")
     # Before the model is loaded, which takes a while: whatever may be wrong with the rest.
     params = sampling(args)
-    asked = [System(args.reasoning_effort, args.date), Message("user", args.prompt or "")]
-    if args.developer_message:
-        asked.insert(1, Developer(args.developer_message))
+    system = System(args.reasoning_effort, args.date)
+    # What will be typed is not known, and is mostly short.
+    asked = [*preamble(system, args.developer_message), Message("user", args.prompt or "")]
     prompt = len(render(asked))
-    model = load_model(args, context=args.context, prompt=prompt, sampling=params)
+    first = prompt, prompt + (args.max_tokens or args.context), params
+    model = load_model(args, context=args.context, first=first)
     if args.context > model.config.max_context:
         remark(f"--context is cut to the model's {model.config.max_context:,} tokens")
     chat = Chat(

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     # Checked before the model is loaded, which takes a while.
     params, ids = sampling(args), encode_text(args.text)
     whole = len(ids) + args.max_tokens
-    model = load_model(args, context=whole, prompt=len(ids), sampling=params)
+    model = load_model(args, context=whole, first=(len(ids), whole, params))
     steps = generate(model, ids, max_tokens=args.max_tokens, sampling=params)
     # A character may be spread over several tokens.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")

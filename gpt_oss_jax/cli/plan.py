@@ -185,7 +185,8 @@ def _ask_compiler(config: Config, found: Plan, dtype) -> None:
 
 def _largest(model, rows, slots, chunk, options) -> Iterator[ahead.Program]:
     """The programs with a cache of this size, and before them the one that makes it so large."""
-    if slots > MIN_SLOTS:
+    # Whatever goes past the least one begins with twice that.
+    if slots > 2 * MIN_SLOTS:
         smaller = options | {"samplings": []}
         state = yield from ahead.of_cache(model, rows, slots // 2, [], **smaller)
         yield from ahead.growth(model, state)

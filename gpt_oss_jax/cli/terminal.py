@@ -136,8 +136,7 @@ def load_model(
     *,
     batch: int = 1,
     context: int = 8192,
-    prompt: int = 0,
-    sampling: SamplingParams | None = None,
+    first: tuple[int, int, SamplingParams] | None = None,
 ) -> Transformer:
     """The model that `add_model_options` asked for.
 
@@ -145,9 +144,8 @@ def load_model(
       args: Of the command line.
       batch: Rows that it is to be run with at once.
       context: Tokens of each.
-      prompt: Tokens of the one that will be answered first, about; 0: there may be none. What its
-        answer runs is lowered while the weights are read.
-      sampling: Of that answer.
+      first: Tokens of the first prompt, of it with its answer, and how these are drawn. What that
+        runs is lowered while the weights are read, on one device.
     """
     try:
         platform = default_device().platform
@@ -161,24 +159,26 @@ def load_model(
     mesh, form = placement(args, jax.devices(platform), *of_model, batch=batch, context=context)
     options = {"mesh": mesh, "expert_form": form}
     options["dtype"] = jnp.dtype(args.dtype) if args.dtype else None
-    if not prompt or mesh is not None:
+    if first is None or mesh is not None:
         return load(args.model, **options)
-    context = min(context, of_model[0].max_context)
-    answer = (prompt, context, sampling)
+    prompt, whole, sampling = first
+    answer = prompt, min(whole, context, of_model[0].max_context), sampling
     lowering = threading.Thread(target=_lower, args=(of_model, options, answer), daemon=True)
     lowering.start()
     try:
         return load(args.model, **options)
     finally:
+        # An interpreter that ends while another thread is in the compiler may crash.
         lowering.join()
 
 
 def _lower(of_model: tuple[Config, str], options: Mapping, answer: tuple) -> None:
     config, experts = of_model
-    memory = (default_device().memory_stats() or {}).get("bytes_limit", 0)
-    # Whatever is wrong, the answer itself will meet it, and say it where it is seen.
-    with contextlib.suppress(Exception):
+    try:
+        memory = (default_device().memory_stats() or {}).get("bytes_limit", 0)
         ahead.lower_answer(outline(config, experts=experts, **options), *answer, memory)
+    except Exception as error:
+        remark(f"the first answer is lowered when it comes, not before: {error!r}")
 
 
 def placement(

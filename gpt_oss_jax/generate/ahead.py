@@ -48,9 +48,11 @@ def _compiled(what: str, program, *args) -> Generator[Program, None, Any]:
 
 
 def _lowered(what: str, program, *args) -> Generator[jax.stages.Lowered, None, Any]:
-    """Yields the lowered program and returns what a call gives, of shapes."""
+    """Yields the lowered program and returns what a call gives, of shapes, on one device."""
     yield program.lower(*args)
-    return program.eval_shape(*args)
+    where = {getattr(x, "sharding", None) for x in jax.tree.leaves(args)} - {None}
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=next(iter(where), None))
+    return jax.tree.map(place, program.eval_shape(*args))
 
 
 def programs(

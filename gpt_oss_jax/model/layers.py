@@ -130,7 +130,10 @@ class Linear(nnx.Module):
         return weight.reshape(math.prod(weight.shape[: len(self.out_shape)]), -1)
 
     def __call__(self, x: jax.Array, *, sum_dtype=jnp.float32) -> jax.Array:
-        """[..., *in_shape] -> float32 [..., *out_shape]; devices add their parts in `sum_dtype`."""
+        """[..., *in_shape] -> float32 [..., *out_shape].
+
+        Devices add their parts of several rows, and those of gradients, in `sum_dtype`.
+        """
         # As one matrix: a contraction over several axes makes XLA transpose the weight each time.
         rows = x.reshape(*x.shape[: x.ndim - len(self.in_shape)], -1)
         weight_OI = self.matrix

@@ -103,7 +103,7 @@ def further(ours, other) -> float:
 
 
 def test_in_bf16_nothing_is_reported(prompts, record):
-    """Nor is ours further from the float32 reference than PyTorch's bf16, over 64 prompts."""
+    """Nor is ours further from the float32 reference than PyTorch's bf16, over 32 prompts."""
     *_, right, theirs = prompts
     ours = divergences(right)
     record(
@@ -117,7 +117,7 @@ def test_in_bf16_nothing_is_reported(prompts, record):
 
 @pytest.mark.parametrize("fault", ("window off by one", "rounded ramp", "nibbles swapped"))
 def test_in_bf16_a_fault_is_reported(prompts, record, fault):
-    """In each of 64 prompts; over all, it is further from the reference than the right model."""
+    """In each of 32 prompts; over all, it is further from the reference than the right model."""
     folder, tokens, exact, right, _ = prompts
     model = load(folder, dtype=jnp.bfloat16)
     FAULTS[fault].weights(model)
