@@ -22,7 +22,13 @@ class Packed(nnx.Variable):
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float, dtype) -> jax.Array:
     """Random weights with a standard deviation of `scale`."""
-    return (scale * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
+    return _normal(rngs.params(), shape, scale, jnp.dtype(dtype))
+
+
+# Jitted, as layers are alike: the shapes of a model, all that loading asks for, are there sooner.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _normal(key, shape, scale, dtype):
+    return (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
 
 def placed(module: nnx.Module, mesh: Mesh | None, *, in_use: bool) -> nnx.Module:

@@ -52,7 +52,7 @@ class Projection(nnx.Module):
         if experts == "dense":
             self.weight = nnx.Param(weight, axes=axes)
         else:
-            blocks, scales = quantize(weight)
+            blocks, scales = jax.jit(quantize)(weight)
             # Blocks shard where the packed axis would, whole blocks at a time.
             packed = (*axes[:-1], {"expert_width": "expert_width_blocks"}.get(axes[-1], axes[-1]))
             self.blocks = Packed(blocks, axes=(*packed, None))
