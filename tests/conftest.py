@@ -13,8 +13,8 @@ from sizes import SHARDABLE, TINY  # noqa: E402  (the settings come before anyth
 
 from gpt_oss_jax.config import Config  # noqa: E402
 
-# Nobody runs kernels for Hopper with an older JAX: it goes another way, and says so. Those for TPU$
-# tested with it by themselves, in whole models with the newer one.
+# Nobody runs kernels for Hopper with an older JAX: it goes another way, and says so. Those for TPU
+# are tested with it by themselves, in whole models with the newer one.
 collect_ignore_glob = ["test_hopper_*.py", "test_tpu_model.py"]
 if jax.__version_info__ >= (0, 11):
     collect_ignore_glob = []
