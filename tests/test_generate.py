@@ -257,13 +257,13 @@ def test_what_was_lowered_from_shapes_is_not_lowered_again(caplog, bound):
     config = dataclasses.replace(SMALL, vocab_size=103 + bound)  # Of no other test.
     shapes, model = outline(config), random_model(config)
     if bound:
-        device, place = jax.devices()[0], jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         table = shapes.embedding.weight
         shapes.embedding.weight = table.replace(
             jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=place)
         )
         table = model.embedding.weight
-        model.embedding.weight = table.replace(jax.device_put(table[...], device))
+        model.embedding.weight = table.replace(jax.device_put(table[...], place))
     prompt, name = list(range(19)), r"MLIR module conversion jit\((\w+)\)"
     lowered = lambda: [found for x in caplog.messages for found in re.findall(name, x)]
     with caplog.at_level("DEBUG", logger="jax"):
