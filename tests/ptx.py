@@ -311,6 +311,7 @@ class _Warp:
                 if kind[2] == "ballot"
                 else [v[0].any()] * 32
             ),
+            "redux": lambda: [getattr(u[0], kind[2])()] * 32,
             "shfl": lambda: u[0][u[1].astype(int) ^ (np.arange(32) * (kind[2] == "bfly"))],
             "prmt": lambda: _permuted(*u),
             "mapa": lambda: u[0] + u[1] * np.uint64(self.spaces["shared"].size),

@@ -467,16 +467,12 @@ mad.lo.u32 aw, unit, {4 * self.outputs}, <shared>; add.u32 aw, aw, {self._logits
             text += f"setp.lt.u32 p, key{j}, {1 << 31}; selp.b32 t1, {1 << 31}, {(1 << 32) - 1}, p;"
             text += f"@in xor.b32 key{j}, key{j}, t1;\n"
         for choice in range(self.choices):
-            text += "mov.b32 t0, key0; mov.b32 t1, lane;"
-            for j in keys[1:]:
-                text += f"setp.lt.u32 p, t0, key{j}; selp.b32 t0, key{j}, t0, p;"
-                text += f"add.u32 w0, lane, {32 * j}; selp.b32 t1, w0, t1, p;"
-            for distance in (16, 8, 4, 2, 1):
-                text += f"shfl.sync.bfly.b32 w0, t0, {distance}, 31, -1;"
-                text += f"shfl.sync.bfly.b32 w1, t1, {distance}, 31, -1;"
-                text += "setp.eq.u32 in, w0, t0; setp.lt.and.u32 in, w1, t1, in;"
-                text += "setp.lt.u32 p, t0, w0; or.pred p, p, in;"
-                text += "selp.b32 t0, w0, t0, p; selp.b32 t1, w1, t1, p;\n"
+            text += "mov.b32 t0, key0;" + "".join(f"max.u32 t0, t0, key{j};" for j in keys[1:])
+            text += "redux.sync.max.u32 t0, t0, -1; mov.b32 t1, -1;"
+            for j in reversed(keys):
+                text += f"setp.eq.u32 p, key{j}, t0; add.u32 w0, lane, {32 * j};"
+                text += "selp.b32 t1, w0, t1, p;"
+            text += "redux.sync.min.u32 t1, t1, -1;\n"
             text += f"setp.eq.u32 p, lane, {choice}; @p mov.b32 place, t1;"
             text += "mov.b32 head, t1;" if choice == 0 else ""
             for j in keys:
@@ -487,7 +483,7 @@ mov.f32 f1, 0f00000000; mad.lo.u32 t0, place, 4, aw; @p ld.shared.f32 f1, [t0];
 sub.f32 f1, f1, f0; mul.f32 f1, f1, {literal(1.4426950408889634)}; ex2.approx.f32 f1, f1;
 @!p mov.f32 f1, 0f00000000; mov.f32 f0, f1;
 """
-        for distance in (16, 8, 4, 2, 1):
+        for distance in (d for d in (16, 8, 4, 2, 1) if d < self.choices):
             text += f"shfl.sync.bfly.b32 f2, f0, {distance}, 31, -1; add.f32 f0, f0, f2;"
         return f"""{text}
 div.rn.f32 f1, f1, f0; mad.lo.u32 t0, row, {self.choices}, lane; mul.wide.u32 at, t0, 4;
