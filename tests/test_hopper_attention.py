@@ -91,6 +91,7 @@ CASES = {
     "very many positions": ((1, 1, 1, 1, 5200), full(1, 5200), 40, {"blocks": 1}),
     "a cluster of 2": ((2, 1, 1, 8, 100), full(2, 100), None, {"blocks": 2}),
     "a cluster of 4": ((1, 1, 2, 4, 128), full(1, 128, used=50), None, {"blocks": 4}),
+    "a cluster of 6": ((1, 1, 2, 4, 200), full(1, 200), None, {"blocks": 6}),
     "a cluster of 16": ((1, 1, 1, 8, 512), full(1, 512, used=300), None, {"blocks": 16}),
     "blocks of 16 warps": ((1, 1, 1, 8, 512), full(1, 512), None, {"blocks": 2, "warps": 16}),
     "16 warps alone": ((1, 1, 1, 8, 64), full(1, 64), None, {"blocks": 1, "warps": 16}),
@@ -122,7 +123,7 @@ def test_large_scores():
     assert error(interpreted(args, where, None, blocks=1), args, where, None) < 3e-2
 
 
-@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("blocks", [1, 2, 3])
 def test_a_query_that_sees_nothing_gives_zeros(blocks):
     args, where = inputs(3, 1, 1, 8, 48), full(3, 48, used=20)
     where["q_pos_BT"][1] = -1  # Padding.
@@ -200,9 +201,11 @@ def test_the_device_is_filled_and_no_warp_is_without_work():
     for B, S, blocks, warps in (
         (1, 128, 1, 8),
         (1, 1024, 8, 8),
-        (1, 8192, 16, 16),
-        (1, 131072, 16, 16),
-        (8, 1024, 4, 8),
+        (1, 8192, 8, 16),
+        (1, 131072, 8, 16),
+        (4, 8192, 6, 8),
+        (8, 1024, 3, 8),
+        (16, 1024, 1, 16),
         (32, 1024, 1, 8),
         (128, 1024, 1, 8),
     ):

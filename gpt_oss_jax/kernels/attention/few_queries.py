@@ -16,7 +16,7 @@ from gpt_oss_jax.kernels import launch as kernel_launch
 from gpt_oss_jax.kernels.attention.few_queries_ptx import HEAD, MAX_QUERIES, TILE, Program
 from gpt_oss_jax.kernels.target import multiprocessors
 
-_MAX_CLUSTER = 16
+_MAX_CLUSTER = 8
 _WARPS = 8
 
 
@@ -101,17 +101,13 @@ def _checked(q_BTKGH: jax.Array, S: int, sinks_KG: jax.Array) -> jax.Array:
 def program(shape: tuple[int, ...], slots: int, window: int | None, sink_bytes: int = 2) -> Program:
     """How queries of a shape [B, T, K, G, H] attend to a cache.
 
-    Clusters fill the device, two blocks to a multiprocessor, if there are tiles for all warps.
+    Clusters take up to three quarters of the device, two blocks to a multiprocessor, if there are
+    tiles for all warps. Each has to be in one of the device's parts (GPCs), which differ in size:
+    of eight larger ones, an H200 lets one wait until another has ended.
     """
     B, T, K, G, _ = shape
     tiles, there = -(-slots // TILE), multiprocessors()
-    blocks = 1
-    while (
-        2 * blocks <= _MAX_CLUSTER
-        and 2 * blocks * _WARPS <= tiles
-        and 2 * blocks * B * K <= 2 * there
-    ):
-        blocks *= 2
+    blocks = max(1, min(_MAX_CLUSTER, tiles // _WARPS, 3 * there // 2 // (B * K)))
     # A block that is alone on its multiprocessor has as many loads on their way as two would.
     alone = B * K * blocks <= there and 2 * blocks * _WARPS <= tiles
     warps = 2 * _WARPS if alone else _WARPS

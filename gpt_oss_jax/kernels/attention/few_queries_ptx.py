@@ -48,7 +48,7 @@ class Program:
       group: Heads of the queries to one of the keys.
       slots: Of the cache.
       window: Keys visible to a query, None for all.
-      blocks: Of a cluster, a power of two up to 16.
+      blocks: Of a cluster, up to 16.
       warps: Of a block, at least eight.
       sink_bytes: 2 for bfloat16, 4 for float32.
       stores: Whether the keys and values of the queries' positions, one a row, come beside the
@@ -86,7 +86,17 @@ class Program:
 
     @property
     def _new(self) -> int:
-        return self._inbox + 16 * _OUTPUT_THREADS
+        return self._inbox + 16 * self._each * self.blocks
+
+    @property
+    def _finishers(self) -> int:
+        """Blocks of a cluster among which the outputs are shared out."""
+        return 1 << (self.blocks.bit_length() - 1)
+
+    @property
+    def _each(self) -> int:
+        """Threads of such a block, which have two outputs each."""
+        return _OUTPUT_THREADS // self._finishers
 
     @property
     def _scans(self) -> int:
@@ -191,7 +201,7 @@ mad.lo.u32 t0, t0, {self.group}, t2; mul.wide.u32 at, t0, {2 * HEAD};
 
     def _sink(self) -> str:
         """Of the query whose outputs this thread finishes. `out` is which."""
-        each = _OUTPUT_THREADS // self.blocks
+        each = self._each
         text = f"and.b32 out, tid, {each - 1}; mad.lo.u32 out, rank, {each}, out;"
         text += "shr.u32 t0, out, 5;" + self._place("t0")
         text += f"mad.lo.u32 t0, head, {self.group}, t2; mul.wide.u32 at, t0, {self.sink_bytes};"
@@ -384,7 +394,7 @@ mad.lo.u32 t0, lane, 16, new;
 
         First it waits until all have begun.
         """
-        each = _OUTPUT_THREADS // self.blocks
+        each = self._each
         text = f"""setp.lt.u32 p, warp, {MAX_QUERIES};
 div.u32 t1, tid, {each}; and.b32 t2, tid, {each - 1};
 mad.lo.u32 t0, rank, {each}, t2; mad.lo.u32 t0, t0, 16, <shared>; add.u32 t0, t0, {self._inbox};
@@ -392,6 +402,7 @@ mad.lo.u32 t0, rank, {each}, t2; mad.lo.u32 t0, t0, 16, <shared>; add.u32 t0, t0
 @p st.shared::cluster.v4.f32 [t0], {{largest, total, o0, o1}};
 barrier.cluster.arrive; barrier.cluster.wait;
 setp.ge.u32 p, warp, {max(1, each // 32)}; @p bra DONE;
+{f"setp.ge.u32 p, rank, {self._finishers}; @p bra DONE;" if self._finishers < self.blocks else ""}
 mad.lo.u32 t0, t2, 16, <shared>;
 """
         for n in range(self.blocks):
@@ -401,7 +412,7 @@ mad.lo.u32 t0, t2, 16, <shared>;
 
     def _finish(self) -> str:
         """The sink joins, and the outputs are written."""
-        each = _OUTPUT_THREADS // self.blocks
+        each = self._each
         return f"""shr.u32 t0, out, 5; {self._place("t0")}
 setp.lt.and.u32 p, tid, {each}, p;
 max.f32 m0, largest, sink; sub.f32 l0, largest, m0; ex2.approx.f32 l0, l0;
