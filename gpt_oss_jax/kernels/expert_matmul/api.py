@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from gpt_oss_jax.kernels import sharded
 from gpt_oss_jax.kernels.dispatch import dispatch
 from gpt_oss_jax.kernels.expert_matmul import mosaic_gpu, mosaic_tpu, xla
+from gpt_oss_jax.kernels.expert_matmul.few_rows import words_of_room
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 
 IMPLEMENTATIONS = {
@@ -46,8 +47,8 @@ def expert_mlp(
       limit: Clamp of gate and linear part.
       implementation: "mosaic_gpu", "mosaic_tpu", "xla", or None for the fastest that can.
       mesh: Devices to split rows and experts over; None: one device.
-      room: int32 [M X F / 2], all -1: what "mosaic_gpu" needs for few rows, and else makes. Used
-        twice, it is copied. Not for a mesh.
+      room: int32 [`words_of_room`], all -1: what "mosaic_gpu" needs for few rows, and else makes.
+        Used twice, it is copied. Not for a mesh.
       residual: What the result is added to, as the rows are. Not for a mesh.
 
     Returns:
@@ -74,7 +75,8 @@ def expert_mlp(
         )
 
     if room is not None:
-        wanted = (experts_MX.size * F // 2,), jnp.int32
+        X = experts_MX.shape[-1]
+        wanted = (words_of_room(experts_MX.size // X, X, w),), jnp.int32
         if mesh is not None or (room.shape, room.dtype) != wanted:
             raise ValueError(
                 f"room must be int32 {wanted[0]}, all -1, and there must be no mesh; got "

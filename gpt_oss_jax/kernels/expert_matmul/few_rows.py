@@ -7,6 +7,8 @@ bias and SwiGLU, and down projection with bias and routing weight. What a thread
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -14,9 +16,9 @@ from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import (
     COLUMNS,
     EMPTY,
     MAX_BLOCKS,
-    WARPS,
     Layer,
 )
+from gpt_oss_jax.kernels.expert_matmul.one_row_ptx import MAX_CHOICES, OneRow
 from gpt_oss_jax.kernels.expert_matmul.rows import add_parts, can_sort, most_tiles, sort
 from gpt_oss_jax.kernels.expert_matmul.rows_ptx import MAX_SORTED
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
@@ -50,54 +52,61 @@ def few_rows(
     if max(program.up.blocks, program.down.blocks) > MAX_BLOCKS:
         raise NotImplementedError(f"takes widths up to {32 * MAX_BLOCKS}, got experts {w.up.shape}")
     experts = experts_MX.reshape(-1).astype(jnp.int32)
-    # With one column nobody reads them.
-    members = experts
-    if program.columns > 1:
-        members = sort(experts, w.up.shape[0], program.columns).pairs
     weights = weights_MX.reshape(-1).astype(jnp.float32)
     up, down = (w.up.blocks, w.up.scales, w.up_bias), (w.down.blocks, w.down.scales, w.down_bias)
     if room is None:
-        room = jnp.full(M * X * program.hidden // 2, EMPTY, jnp.int32)
-    y_ZD = _launch(program, x_MD, experts, members, weights, *up, *down, room)
-    y_MXD = y_ZD.reshape(M, X, -1)
+        room = jnp.full(words_of_room(M, X, w), EMPTY, jnp.int32)
+    if isinstance(program, OneRow):
+        residual = () if residual_MD is None else (residual_MD,)
+        program = dataclasses.replace(program, adds=bool(residual))
+        out = jax.ShapeDtypeStruct(x_MD.shape, jnp.bfloat16)
+        return _launch(program, out, x_MD, experts, weights, *up, *down, *residual, room)
+    members = sort(experts, program.experts, COLUMNS).pairs
+    out = jax.ShapeDtypeStruct((M, X, program.inputs), jnp.float32)
+    y_MXD = _launch(program, out, x_MD, experts, members, weights, *up, *down, room)
     if residual_MD is not None:
         return add_parts(residual_MD, y_MXD)
     if some_elsewhere:
         # What no visit has was never written.
-        y_MXD = jnp.where(experts_MX[..., None] < w.up.shape[0], y_MXD, 0)
+        y_MXD = jnp.where(experts_MX[..., None] < program.experts, y_MXD, 0)
     return y_MXD.sum(axis=1).astype(x_MD.dtype)
+
+
+def words_of_room(M: int, X: int, w: ExpertWeights) -> int:
+    """That M rows of X experts take, int32: hidden values, and outputs of one row's experts."""
+    F, _, D = w.up.shape[1:]
+    return M * X * F // 2 + (X - 1) * D * (M == 1)
 
 
 def layer(w: ExpertWeights, M: int, X: int, limit: float, some_elsewhere: bool = False) -> Layer:
     """The launch for M rows of X experts each."""
     E, F, _, D = w.up.shape
-    alone = M == 1 and not some_elsewhere  # Then every pair is a visit.
-    columns = 1 if alone else COLUMNS
-    return Layer(
-        inputs=D,
-        hidden=F,
-        experts=E,
-        choices=X,
-        visits=M * X if alone else most_tiles(M * X, E, columns),
-        columns=columns,
-        bias_bytes=w.up_bias.dtype.itemsize,
-        limit=limit,
-        multiprocessors=multiprocessors(),
-    )
+    sizes = {
+        "inputs": D,
+        "hidden": F,
+        "experts": E,
+        "choices": X,
+        "bias_bytes": w.up_bias.dtype.itemsize,
+        "limit": limit,
+        "multiprocessors": multiprocessors(),
+    }
+    if M == 1 and X <= MAX_CHOICES and not some_elsewhere:
+        return OneRow(**sizes, visits=X)
+    return Layer(**sizes, visits=most_tiles(M * X, E, COLUMNS))
 
 
-def _launch(program: Layer, *inputs: jax.Array) -> jax.Array:
+def _launch(program: Layer, out: jax.ShapeDtypeStruct, *inputs: jax.Array) -> jax.Array:
     # What is written in place has no batching rule.
     @jax.custom_batching.sequential_vmap
-    def run(x_MD, experts_Z, *inputs):
+    def run(*inputs):
         *inputs, room = inputs
         return launch(
             "mxfp4_few_rows",
             program.ptx(),
-            jax.ShapeDtypeStruct((experts_Z.size, program.inputs), jnp.float32),
-            (x_MD, experts_Z, *inputs, jax.new_ref(room)),
+            out,
+            (*inputs, jax.new_ref(room)),
             grid=program.grid,
-            warpgroups=WARPS // 4,
+            warpgroups=program.block_warps // 4,
             shared_bytes=program.shared_bytes,
         )
 

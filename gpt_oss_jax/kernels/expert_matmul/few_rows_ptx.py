@@ -1,4 +1,4 @@
-"""The thread program of `few_rows`, as PTX for compute capability 9.0. Knows no JAX.
+"""The thread program of `few_rows` for several rows, as PTX for compute capability 9.0.
 
 A tile is 16 outputs of one expert, for up to 8 rows; a thread block takes a run of tiles of one of
 the projections, one after the other. The weights of a tile lie together in the checkpoint, too: the
@@ -20,6 +20,7 @@ agree: x is put into the order in which the decoding leaves the weights.
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from gpt_oss_jax.kernels.expert_matmul.mxfp4_ptx import (
     LAST_FACTOR,
@@ -34,8 +35,8 @@ COLUMNS = 8
 MAX_BLOCKS = 128  # On an input axis.
 TILE = 16
 EMPTY = -1  # Two bf16 that are no results: a NaN comes as 0x7FFF.
+BULK = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
 _MAX_STAGES = 8
-WARPS = 4
 # Thread blocks that a multiprocessor holds, bytes of shared memory for each.
 _BLOCKS, _SHARED_BYTES = 3, 75_000
 _OPERANDS = """block x experts members weights up_blocks up_scales up_bias down_blocks down_scales
@@ -61,11 +62,6 @@ class Projection:
         """Of an expert."""
         return self.rows // TILE
 
-    @property
-    def steps(self) -> int:
-        """Of the input axis, in which every thread takes a block of two outputs."""
-        return -(-self.blocks // (4 * WARPS))
-
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
@@ -76,11 +72,12 @@ class Layer:
       hidden: Width of an expert.
       experts: Experts there are.
       choices: Experts of a token.
-      visits: Experts to visit, at most; one for each pair (row of x, choice) if columns is 1.
-      columns: Pairs of a visit, 8; 1 if every pair is a visit.
+      visits: Experts to visit, at most.
       bias_bytes: 2 for bfloat16, 4 for float32.
       limit: Clamp of the SwiGLU.
       multiprocessors: Of the device.
+      warps: Of a thread block, which share out the input axis.
+      block_warps: All of a thread block.
     """
 
     inputs: int
@@ -88,10 +85,11 @@ class Layer:
     experts: int
     choices: int
     visits: int
-    columns: int
     bias_bytes: int
     limit: float
     multiprocessors: int = 132
+    warps: ClassVar[int] = 4
+    block_warps: ClassVar[int] = 4
 
     @property
     def up(self) -> Projection:
@@ -108,6 +106,10 @@ class Layer:
         """Thread blocks, of the up projection and then of the down projection."""
         return self._blocks(self.up) + self._blocks(self.down)
 
+    def _steps(self, p: Projection) -> int:
+        """Of the input axis, in which every thread takes a block of two outputs."""
+        return -(-p.blocks // (4 * self.warps))
+
     def _blocks(self, p: Projection) -> int:
         return min(self.visits * p.tiles, self.multiprocessors * _BLOCKS)
 
@@ -122,9 +124,12 @@ class Layer:
     @property
     def _stages(self) -> int:
         """Tiles in shared memory or on their way."""
-        return min(
-            _MAX_STAGES, (_SHARED_BYTES - 2 * _SUM_BYTES - 64 * WARPS) // (self._stage_bytes + 8)
-        )
+        room = _SHARED_BYTES - 2 * self._sum_bytes - 64 * self.warps
+        return min(_MAX_STAGES, room // (self._stage_bytes + 8))
+
+    @property
+    def _sum_bytes(self) -> int:
+        return 512 * self.warps
 
     @property
     def _sums(self) -> int:
@@ -132,11 +137,11 @@ class Layer:
 
     @property
     def _members(self) -> int:
-        return self._sums + 2 * _SUM_BYTES
+        return self._sums + 2 * self._sum_bytes
 
     @property
     def _barriers(self) -> int:
-        return self._members + 64 * WARPS
+        return self._members + 64 * self.warps
 
     @property
     def _full(self) -> list[int]:
@@ -159,7 +164,7 @@ class Layer:
         before; the result and shared memory.
         """
         inits = [(self._barriers + 8 * i, 1) for i in range(self._stages)]
-        inits += [(at, WARPS) for at in self._full] + [(at, 1) for at in self._free]
+        inits += [(at, self.warps) for at in self._full] + [(at, 1) for at in self._free]
         text = f"""{self._registers()}
 {NEXT}
 mov.u32 warp, %tid.x; and.b32 lane, warp, 31; shr.u32 warp, warp, 5; setp.eq.u32 leads, lane, 0;
@@ -167,7 +172,7 @@ setp.lt.u32 leads_quad, lane, 4;
 shr.u32 g, lane, 2; and.b32 q, lane, 3; mad.lo.u32 blk, warp, 4, q;
 or.b32 t0, warp, lane; setp.eq.u32 p, t0, 0;
 {"".join(f"@p mbarrier.init.shared.b64 [<shared> + {at}], {n};" for at, n in inits)}
-@p fence.mbarrier_init.release.cluster; bar.sync 1, {32 * WARPS};
+@p fence.mbarrier_init.release.cluster; bar.sync 1, {32 * self.warps};
 {WAIT}
 {self._count()}
 setp.ge.u32 p, <block>, {self._blocks(self.up)}; @p bra DOWN;
@@ -176,9 +181,7 @@ bra DONE;
 DOWN:
 {self._run(self.down)}
 DONE:"""
-        for i, name in enumerate(_OPERANDS):
-            text = text.replace(f"<{name}>", f"${i}")
-        return "{\n" + text + "\n}"
+        return with_operands(text, _OPERANDS)
 
     def _run(self, p: Projection) -> str:
         """What the blocks of a projection do."""
@@ -201,15 +204,15 @@ div.u32 visit, unit, {p.tiles}; mul.lo.u32 t0, visit, {p.tiles}; sub.u32 tile, u
 {self._keep_members()}
 {label("UNIT")}:
 mad.lo.u32 bar, slot, 8, <shared>;
-{_wait(label("TILE_IS_HERE"), self._barriers, "phase")}
+{wait(label("TILE_IS_HERE"), self._barriers, "phase")}
 {self._products(p)}
 and.b32 turn, done, 1; shr.u32 round, done, 1; and.b32 round, round, 1;
 mad.lo.u32 bar, turn, 8, <shared>; xor.b32 t1, round, 1;
-{_wait(label("PLACE_IS_FREE"), self._free[0], "t1")}
+{wait(label("PLACE_IS_FREE"), self._free[0], "t1")}
 {self._hand_over()}
 bar.warp.sync -1; @leads mbarrier.arrive.shared.b64 _, [bar + {self._full[0]}];
-and.b32 t0, done, {WARPS - 1}; setp.ne.u32 p, warp, t0; @p bra {label("NEXT")};
-{_wait(label("SUMS_ARE_HERE"), self._full[0], "round")}
+and.b32 t0, done, {self.warps - 1}; setp.ne.u32 p, warp, t0; @p bra {label("NEXT")};
+{wait(label("SUMS_ARE_HERE"), self._full[0], "round")}
 {self._load_bias(p)}
 bar.warp.sync -1; add.u32 n, unit, {self._stages};
 {self._fetch(p)}
@@ -229,7 +232,7 @@ add.u32 tile, tile, 1; setp.lt.u32 p, tile, {p.tiles}; @p bra {label("UNIT")};
 mov.u32 tile, 0; add.u32 visit, visit, 1; bra {label("VISIT")};"""
 
     def _registers(self) -> str:
-        steps = max(self.up.steps, self.down.steps)
+        steps = max(map(self._steps, (self.up, self.down)))
         return f"""
 .reg .pred p, in, leads, leads_quad;
 .reg .b16 h;
@@ -241,13 +244,11 @@ mov.u32 tile, 0; add.u32 visit, visit, 1; bra {label("VISIT")};"""
 
     def _count(self) -> str:
         """How many visits there are. Those that are empty come last."""
-        if self.columns == 1:
-            return f"mov.u32 total, {self.visits};"
         text = "mov.u32 total, 0;\n"
         for first in range(0, self.visits, 32):
             text += f"mov.u32 t0, -1; setp.lt.u32 p, lane, {self.visits - first};"
-            text += f"mul.wide.u32 at, lane, {4 * self.columns}; add.u64 at, at, <members>;"
-            text += f"@p ld.global.u32 t0, [at + {4 * self.columns * first}];"
+            text += f"mul.wide.u32 at, lane, {4 * COLUMNS}; add.u64 at, at, <members>;"
+            text += f"@p ld.global.u32 t0, [at + {4 * COLUMNS * first}];"
             text += "setp.ne.u32 p, t0, -1; vote.sync.ballot.b32 t0, p, -1;"
             text += "popc.b32 t0, t0; add.u32 total, total, t0;\n"
         return text
@@ -266,27 +267,27 @@ bar.warp.sync -1;"""
 
     def _member(self, column: str) -> str:
         """`pair` of a column, the first one's if it has none; in `p` whether it has."""
-        if self.columns == 1:
-            return f"setp.eq.u32 p, {column}, 0; mov.u32 pair, visit;"
-        return f"""mul.lo.u32 t0, visit, {self.columns}; mul.wide.u32 more, t0, 4;
+        return f"""mul.lo.u32 t0, visit, {COLUMNS}; mul.wide.u32 more, t0, 4;
 add.u64 more, more, <members>; mul.wide.u32 at, {column}, 4; add.u64 at, at, more;
 ld.global.u32 pair, [at]; ld.global.u32 t0, [more];
 setp.ne.u32 p, pair, -1; selp.u32 pair, pair, t0, p;"""
 
     def _fetch(self, p: Projection) -> str:
         """A lane starts to copy tile `n` of all to `slot`, if it is the block's."""
-        bulk = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
         text = f"mad.lo.u32 row, slot, {self._stage_bytes}, <shared>;"
         text += f"mad.lo.u32 bar, slot, 8, <shared>; add.u32 bar, bar, {self._barriers};\n"
         text += f"setp.lt.and.u32 p, n, last, leads; div.u32 t0, n, {p.tiles};"
         text += f"mul.lo.u32 t1, t0, {p.tiles}; sub.u32 t1, n, t1;"
-        if self.columns > 1:
-            text += f"mul.wide.u32 at, t0, {4 * self.columns}; add.u64 at, at, <members>;"
-            text += "mov.u32 t0, 0; @p ld.global.u32 t0, [at];"
+        text += f"mul.wide.u32 at, t0, {4 * COLUMNS}; add.u64 at, at, <members>;"
+        text += "mov.u32 t0, 0; @p ld.global.u32 t0, [at];"
         text += "mul.wide.u32 at, t0, 4; add.u64 at, at, <experts>;"
         text += "@p ld.global.u32 t0, [at];"
         text += f"min.u32 t0, t0, {self.experts - 1}; mad.lo.u32 n, t0, {p.tiles}, t1;\n"
-        text += f"@p mbarrier.arrive.expect_tx.shared.b64 _, [bar], {self._tile_bytes(p)};\n"
+        return text + self._copy(p, "@p")
+
+    def _copy(self, p: Projection, guard: str) -> str:
+        """Of tile `n` of all experts' to `row`; `bar` tells when it is there."""
+        text = f"{guard} mbarrier.arrive.expect_tx.shared.b64 _, [bar], {self._tile_bytes(p)};\n"
         place = 0
         for name, size in (
             ("blocks", 16 * p.blocks),
@@ -295,16 +296,16 @@ setp.ne.u32 p, pair, -1; selp.u32 pair, pair, t0, p;"""
         ):
             size *= TILE
             text += f"mul.wide.u32 at, n, {size}; add.u64 at, at, <{p.name}_{name}>;"
-            text += f"@p {bulk} [row + {place}], [at], {size}, [bar];\n"
+            text += f"{guard} {BULK} [row + {place}], [at], {size}, [bar];\n"
             place += size
         return text
 
     def _guard(self, p: Projection, step: int) -> str:
         """Empty where every thread has a block of the input axis."""
-        return "" if 4 * WARPS * (step + 1) <= p.blocks else "@in"
+        return "" if 4 * self.warps * (step + 1) <= p.blocks else "@in"
 
     def _is_in(self, p: Projection, step: int) -> str:
-        return f"setp.lt.u32 in, blk, {p.blocks - 4 * WARPS * step};"
+        return f"setp.lt.u32 in, blk, {p.blocks - 4 * self.warps * step};"
 
     def _load_rows(self, p: Projection) -> str:
         """A thread's part of the rows of a visit; zeros past the input axis."""
@@ -314,8 +315,13 @@ setp.ne.u32 p, pair, -1; selp.u32 pair, pair, t0, p;"""
         text += f"mul.wide.u32 at, pair, {64 * p.blocks}; add.u64 at, at, "
         text += f"<{'x' if up else 'hidden'}>; mul.wide.u32 more, blk, 64; add.u64 at, at, more;\n"
         text += self._load_ready(p) if up else self._load_when_ready(p)
-        for first in range(0, 16 * p.steps, 4):
-            # As `decode` has them: 0 and 4, 1 and 5, 2 and 6, 3 and 7.
+        return text + self._in_order(p)
+
+    def _in_order(self, p: Projection) -> str:
+        """The rows as `decode` has the weights."""
+        text = ""
+        for first in range(0, 16 * self._steps(p), 4):
+            # 0 and 4, 1 and 5, 2 and 6, 3 and 7.
             four = [f"x{first + i}" for i in range(4)]
             for r in range(4):
                 text += f"prmt.b32 y{r}, {four[r // 2]}, {four[r // 2 + 2]}, "
@@ -335,28 +341,34 @@ setp.ne.u32 p, pair, -1; selp.u32 pair, pair, t0, p;"""
         return text
 
     def _load_when_ready(self, p: Projection) -> str:
-        """Again, as long as some of it is `EMPTY`."""
-        text, again = "", ""
+        text = ""
         for step, fours in self._fours(p):
             guard = self._guard(p, step)
             text += self._is_in(p, step) if guard else ""
-            for four, place in fours:
+            for four, _ in fours:
                 text += "".join(f"mov.u32 {x}, 0;" for x in four) if guard else ""
                 text += "".join(f"{guard} mov.u32 {x}, {EMPTY};" for x in four)
-                again += f"{_largest(four)} setp.eq.u32 p, t0, {EMPTY}; @p ld.relaxed.gpu.global"
+        return text + self._load_until_ready(p)
+
+    def _load_until_ready(self, p: Projection) -> str:
+        """From `at`, as long as some of it is `EMPTY`."""
+        again = ""
+        for _, fours in self._fours(p):
+            for four, place in fours:
+                again += f"{largest(four)} setp.eq.u32 p, t0, {EMPTY}; @p ld.relaxed.gpu.global"
                 again += f".v4.u32 {{{', '.join(four)}}}, [at + {place}];\n"
-        every = [f"x{i}" for i in range(16 * p.steps)]
-        return f"""{text}
+        every = [f"x{i}" for i in range(16 * self._steps(p))]
+        return f"""
 AGAIN:
-{again}{_largest(every)} setp.eq.u32 p, t0, {EMPTY}; vote.sync.any.pred p, p, -1;
-@!p bra ALL_THERE; nanosleep.u32 20; bra AGAIN;
+{largest(every)} setp.eq.u32 p, t0, {EMPTY}; vote.sync.any.pred p, p, -1; @!p bra ALL_THERE;
+{again}nanosleep.u32 20; bra AGAIN;
 ALL_THERE:
 """
 
     def _fours(self, p: Projection):
         """Steps, each with four times four registers and how far from `at` they come from."""
-        for step in range(p.steps):
-            at, x = 256 * WARPS * step, 16 * step
+        for step in range(self._steps(p)):
+            at, x = 256 * self.warps * step, 16 * step
             yield (
                 step,
                 [([f"x{x + 4 * i + k}" for k in range(4)], at + 16 * i) for i in range(4)],
@@ -368,15 +380,15 @@ ALL_THERE:
         text += f"mad.lo.u32 as, g, {2 * p.blocks}, blk; add.u32 as, as, aw;"
         text += f"mad.lo.u32 aw, g, {32 * p.blocks}, aw; mad.lo.u32 aw, blk, 16, aw;\n"
         text += "".join(f"mov.f32 c{i}, 0f00000000;" for i in range(8)) + "\n"
-        for step in range(p.steps):
+        for step in range(self._steps(p)):
             if guard := self._guard(p, step):
-                text += f"setp.ge.u32 p, warp, {-(-p.blocks // 4) - WARPS * step};"
+                text += f"setp.ge.u32 p, warp, {-(-p.blocks // 4) - self.warps * step};"
                 text += f"@p bra {p.name.upper()}_REST_{step};{self._is_in(p, step)}\n"
             for row in range(2):
                 words = [f"w{row}_{i}" for i in range(4)]
                 if guard:
                     text += "".join(f"mov.u32 {word}, 0;" for word in (*words, f"s{row}"))
-                place = 64 * WARPS * step
+                place = 64 * self.warps * step
                 codes, scales = place + 16 * p.blocks * row, 16 * TILE * p.blocks
                 scales += place // 16 + p.blocks * row
                 text += f"{guard} ld.shared.v4.u32 {{{', '.join(words)}}}, [aw + {codes}];"
@@ -401,7 +413,7 @@ ALL_THERE:
 
     def _hand_over(self) -> str:
         """A warp's sums to their place."""
-        text = f"mad.lo.u32 t0, turn, {_SUM_BYTES}, <shared>; mad.lo.u32 t0, lane, 16, t0;"
+        text = f"mad.lo.u32 t0, turn, {self._sum_bytes}, <shared>; mad.lo.u32 t0, lane, 16, t0;"
         text += "mad.lo.u32 t0, warp, 512, t0;"
         return text + f"st.shared.v4.f32 [t0 + {self._sums}], {{c0, c1, c2, c3}};"
 
@@ -417,9 +429,9 @@ ALL_THERE:
 
     def _take_over(self) -> str:
         """The sums of all warps."""
-        text = f"mad.lo.u32 t0, turn, {_SUM_BYTES}, <shared>; mad.lo.u32 t0, lane, 16, t0;\n"
+        text = f"mad.lo.u32 t0, turn, {self._sum_bytes}, <shared>; mad.lo.u32 t0, lane, 16, t0;\n"
         text += f"ld.shared.v4.f32 {{c0, c1, c2, c3}}, [t0 + {self._sums}];\n"
-        for warp in range(1, WARPS):
+        for warp in range(1, self.warps):
             text += f"ld.shared.v4.f32 {{d0, d1, d2, d3}}, [t0 + {self._sums + 512 * warp}];"
             text += "".join(f"add.f32 c{r}, c{r}, d{r};" for r in range(4)) + "\n"
         return text
@@ -446,17 +458,21 @@ ALL_THERE:
         return text + "@p st.relaxed.gpu.global.u32 [at], row;\n"
 
 
-_SUM_BYTES = 512 * WARPS
-
-
-def _largest(names: list[str]) -> str:
+def largest(names: list[str]) -> str:
     """Of unsigned registers, to t0."""
     return f"mov.u32 t0, {names[0]};" + "".join(f"max.u32 t0, t0, {x};" for x in names[1:])
 
 
-def _wait(label: str, barrier: int, parity: str) -> str:
+def wait(label: str, barrier: int, parity: str) -> str:
     """Until a phase of the barrier that is so far from `bar` has ended."""
     return (
         f"{label}:\nmbarrier.try_wait.parity.shared.b64 p, [bar + {barrier}], {parity};"
         f"@!p bra {label};"
     )
+
+
+def with_operands(text: str, names: list[str]) -> str:
+    """A program that takes operands in the order of their names."""
+    for i, name in enumerate(names):
+        text = text.replace(f"<{name}>", f"${i}")
+    return "{\n" + text + "\n}"

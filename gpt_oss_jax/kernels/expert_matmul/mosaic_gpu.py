@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt_oss_jax.kernels.expert_matmul import xla
-from gpt_oss_jax.kernels.expert_matmul.few_rows import few_rows
+from gpt_oss_jax.kernels.expert_matmul.few_rows import few_rows, words_of_room
 from gpt_oss_jax.kernels.expert_matmul.many_rows import many_rows
 from gpt_oss_jax.kernels.expert_matmul.tuning import expert_tile
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
@@ -47,7 +47,8 @@ def room_of(rows: int, choices: int, w: ExpertWeights) -> int:
     """Words of `room` that so many bf16 rows take; 0 where they take none."""
     E, F, _, D = w.up.shape
     many = expert_tile(rows, (E, D, F), choices, multiprocessors())
-    return 0 if many or _why_not(jnp.dtype(jnp.bfloat16), w) else rows * choices * F // 2
+    none = many or _why_not(jnp.dtype(jnp.bfloat16), w)
+    return 0 if none else words_of_room(rows, choices, w)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
