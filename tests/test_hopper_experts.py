@@ -195,7 +195,30 @@ def test_blocks_of_several_rows_wait_for_earlier_ones_alone():
     np.testing.assert_array_equal(interpreted(*args, at_once=False), interpreted(*args))
 
 
+@pytest.mark.parametrize("M", [6, 7])
+def test_more_rows_than_can_be_sorted_go_through_in_parts(monkeypatch, M):
+    x, chosen, weight, w = layer(M, D=64, F=32)
+    monkeypatch.setattr(few_rows, "MAX_SORTED", 3 * chosen.shape[1])
+    rows = []
+
+    def kernel(x, chosen, weight, w, *, limit, some_elsewhere):
+        rows.append(len(x))
+        return xla.expert_mlp(x, chosen, weight, w, limit=limit, some_elsewhere=some_elsewhere)
+
+    run = few_rows.few_rows
+    monkeypatch.setattr(few_rows, "few_rows", kernel)
+    residual = jnp.ones_like(x)
+    got = run(x, chosen, weight, w, limit=7.0, residual_MD=residual)
+    want = residual + xla.expert_mlp(x, chosen, weight, w, limit=7.0)
+    assert set(rows) == {3}
+    np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), rtol=2e-2)
+
+
 if not OLD:
+
+    def test_many_rows_of_other_widths_go_through_as_few(caplog):
+        assert kernels_for_cuda(on_hopper, *layer(600, D=96, F=32)) == 2
+        assert "more slowly (takes widths of 192 n" in caplog.text
 
     @pytest.mark.parametrize("M", [1, 8, 25])
     def test_few_rows_lower_for_cuda(M):

@@ -37,12 +37,15 @@ def few_rows(
     room: jax.Array | None = None,
     residual_MD: jax.Array | None = None,
 ) -> jax.Array:
-    """See `mosaic_gpu.on_hopper`; for few rows to an expert.
+    """See `mosaic_gpu.on_hopper`; for few rows to an expert, though it takes any number.
 
     Raises:
       NotImplementedError: For experts that are too wide, and for too many.
     """
     M, X = experts_MX.shape
+    if M * X > MAX_SORTED >= X:
+        y_MD = _in_parts(x_MD, experts_MX, weights_MX, w, limit)
+        return y_MD if residual_MD is None else residual_MD + y_MD
     program = layer(w, M, X, limit, some_elsewhere)
     if not can_sort(M * X, program.experts):
         raise NotImplementedError(
@@ -70,6 +73,22 @@ def few_rows(
         # What no visit has was never written.
         y_MXD = jnp.where(experts_MX[..., None] < program.experts, y_MXD, 0)
     return y_MXD.sum(axis=1).astype(x_MD.dtype)
+
+
+def _in_parts(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit: float) -> jax.Array:
+    """Of more rows than can be sorted, so many at a time."""
+    M, X = experts_MX.shape
+    rows = MAX_SORTED // X
+    rest = -M % rows
+
+    def parts(x, nothing):
+        x = jnp.pad(x, ((0, rest), (0, 0)), constant_values=nothing)
+        return x.reshape(-1, rows, x.shape[-1])
+
+    # An id past the experts adds nothing.
+    arrays = parts(x_MD, 0), parts(experts_MX, w.up.shape[0]), parts(weights_MX, 0)
+    run = lambda arrays: few_rows(*arrays, w, limit=limit, some_elsewhere=True)
+    return jax.lax.map(run, arrays).reshape(M + rest, -1)[:M]
 
 
 def words_of_room(M: int, X: int, w: ExpertWeights) -> int:

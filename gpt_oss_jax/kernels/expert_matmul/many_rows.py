@@ -60,9 +60,9 @@ def many_rows(
       NotImplementedError: For experts whose widths are not multiples of 192.
     """
     M, X = experts_MX.shape
-    E, F, _, D = w.up.shape
-    if D % _BLOCK_OUTPUTS or F % _BLOCK_OUTPUTS:
-        raise NotImplementedError(f"takes widths of {_BLOCK_OUTPUTS} n, got experts {w.up.shape}")
+    E = w.up.shape[0]
+    if reason := why_not_many(w):
+        raise NotImplementedError(reason)
     up, down = projections(w, limit, tile)
     by_expert = sort if can_sort(M * X, E) else sort_into_tiles
     tiles = by_expert(experts_MX.reshape(-1), E, tile)
@@ -70,6 +70,14 @@ def many_rows(
     weights_R = weights_MX.reshape(-1).astype(jnp.float32)[tiles.pairs.reshape(-1)]
     y_RD = grouped(down, w.down, w.down_bias, tiles, h_RF, weights_R)
     return add_up(y_RD, tiles.place_of_pair, experts_MX, E if some_elsewhere else None)
+
+
+def why_not_many(w: ExpertWeights) -> str:
+    """Why experts of these sizes cannot run here; "" if they can."""
+    _, F, _, D = w.up.shape
+    if D % _BLOCK_OUTPUTS or F % _BLOCK_OUTPUTS:
+        return f"takes widths of {_BLOCK_OUTPUTS} n, got experts {w.up.shape}"
+    return ""
 
 
 def projections(w: ExpertWeights, limit: float, tile: int) -> tuple[Projection, Projection]:

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt_oss_jax.kernels.dispatch import say_once
 from gpt_oss_jax.kernels.expert_matmul import xla
 from gpt_oss_jax.kernels.expert_matmul.few_rows import few_rows, words_of_room
-from gpt_oss_jax.kernels.expert_matmul.many_rows import many_rows
+from gpt_oss_jax.kernels.expert_matmul.many_rows import many_rows, why_not_many
 from gpt_oss_jax.kernels.expert_matmul.tuning import expert_tile
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.kernels.target import multiprocessors, why_not_hopper
@@ -107,6 +108,9 @@ def on_hopper(
     tile = expert_tile(M, (E, D, F), X, multiprocessors())
     arrays = x_MD, experts_MX, weights_MX, w
     more = {"limit": limit, "some_elsewhere": some_elsewhere}
+    if tile is not None and (reason := why_not_many(w)):
+        say_once(f"many rows go through the experts as few at a time, more slowly ({reason})")
+        tile = None
     if tile is None:
         return few_rows(*arrays, **more, room=room, residual_MD=residual)
     y_MD = many_rows(*arrays, **more, tile=tile)
