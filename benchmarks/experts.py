@@ -22,7 +22,7 @@ import numpy as np
 
 from gpt_oss_jax import config, limits
 from gpt_oss_jax.kernels import expert_mlp
-from gpt_oss_jax.kernels.expert_matmul.few_rows import few_rows
+from gpt_oss_jax.kernels.expert_matmul.few_rows import few_rows, words_of_room
 from gpt_oss_jax.kernels.expert_matmul.many_rows import many_rows
 from gpt_oss_jax.kernels.expert_matmul.tuning import MAX_FEW_ROWS, tile_rows
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
@@ -37,8 +37,14 @@ def with_usual_tiles(x_MD, experts_MX, weights_MX, w, *, limit):
     return many_rows(x_MD, experts_MX, weights_MX, w, limit=limit, tile=tile)
 
 
+def with_room(x_MD, experts_MX, weights_MX, w, *, limit):
+    """As in a model, but that the room is made here."""
+    room = jnp.full(words_of_room(*experts_MX.shape, w), -1, jnp.int32)
+    return few_rows(x_MD, experts_MX, weights_MX, w, limit=limit, room=room)
+
+
 KERNELS = {
-    "few_rows": few_rows,
+    "few_rows": with_room,
     "many_rows": with_usual_tiles,
     "xla": functools.partial(expert_mlp, implementation="xla"),
 }

@@ -1,11 +1,11 @@
 """Where the time of a decode step goes inside its CUDA graph: needs a Hopper.
 
 From the root: python benchmarks/timeline.py synthetic:20b --batch 8 --prompt 1024
-A profiler sees a graph as one thing, or serialises it. Here every thread block of our kernels notes
-when it began, when those before it had ended (`griddepcontrol.wait`) and when it ended itself, by
-the device's own clock; notes are stored as it goes, and a step takes as long as without them. Each
-kernel is given the time from the end of the launch before it to its own end. Kernels of XLA's take
-no notes: their time is part of the next one's. A block ends here with its first warp.
+A profiler sees a graph as one thing, or serialises it. Here every warp of our kernels notes when it
+began, when those before it had ended (`griddepcontrol.wait`) and when it ended itself, by the
+device's own clock; what a step takes with notes is printed, to be held against `bench`. Each kernel
+is given the time from the end of the launch before it to its own end. Kernels of XLA's take no
+notes: their time is part of the next one's.
 """
 
 import argparse
@@ -28,7 +28,7 @@ class Notes:
     """In device memory, where kernels write without JAX's knowledge.
 
     Attributes:
-      names: Kernels by number, each with its thread blocks.
+      names: Kernels by number, each with its warps.
     """
 
     def __init__(self):
@@ -37,13 +37,14 @@ class Notes:
         self._place = self._array.unsafe_buffer_pointer()
 
     def taking(self, launch):
-        """A `launch` of programs that take notes, in the first thread of every block."""
+        """A `launch` of programs that take notes, in the first thread of every warp."""
 
-        def run(name, text, outs, inputs, *, grid, **options):
-            if (name, grid) not in self.names:
-                self.names.append((name, grid))
-            text = self._noting(text, self.names.index((name, grid)))
-            return launch(name, text, outs, inputs, grid=grid, **options)
+        def run(name, text, outs, inputs, *, grid, warpgroups, **options):
+            kernel = name, 4 * warpgroups * grid
+            if kernel not in self.names:
+                self.names.append(kernel)
+            text = self._noting(text, self.names.index(kernel))
+            return launch(name, text, outs, inputs, grid=grid, warpgroups=warpgroups, **options)
 
         return run
 
@@ -51,7 +52,8 @@ class Notes:
         first = min(at for at in map(text.find, (NEXT, WAIT)) if at >= 0)
         begin = f"""
 .reg .b64 note_begin, note_ready, note_end, note_at; .reg .b32 note_n, note_what; .reg .pred noting;
-mov.u32 note_n, %tid.x; setp.eq.u32 noting, note_n, 0; mov.u64 note_begin, %globaltimer;
+mov.u64 note_begin, %globaltimer;
+mov.u32 note_n, %tid.x; and.b32 note_n, note_n, 31; setp.eq.u32 noting, note_n, 0;
 mov.u64 note_at, {self._place}; mov.u32 note_n, 0; @noting atom.global.add.u32 note_n, [note_at], 1;
 """
         end = f"""
@@ -72,31 +74,31 @@ mov.b64 note_begin, {{note_what, $0}};
         return int(np.asarray(self._array[:1])[0])
 
     def launches(self, first: int) -> list[tuple[str, np.ndarray]]:
-        """From note `first` on, in the order of their ends: name, and [blocks, 3] in ns."""
+        """From note `first` on, in the order of their ends: name, and [warps, 3] in ns."""
         taken = self.taken
         if taken > NOTES:
             raise SystemExit(f"room for {NOTES:,} notes, {taken:,} were taken: make fewer tokens.")
         notes = np.asarray(self._array)[8:].view(np.uint64).reshape(-1, 4)[first:taken]
         number = notes[:, 3] & 0xFFFFFFFF
         times, found = notes[:, :3].astype(np.int64), []
-        for n, (name, grid) in enumerate(self.names):
+        for n, (name, warps) in enumerate(self.names):
             own = times[number == n]
             own = own[np.argsort(own[:, 0], kind="stable")]
             # No launch begins before the last one of its kind has ended.
-            found += [(name, blocks) for blocks in own.reshape(-1, grid, 3)]
+            found += [(name, launch) for launch in own.reshape(-1, warps, 3)]
         return sorted(found, key=lambda launch: launch[1][:, 2].max())
 
 
 def report(launches, steps):
     """A line for each kernel and what it came after; medians of the launches."""
     found, before, end = collections.defaultdict(list), None, 0
-    for name, blocks in launches:
+    for name, warps in launches:
         if before is not None:
-            begin, ready, ends = (blocks - end).T / 1e3
+            begin, ready, ends = (warps - end).T / 1e3
             found[before, name].append(
                 [begin.min(), ready.min(), np.median(ready), np.median(ends), ends.max()]
             )
-        before, end = name, max(end, blocks[:, 2].max())
+        before, end = name, max(end, warps[:, 2].max())
     print("us after the end of the one before: first begin, first and median wait over, median and")
     print(f"last end; then launches, and us of all of them, of a step; {steps} steps")
     for (before, name), times in sorted(found.items(), key=lambda x: -sum(t[-1] for t in x[1])):

@@ -38,12 +38,24 @@ class Memory:
 
 
 def launch(
-    text, operands, memory, *, grid, shared_bytes, warps=4, cluster=1, at_once=False, at_rest=()
+    text,
+    operands,
+    memory,
+    *,
+    grid,
+    shared_bytes,
+    warps=4,
+    cluster=1,
+    at_once=False,
+    at_rest=(),
+    by_chance=None,
 ):
     """Runs a thread program whose first operand is the block and whose last is shared memory.
 
     Clusters run one after the other, or all of them at once. What is at rest (addresses and sizes)
-    may be read before a warp has waited for earlier kernels, everything else only then.
+    may be read before a warp has waited for earlier kernels, everything else only then. With
+    random numbers `by_chance`, warps go on in any order, and copies land when they begin, not when
+    they are waited for.
 
     Returns:
       Address and size of what was copied to shared memory, and of what was only brought nearer.
@@ -62,12 +74,12 @@ def launch(
             for w in range(warps):
                 warp = _Warp(program, labels, values, memory.bytes, shared[n], barriers, w, bulks)
                 warp.spaces["shared::cluster"] = shared.reshape(-1)
-                warp.at_rest = at_rest
+                warp.at_rest, warp.hasty = at_rest, by_chance is not None
                 all_warps.append(warp)
                 threads.append((n, warp.run()))
         waiting, arrived, fruitless = {}, {}, 0
         while threads:
-            n, thread = threads.pop(0)
+            n, thread = threads.pop(0 if by_chance is None else by_chance.integers(len(threads)))
             barrier = next(thread, None)
             if barrier is None:
                 continue
@@ -91,6 +103,8 @@ def launch(
                 threads += waiting.pop(place)
                 del arrived[place]
         assert not waiting, "a warp waits for ever"
+        copies = [barrier.copies for warp in all_warps for barrier in warp.barriers.values()]
+        assert not any(copies), "a block ends before its copies"
     assert all(warp.at_rest is None for warp in all_warps), "a warp ends before earlier kernels"
     return bulks
 
@@ -185,6 +199,7 @@ class _Warp:
         self.spaces = {"global": memory, "shared": shared}
         self.registers = {"%tid.x": np.arange(32, dtype=np.uint64) + 32 * warp}
         self.at_rest = None  # Nothing to wait for.
+        self.hasty = False
 
     def value(self, name):
         name = name.strip()
@@ -375,6 +390,9 @@ class _Warp:
             def land():
                 shared[to : to + size] = memory[source : source + size]
 
+            if self.hasty:
+                land()
+                land = lambda: None
             self.barriers[self.address(args[3])[lane]].copies.append((size, land))
 
     def multiply(self, args):

@@ -197,7 +197,7 @@ def test_a_fault_is_noticed(window, old, new):
     assert not error(got, args, where, window) < 3e-2
 
 
-def test_the_device_is_filled_and_no_warp_is_without_work():
+def test_clusters_fit_the_device_and_no_warp_is_without_work():
     for B, S, blocks, warps in (
         (1, 128, 1, 8),
         (1, 1024, 8, 8),

@@ -102,8 +102,8 @@ def program(shape: tuple[int, ...], slots: int, window: int | None, sink_bytes: 
     """How queries of a shape [B, T, K, G, H] attend to a cache.
 
     Clusters take up to three quarters of the device, two blocks to a multiprocessor, if there are
-    tiles for all warps. Each has to be in one of the device's parts (GPCs), which differ in size:
-    of eight larger ones, an H200 lets one wait until another has ended.
+    tiles for all warps. Each has to be inside one of the device's parts (GPCs), which differ in
+    size: eight of 16 blocks do not all fit an H200, and the last waits until another has ended.
     """
     B, T, K, G, _ = shape
     tiles, there = -(-slots // TILE), multiprocessors()

@@ -48,7 +48,9 @@ def expert_mlp(
       implementation: "mosaic_gpu", "mosaic_tpu", "xla", or None for the fastest that can.
       mesh: Devices to split rows and experts over; None: one device.
       room: int32 [`words_of_room`], all -1: what "mosaic_gpu" needs for few rows, and else makes.
-        Used twice, it is copied. Not for a mesh.
+        Used twice, it is copied. With it, the kernel for a single row takes the whole device: no
+        other one may run beside it, as in branches of a program that do not wait for each other, or
+        in another process under CUDA's MPS; both would wait for ever. Not for a mesh.
       residual: What the result is added to, as the rows are. Not for a mesh.
 
     Returns:

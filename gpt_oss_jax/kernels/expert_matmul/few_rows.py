@@ -2,7 +2,8 @@
 
 Each expert that any row chose is read once for up to 8 of them, in one launch: up projection with
 bias and SwiGLU, and down projection with bias and routing weight. What a thread does is in
-`few_rows_ptx`; this prepares its operands and launches it, on any machine for Hopper.
+`few_rows_ptx`, and for a model's single row in `one_row_ptx`; this prepares its operands and
+launches it, on any machine for Hopper.
 """
 
 from __future__ import annotations
@@ -12,12 +13,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import (
-    COLUMNS,
-    EMPTY,
-    MAX_BLOCKS,
-    Layer,
-)
+from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import SeveralRows
+from gpt_oss_jax.kernels.expert_matmul.few_rows_tiles_ptx import COLUMNS, EMPTY, MAX_BLOCKS, Layer
 from gpt_oss_jax.kernels.expert_matmul.one_row_ptx import MAX_CHOICES, OneRow
 from gpt_oss_jax.kernels.expert_matmul.rows import add_parts, can_sort, most_tiles, sort
 from gpt_oss_jax.kernels.expert_matmul.rows_ptx import MAX_SORTED
@@ -46,7 +43,8 @@ def few_rows(
     if M * X > MAX_SORTED >= X:
         y_MD = _in_parts(x_MD, experts_MX, weights_MX, w, limit)
         return y_MD if residual_MD is None else residual_MD + y_MD
-    program = layer(w, M, X, limit, some_elsewhere)
+    # Whoever brings the room is a model, whose launches wait for each other.
+    program = layer(w, M, X, limit, alone=room is not None and not some_elsewhere)
     if not can_sort(M * X, program.experts):
         raise NotImplementedError(
             f"takes up to {MAX_SORTED:,} pairs of row and expert and as many experts, got "
@@ -58,7 +56,7 @@ def few_rows(
     weights = weights_MX.reshape(-1).astype(jnp.float32)
     up, down = (w.up.blocks, w.up.scales, w.up_bias), (w.down.blocks, w.down.scales, w.down_bias)
     if room is None:
-        room = jnp.full(words_of_room(M, X, w), EMPTY, jnp.int32)
+        room = jnp.full(program.room, EMPTY, jnp.int32)
     if isinstance(program, OneRow):
         residual = () if residual_MD is None else (residual_MD,)
         program = dataclasses.replace(program, adds=bool(residual))
@@ -67,11 +65,11 @@ def few_rows(
     members = sort(experts, program.experts, COLUMNS).pairs
     out = jax.ShapeDtypeStruct((M, X, program.inputs), jnp.float32)
     y_MXD = _launch(program, out, x_MD, experts, members, weights, *up, *down, room)
-    if residual_MD is not None:
-        return add_parts(residual_MD, y_MXD)
     if some_elsewhere:
         # What no visit has was never written.
         y_MXD = jnp.where(experts_MX[..., None] < program.experts, y_MXD, 0)
+    if residual_MD is not None:
+        return add_parts(residual_MD, y_MXD)
     return y_MXD.sum(axis=1).astype(x_MD.dtype)
 
 
@@ -92,26 +90,34 @@ def _in_parts(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit: float) -> j
 
 
 def words_of_room(M: int, X: int, w: ExpertWeights) -> int:
-    """That M rows of X experts take, int32: hidden values, and outputs of one row's experts."""
-    F, _, D = w.up.shape[1:]
-    return M * X * F // 2 + (X - 1) * D * (M == 1)
+    """Of the `room` that M rows of X experts each take, int32."""
+    return layer(w, M, X, 0.0, alone=True).room
 
 
-def layer(w: ExpertWeights, M: int, X: int, limit: float, some_elsewhere: bool = False) -> Layer:
-    """The launch for M rows of X experts each."""
+def layer(w: ExpertWeights, M: int, X: int, limit: float, *, alone: bool = False) -> Layer:
+    """The launch for M rows of X experts each.
+
+    Args:
+      w: Weights of all experts.
+      M: Rows.
+      X: Experts of a row, all of them here if it is `alone`.
+      limit: Clamp of the SwiGLU.
+      alone: No such launch runs beside it, as `OneRow` needs.
+    """
     E, F, _, D = w.up.shape
     sizes = {
         "inputs": D,
         "hidden": F,
         "experts": E,
         "choices": X,
+        "rows": M,
         "bias_bytes": w.up_bias.dtype.itemsize,
         "limit": limit,
         "multiprocessors": multiprocessors(),
     }
-    if M == 1 and X <= MAX_CHOICES and not some_elsewhere:
-        return OneRow(**sizes, visits=X)
-    return Layer(**sizes, visits=most_tiles(M * X, E, COLUMNS))
+    if M == 1 and X <= MAX_CHOICES and alone:
+        return OneRow(**sizes)
+    return SeveralRows(**sizes, visits=most_tiles(M * X, E, COLUMNS))
 
 
 def _launch(program: Layer, out: jax.ShapeDtypeStruct, *inputs: jax.Array) -> jax.Array:
@@ -120,7 +126,7 @@ def _launch(program: Layer, out: jax.ShapeDtypeStruct, *inputs: jax.Array) -> ja
     def run(*inputs):
         *inputs, room = inputs
         return launch(
-            "mxfp4_few_rows",
+            "mxfp4_one_row" if isinstance(program, OneRow) else "mxfp4_few_rows",
             program.ptx(),
             out,
             (*inputs, jax.new_ref(room)),

@@ -11,8 +11,10 @@ have queued, which takes microseconds. Ids and routing weights are in registers 
 and hidden values of an expert are copied to shared memory some tiles ahead; those that were not
 there yet are read again. Whoever ends a tile of the last expert adds the others' outputs to it.
 
-All blocks must be on the device at once, or hidden values would be waited for for ever: there are
-no more than multiprocessors, each of which has room for one.
+All blocks must be on the device at once, or hidden values would be waited for for ever. There are
+no more than multiprocessors, each of which has room for one; but another launch of this kind must
+not run beside it, as it would have the places that this one waits for. In a model's decode step
+every launch waits for the one before.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import (
+from gpt_oss_jax.kernels.expert_matmul.few_rows_tiles_ptx import (
     BULK,
     EMPTY,
     Layer,
@@ -32,30 +34,37 @@ from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import (
 from gpt_oss_jax.kernels.expert_matmul.mxfp4_ptx import LAST_FACTOR
 from gpt_oss_jax.kernels.ptx import NEXT, WAIT, literal
 
-MAX_CHOICES = 8
+MAX_CHOICES = 8  # Hidden values of so many experts, 4,096 wide, fit beside the tiles.
 _OPERANDS = """block x experts weights up_blocks up_scales up_bias down_blocks down_scales down_bias
 residual hidden out shared""".split()
 _STAGES = 3  # Tiles on their way, at least two; with more, all else that is read waits longer.
-_AHEAD = 4  # Tiles from where hidden values are asked for to where they are wanted.
+# Tiles from where hidden values are asked for, at every other one, to where they are wanted.
+_AHEAD = 4
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OneRow(Layer):
-    """The launch for one row, whose every choice is a visit.
+    """The launch for one row.
 
     Attributes:
       adds: Whether the result is added to the residual stream, both rounded first.
     """
 
+    rows: int = 1
     adds: bool = False
-
     warps: ClassVar[int] = 12
+    # Two end tiles; Pallas launches four at a time.
     block_warps: ClassVar[int] = 16
 
     @property
     def grid(self) -> int:
         """Thread blocks."""
         return min(self.multiprocessors, self._all)
+
+    @property
+    def room(self) -> int:
+        """And float32 outputs of all experts but the last."""
+        return super().room + (self.choices - 1) * self.inputs
 
     @property
     def _ups(self) -> int:
@@ -112,7 +121,6 @@ or.b32 t0, warp, lane; setp.eq.u32 p, t0, 0;
 mov.u32 unit, <block>; mov.u32 slot, 0; mov.u32 phase, 0; mov.u32 round, 0;
 setp.ge.u32 p, warp, {self.warps}; @p bra ENDING;
 {self._multiply()}
-bra DONE;
 ENDING:
 sub.u32 turn, warp, {self.warps}; setp.ge.u32 p, turn, 2; @p bra DONE;
 {self._end()}
@@ -122,7 +130,7 @@ DONE:"""
     def _multiply(self) -> str:
         """What a warp does that has a part of the input axis."""
         return f"""mul.wide.u32 at, blk, 64; add.u64 at, at, <x>;
-{self._load_ready(self.up)}{self._in_order(self.up)}
+{self._load(self.up, "ld.global")}{self._in_order(self.up)}
 mov.u32 kept, -1; mov.u32 turn, 0;
 UNIT:
 setp.ge.u32 p, unit, {self._all}; @p bra DONE;
@@ -151,21 +159,24 @@ add.u32 slot, slot, 1; setp.eq.u32 p, slot, {self._stages}; @p xor.b32 phase, ph
 add.u32 unit, unit, {self.grid}; bra UNIT;"""
 
     def _end(self) -> str:
-        """What a warp does that ends every other tile, and copies what comes into its place."""
+        """What a warp does that ends every other tile, and copies what comes into its place.
+
+        No copy is left under way: shared memory may be the next kernel's then.
+        """
         return f"""mul.wide.u32 at, lane, 4; add.u64 more, at, <experts>; add.u64 at, at, <weights>;
 mov.b32 expert, 0; mov.b32 weight, 0; setp.lt.u32 p, lane, {self.choices};
 @p ld.global.b32 expert, [more]; @p ld.global.b32 weight, [at];
 mov.u32 ahead, unit; setp.ne.u32 p, turn, 0; @p bra FILLED;
 FILL:
-{self._fetch_next("FETCHED_FIRST")}
+{self._fetch_next("FETCHED_FIRST", self.up)}
 add.u32 ahead, ahead, {self.grid};
 add.u32 slot, slot, 1; setp.lt.u32 p, slot, {self._stages}; @p bra FILL;
 FILLED:
 mov.u32 slot, turn; mov.u32 asked, 0;
 mad.lo.u32 unit, turn, {self.grid}, unit;
 mad.lo.u32 done, turn, 8, <shared>;
-NEXT:
-setp.ge.u32 p, unit, {self._all}; @p bra DONE;
+TILE:
+setp.ge.u32 p, unit, {self._all}; @p bra TAKE_ALL;
 {self._ask()}
 add.u32 ahead, unit, {self._stages * self.grid};
 setp.ge.u32 p, unit, {self._ups}; @p bra END_DOWN;
@@ -176,7 +187,12 @@ END_DOWN:
 ENDED:
 xor.b32 round, round, 1; add.u32 unit, unit, {2 * self.grid};
 add.u32 slot, slot, 2; setp.ge.u32 p, slot, {self._stages}; @p sub.u32 slot, slot, {self._stages};
-bra NEXT;"""
+bra TILE;
+TAKE_ALL:
+setp.eq.u32 p, asked, 0; @p bra DONE;
+sub.u32 asked, asked, 1; mad.lo.u32 bar, asked, 8, <shared>; mov.u32 t1, 0;
+{wait("TAKEN", self._here, "t1")}
+bra TAKE_ALL;"""
 
     def _end_of(self, p: Projection) -> str:
         """Of a tile of the projection."""
@@ -188,7 +204,7 @@ mov.u32 bar, done;
 {wait(label("SUMS_ARE_HERE"), self._full[0], "round")}
 {self._load_bias(p)}
 bar.warp.sync -1;
-{self._fetch_next(label("FETCHED"))}
+{self._fetch_next(label("FETCHED"), p)}
 {self._take_over()}
 bar.warp.sync -1; @leads mbarrier.arrive.shared.b64 _, [done + {self._free[0]}];
 setp.eq.u32 p, q, 0; selp.b32 y0, visit, -1, p; shfl.sync.idx.b32 y2, weight, visit, 31, -1;
@@ -218,17 +234,20 @@ mul.wide.u32 at, row, 8; add.u64 at, at, <hidden>;
         """Registers for two outputs of each other expert."""
         return [f"p{v}_{r}" for v in range(max(1, self.choices - 1)) for r in range(2)]
 
-    def _fetch_next(self, label: str) -> str:
-        """A lane starts to copy tile `ahead` to `slot`, if there is one; then comes `label`."""
+    def _fetch_next(self, label: str, after: Projection) -> str:
+        """A lane starts to copy tile `ahead` to `slot`, if there is one; then comes `label`.
+
+        It comes after one of a projection.
+        """
         text = f"""setp.ge.u32 p, ahead, {self._all}; @p bra {label};
 mad.lo.u32 row, slot, {self._stage_bytes}, <shared>;
 mad.lo.u32 bar, slot, 8, <shared>; add.u32 bar, bar, {self._barriers};
-setp.ge.u32 p, ahead, {self._ups}; @p bra {label}_DOWN;
 """
-        for p, first, end in (
-            (self.up, 0, f"bra {label};\n{label}_DOWN:"),
-            (self.down, self._ups, f"{label}:"),
-        ):
+        ways = [(self.down, self._ups, f"{label}:")]
+        if after.name == "up":
+            text += f"setp.ge.u32 p, ahead, {self._ups}; @p bra {label}_DOWN;\n"
+            ways.insert(0, (self.up, 0, f"bra {label};\n{label}_DOWN:"))
+        for p, first, end in ways:
             text += f"sub.u32 n, ahead, {first}; div.u32 t0, n, {p.tiles};"
             text += f"mul.lo.u32 t1, t0, {p.tiles}; sub.u32 t1, n, t1;"
             text += "shfl.sync.idx.b32 t0, expert, t0, 31, -1;"
@@ -261,14 +280,7 @@ mad.lo.u32 aw, visit, {2 * self.hidden}, <shared>; mad.lo.u32 aw, blk, 64, aw;
 mul.wide.u32 at, visit, {2 * self.hidden}; mul.wide.u32 more, blk, 64;
 add.u64 at, at, more; add.u64 at, at, <hidden>;
 """
-        for step, fours in self._fours(p):
-            guard = self._guard(p, step)
-            if guard:
-                text += self._is_in(p, step)
-                text += "".join(f"mov.u32 {x}, 0;" for four, _ in fours for x in four)
-            for four, place in fours:
-                text += f"{guard} ld.shared.v4.u32 {{{', '.join(four)}}}, "
-                text += f"[aw + {self._hidden + place}];\n"
+        text += self._load(p, "ld.shared", "aw", self._hidden)
         return text + self._load_until_ready(p) + self._in_order(p)
 
     def _finish(self, p: Projection, column: int) -> str:
@@ -297,7 +309,7 @@ mul.wide.u32 more, row, 4;
         for v in range(last):
             text += f"{largest(others[2 * v : 2 * v + 2])} setp.eq.u32 p, t0, {EMPTY};"
             text += self._load_other(v, "@p")
-        text += "bra PARTS;\nALL_PARTS:\n" if others else ""
+        text += "nanosleep.u32 20; bra PARTS;\nALL_PARTS:\n" if others else ""
         for r in range(2):
             names = [*others[r::2], f"f{r}"]
             text += f"mov.b32 d{r}, {names[0]};"

@@ -1,0 +1,154 @@
+"""The kernel for a single row's experts on Hopper, in an interpreter of PTX."""
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import oracle
+import ptx
+import pytest
+from hopper_layer import layer
+
+from gpt_oss_jax.kernels.expert_matmul.few_rows_tiles_ptx import EMPTY, MAX_BLOCKS, Projection
+from gpt_oss_jax.kernels.expert_matmul.one_row_ptx import MAX_CHOICES, OneRow
+from gpt_oss_jax.quant import MXArray
+
+
+def interpreted(x, chosen, weight, w, residual=None, blocks=2, by_chance=None):
+    """Thread blocks that all run at once; the result as float32."""
+    E, F, _, D = w.up.shape
+    program = OneRow(
+        inputs=D,
+        hidden=F,
+        experts=E,
+        choices=chosen.size,
+        bias_bytes=w.up_bias.dtype.itemsize,
+        limit=7.0,
+        multiprocessors=blocks,
+        adds=residual is not None,
+    )
+    assert program.grid == blocks
+    memory = ptx.Memory()
+    up, down = (w.up.blocks, w.up.scales, w.up_bias), (w.down.blocks, w.down.scales, w.down_bias)
+    more = () if residual is None else (residual,)
+    room, out = np.full(program.room, EMPTY, np.int32), np.full((1, D), np.nan, ml_dtypes.bfloat16)
+    arrays = x, chosen, weight, *up, *down, *more, room, out
+    places = [memory.put(np.asarray(a)) for a in arrays]
+    ptx.launch(
+        program.ptx(),
+        places,
+        memory,
+        grid=program.grid,
+        shared_bytes=program.shared_bytes,
+        warps=program.block_warps,
+        at_once=True,
+        by_chance=by_chance,
+    )
+    return memory.get(places[-1], (1, D), ml_dtypes.bfloat16).astype(np.float32)
+
+
+def error(got, x, chosen, weight, w):
+    up, down = w.up.dequantize(jnp.float32), w.down.dequantize(jnp.float32)
+    biases = w.up_bias.astype(jnp.float32), w.down_bias.astype(jnp.float32)
+    args = x.astype(jnp.float32), chosen, weight, up, biases[0], down, biases[1]
+    want = oracle.expert_mlp(*args, limit=7.0)
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+@pytest.mark.parametrize(
+    ("options", "blocks"),
+    [
+        ({}, 2),
+        ({"bias": ml_dtypes.bfloat16}, 2),
+        ({"X": 1}, 1),
+        ({"X": 3, "D": 96, "F": 96}, 7),
+        ({"E": 9, "X": 8, "D": 64, "F": 32}, 3),
+        ({"X": 4, "D": 64, "F": 32}, 16),
+        ({"D": 800, "F": 32}, 2),
+        ({"D": 32, "F": 800}, 2),
+    ],
+    ids=[
+        "two experts",
+        "bfloat16 biases",
+        "one expert",
+        "seven blocks",
+        "eight experts",
+        "more blocks than tiles of an expert",
+        "two steps and a rest of x",
+        "and of hidden values",
+    ],
+)
+@pytest.mark.parametrize("seed", [None, 0], ids=["in turn", "in any order"])
+def test_equals_the_oracle(options, blocks, seed):
+    args = layer(1, **options)
+    by_chance = None if seed is None else np.random.default_rng(seed)
+    assert error(interpreted(*args, blocks=blocks, by_chance=by_chance), *args) < 4e-3
+
+
+@pytest.mark.parametrize("what", ["AGAIN", "PARTS"])
+def test_what_is_not_there_yet_is_read_again(monkeypatch, what):
+    """Hidden values, and outputs of the other experts: without that the result is another one."""
+    args = layer(1, X=3, D=96, F=96)
+    right = interpreted(*args, blocks=7)
+    text = OneRow.ptx
+
+    def once(self):
+        return text(self).replace(f"bra {what};", "")
+
+    monkeypatch.setattr(OneRow, "ptx", once)
+    chances = map(np.random.default_rng, range(4))
+    results = [interpreted(*args, blocks=7, by_chance=chance) for chance in chances]
+    assert not all(np.array_equal(result, right) for result in results)
+
+
+def test_the_residual_stream_is_added():
+    """And both are rounded first."""
+    args = layer(1)
+    residual = np.random.default_rng(0).normal(size=args[0].shape).astype(ml_dtypes.bfloat16)
+    want = (residual + interpreted(*args).astype(ml_dtypes.bfloat16)).astype(np.float32)
+    np.testing.assert_array_equal(interpreted(*args, residual), want)
+
+
+class OnlyDown(OneRow):
+    """Hidden values are there from the beginning."""
+
+    up = Projection("up", 0, 1)
+
+
+def test_every_code_and_scale_is_exact():
+    """One block on the input axis, one nonzero: what comes out is one weight after the other."""
+    codes = np.arange(32, dtype=np.uint8)
+    blocks = np.tile(codes[::2] % 16 | (codes[1::2] % 16) << 4, (1, 32, 1, 1)).astype(np.uint8)
+    scales = np.arange(112, 144, dtype=np.uint8).reshape(1, 32, 1)
+    sizes = {"inputs": 32, "hidden": 32, "experts": 1, "choices": 1}
+    program = OnlyDown(**sizes, bias_bytes=4, limit=7.0)
+    w = MXArray(jnp.asarray(blocks), jnp.asarray(scales))
+    want = np.asarray(w.dequantize(jnp.float32))[0]
+    nothing = np.zeros(32, np.int32)
+    for k in range(32):
+        memory = ptx.Memory()
+        hidden = jnp.eye(32, dtype=jnp.bfloat16)[k : k + 1]
+        up = 3 * [nothing]
+        down = [w.shuffle().blocks, scales, nothing]
+        arrays = [nothing, nothing, np.ones(1, np.float32), *up, *down]
+        out = np.full(32, np.nan, ml_dtypes.bfloat16)
+        places = [memory.put(np.asarray(a)) for a in [*arrays, hidden, out]]
+        ptx.launch(
+            program.ptx(),
+            places,
+            memory,
+            grid=program.grid,
+            shared_bytes=program.shared_bytes,
+            warps=program.block_warps,
+        )
+        got = memory.get(places[-1], (32,), ml_dtypes.bfloat16)
+        np.testing.assert_array_equal(got, want[:, k])
+
+
+@pytest.mark.parametrize("width", [32, 2880, 32 * MAX_BLOCKS])
+@pytest.mark.parametrize("choices", [1, MAX_CHOICES])
+def test_a_multiprocessor_has_room_for_its_block(width, choices):
+    """Blocks wait for each other, so all have to be on the device at once."""
+    sizes = {"inputs": width, "hidden": width, "experts": 128, "choices": choices}
+    program = OneRow(**sizes, bias_bytes=4, limit=7.0)
+    assert program.grid <= program.multiprocessors
+    assert program.shared_bytes <= 227 * 1024
