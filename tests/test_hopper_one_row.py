@@ -55,16 +55,17 @@ def error(got, x, chosen, weight, w):
 
 
 @pytest.mark.parametrize(
-    ("options", "blocks"),
+    ("options", "blocks", "by_chance"),
     [
-        ({}, 2),
-        ({"bias": ml_dtypes.bfloat16}, 2),
-        ({"X": 1}, 1),
-        ({"X": 3, "D": 96, "F": 96}, 7),
-        ({"E": 9, "X": 8, "D": 64, "F": 32}, 3),
-        ({"X": 4, "D": 64, "F": 32}, 16),
-        ({"D": 800, "F": 32}, 2),
-        ({"D": 32, "F": 800}, 2),
+        ({}, 2, False),
+        ({"bias": ml_dtypes.bfloat16}, 2, True),
+        ({"X": 1}, 1, True),
+        ({"X": 3, "D": 96, "F": 96}, 7, True),
+        ({"E": 9, "X": 8, "D": 64, "F": 32}, 3, False),
+        ({"X": 4, "D": 64, "F": 32}, 16, False),
+        ({"X": 4, "D": 64, "F": 32}, 16, True),
+        ({"D": 800, "F": 32, "X": 1}, 2, False),
+        ({"D": 32, "F": 800, "X": 1}, 2, False),
     ],
     ids=[
         "two experts",
@@ -73,22 +74,22 @@ def error(got, x, chosen, weight, w):
         "seven blocks",
         "eight experts",
         "more blocks than tiles of an expert",
+        "and in any order",
         "two steps and a rest of x",
         "and of hidden values",
     ],
 )
-@pytest.mark.parametrize("seed", [None, 0], ids=["in turn", "in any order"])
-def test_equals_the_oracle(options, blocks, seed):
+def test_equals_the_oracle(options, blocks, by_chance):
     args = layer(1, **options)
-    by_chance = None if seed is None else np.random.default_rng(seed)
+    by_chance = np.random.default_rng(0) if by_chance else None
     assert error(interpreted(*args, blocks=blocks, by_chance=by_chance), *args) < 4e-3
 
 
 @pytest.mark.parametrize("what", ["AGAIN", "PARTS"])
 def test_what_is_not_there_yet_is_read_again(monkeypatch, what):
     """Hidden values, and outputs of the other experts: without that the result is another one."""
-    args = layer(1, X=3, D=96, F=96)
-    right = interpreted(*args, blocks=7)
+    args = layer(1, X=3, D=64, F=64)
+    right = interpreted(*args, blocks=5)
     text = OneRow.ptx
 
     def once(self):
@@ -96,7 +97,7 @@ def test_what_is_not_there_yet_is_read_again(monkeypatch, what):
 
     monkeypatch.setattr(OneRow, "ptx", once)
     chances = map(np.random.default_rng, range(4))
-    results = [interpreted(*args, blocks=7, by_chance=chance) for chance in chances]
+    results = (interpreted(*args, blocks=5, by_chance=chance) for chance in chances)
     assert not all(np.array_equal(result, right) for result in results)
 
 
@@ -124,7 +125,7 @@ def test_every_code_and_scale_is_exact():
     w = MXArray(jnp.asarray(blocks), jnp.asarray(scales))
     want = np.asarray(w.dequantize(jnp.float32))[0]
     nothing = np.zeros(32, np.int32)
-    for k in range(32):
+    for k in range(0, 32, 3):  # All places of a word, and all words.
         memory = ptx.Memory()
         hidden = jnp.eye(32, dtype=jnp.bfloat16)[k : k + 1]
         up = 3 * [nothing]
