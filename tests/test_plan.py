@@ -251,7 +251,10 @@ def test_the_command(capsys, monkeypatch):
     assert cli.main(["plan", "120b", "--device", "16GB"]) == 1
     assert "does NOT fit: 4" in capsys.readouterr().out
     assert cli.main(["plan", "20b", "--device", "v5e-4", "--mesh", "expert=3"]) == 0
-    assert "expert=3 does not divide embedding" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "expert=3 does not divide embedding" in err and "width of experts" not in err
+    assert cli.main(["plan", "120b", "--device", "2xh200", "--mesh", "tensor=2"]) == 0
+    assert "--mesh tensor=2 splits the width of experts" in capsys.readouterr().err
     assert cli.main(["plan", "tiny", "--device", "v5e"]) == 0
     out, err = capsys.readouterr()
     assert "MiB, an estimate" in out and not err

@@ -21,6 +21,7 @@ from gpt_oss_jax.config import Config
 from gpt_oss_jax.generate import ahead
 from gpt_oss_jax.generate.loop import prompt_calls
 from gpt_oss_jax.model.cache import MIN_SLOTS, bucket
+from gpt_oss_jax.model.moe import can_use_words
 from gpt_oss_jax.plan import GIB, KINDS, POOL, Plan, parse_device, plan, variables
 from gpt_oss_jax.sampling import SamplingParams
 from gpt_oss_jax.sharding import abstract_mesh, make_mesh, not_split, spelled
@@ -83,6 +84,11 @@ def run(args: argparse.Namespace) -> int:
     paths = {"/".join(map(str, k)): x for k, x in variables(config, dtype, experts).items()}
     if whole := not_split(paths, abstract_mesh(found.mesh)):
         remark(whole)
+    if experts == "mxfp4" and not can_use_words(config, abstract_mesh(found.mesh)):
+        remark(
+            f"--mesh {spelled(found.mesh)} splits the width of experts, and the fastest kernels "
+            "want whole ones: speeds will be far from these limits; expert= splits no expert"
+        )
     if found.spread:
         say_one_of(args.model, devices, found.spread)
     if args.compile:
