@@ -7,6 +7,7 @@ import io
 import jax
 import jax.numpy as jnp
 import numpy as np
+import ptx
 
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.quant import MXArray
@@ -32,6 +33,16 @@ def layer(M, E=5, X=2, D=96, F=64, bias=np.float32, same=False):
     chosen = np.stack([random.permutation(X if same else E)[:X] for _ in range(M)])
     weight = random.random((M, X))
     return x, jnp.asarray(chosen, jnp.int32), jnp.asarray(weight, jnp.float32), w
+
+
+def launched(program, *arrays, **how):
+    """What a thread program makes of its last operand, with the PTX interpreter for the GPU."""
+    memory = ptx.Memory()
+    arrays = [np.asarray(a) for a in arrays]
+    places = [memory.put(a) for a in arrays]
+    size = {"shared_bytes": program.shared_bytes, "warps": program.block_warps}
+    ptx.launch(program.ptx(), places, memory, grid=program.grid, **size, **how)
+    return memory.get(places[-1], arrays[-1].shape, arrays[-1].dtype)
 
 
 def kernels_for_cuda(function, *args):

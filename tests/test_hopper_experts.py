@@ -12,7 +12,7 @@ import oracle
 import ptx
 import pytest
 from as_tpu import as_on_a_tpu
-from hopper_layer import kernels_for_cuda, layer
+from hopper_layer import kernels_for_cuda, launched, layer
 
 from gpt_oss_jax.kernels import sharded, target
 from gpt_oss_jax.kernels.dense import mosaic_gpu as dense_kernels
@@ -45,23 +45,12 @@ def interpreted(x, chosen, weight, w, limit, some_elsewhere=False, at_once=True)
     M, X = chosen.shape
     # Few blocks, so that each has several tiles.
     program = dataclasses.replace(few_rows.layer(w, M, X, limit), multiprocessors=1)
-    memory = ptx.Memory()
-    put = lambda array: memory.put(np.asarray(array))
     members = visits(chosen.reshape(-1), w.up.shape[0], program.visits)
     up, down = (w.up.blocks, w.up.scales, w.up_bias), (w.down.blocks, w.down.scales, w.down_bias)
-    hidden = np.full(program.room, EMPTY, np.int32)
-    y = np.full((M * X, x.shape[1]), np.nan, np.float32)
-    places = [put(a) for a in (x, chosen, members, weight, *up, *down, hidden, y)]
-    ptx.launch(
-        program.ptx(),
-        places,
-        memory,
-        grid=program.grid,
-        shared_bytes=program.shared_bytes,
-        warps=program.block_warps,
-        at_once=at_once,
-    )
-    y_MXD = memory.get(places[-1], (M, X, x.shape[1]), np.float32)
+    room = np.full(program.room, EMPTY, np.int32)
+    y = np.full((M, X, x.shape[1]), np.nan, np.float32)
+    arrays = x, chosen, members, weight, *up, *down, room, y
+    y_MXD = launched(program, *arrays, at_once=at_once)
     here = np.asarray(chosen)[..., None] < w.up.shape[0]
     return np.where(here, y_MXD, 0).sum(axis=1) if some_elsewhere else y_MXD.sum(axis=1)
 

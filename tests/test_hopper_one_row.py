@@ -4,9 +4,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import oracle
-import ptx
 import pytest
-from hopper_layer import layer
+from hopper_layer import launched, layer
 
 from gpt_oss_jax.kernels.expert_matmul.few_rows_tiles_ptx import EMPTY, MAX_BLOCKS, Projection
 from gpt_oss_jax.kernels.expert_matmul.one_row_ptx import MAX_CHOICES, OneRow
@@ -27,23 +26,11 @@ def interpreted(x, chosen, weight, w, residual=None, blocks=2, by_chance=None):
         adds=residual is not None,
     )
     assert program.grid == blocks
-    memory = ptx.Memory()
     up, down = (w.up.blocks, w.up.scales, w.up_bias), (w.down.blocks, w.down.scales, w.down_bias)
     more = () if residual is None else (residual,)
     room, out = np.full(program.room, EMPTY, np.int32), np.full((1, D), np.nan, ml_dtypes.bfloat16)
     arrays = x, chosen, weight, *up, *down, *more, room, out
-    places = [memory.put(np.asarray(a)) for a in arrays]
-    ptx.launch(
-        program.ptx(),
-        places,
-        memory,
-        grid=program.grid,
-        shared_bytes=program.shared_bytes,
-        warps=program.block_warps,
-        at_once=True,
-        by_chance=by_chance,
-    )
-    return memory.get(places[-1], (1, D), ml_dtypes.bfloat16).astype(np.float32)
+    return launched(program, *arrays, at_once=True, by_chance=by_chance).astype(np.float32)
 
 
 def error(got, x, chosen, weight, w):
@@ -126,23 +113,12 @@ def test_every_code_and_scale_is_exact():
     want = np.asarray(w.dequantize(jnp.float32))[0]
     nothing = np.zeros(32, np.int32)
     for k in range(0, 32, 3):  # All places of a word, and all words.
-        memory = ptx.Memory()
         hidden = jnp.eye(32, dtype=jnp.bfloat16)[k : k + 1]
         up = 3 * [nothing]
         down = [w.shuffle().blocks, scales, nothing]
         arrays = [nothing, nothing, np.ones(1, np.float32), *up, *down]
         out = np.full(32, np.nan, ml_dtypes.bfloat16)
-        places = [memory.put(np.asarray(a)) for a in [*arrays, hidden, out]]
-        ptx.launch(
-            program.ptx(),
-            places,
-            memory,
-            grid=program.grid,
-            shared_bytes=program.shared_bytes,
-            warps=program.block_warps,
-        )
-        got = memory.get(places[-1], (32,), ml_dtypes.bfloat16)
-        np.testing.assert_array_equal(got, want[:, k])
+        np.testing.assert_array_equal(launched(program, *arrays, hidden, out), want[:, k])
 
 
 @pytest.mark.parametrize("width", [32, 2880, 32 * MAX_BLOCKS])
