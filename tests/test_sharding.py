@@ -22,6 +22,8 @@ from gpt_oss_jax.sharding import make_mesh, named_sharding, preset, spelled
 
 MESHES = [
     {"data": 8},
+    {"expert": 2},
+    {"expert": 4},
     {"expert": 8},
     {"data": 2, "expert": 2, "tensor": 2},
     {"data": 2, "expert": 4},
@@ -232,6 +234,9 @@ def test_presets():
         (16, "data=2,expert=8"),  # As 16 do not divide the heads.
     ]:
         assert [spelled(preset(x, devices)) for x in released] == [mesh] * 2
+    # What eight devices or fewer get is among those that are held against one device.
+    given = {spelled(preset(x, devices)) for x in released for devices in range(2, 9)}
+    assert given <= set(map(spelled, MESHES))
 
 
 def test_a_preset_makes_copies_where_heads_do_not_divide(shardable, tiny):
