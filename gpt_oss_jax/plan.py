@@ -77,9 +77,14 @@ KINDS = {
 }
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x", "ironwood": "tpu7x"}
 _ALIASES |= {k.jax_name.lower().replace(" ", "-"): k.name for k in KINDS.values() if k.jax_name}
-_MOST = 65_536  # Devices; the largest slice has 9,216 chips.
+_MOST = 65_536  # Devices.
 # Whose slices are named by their cores, two to a chip.
 _NAMED_BY_CORES = ("v5p", "tpu7x")
+# Chips of the slices that Google Cloud has. Those with links in three dimensions come in cubes of
+# 64 beyond that, up to so many.
+_FLAT, _CUBE = (1, 4, 8, 16, 32, 64, 128, 256), 64
+_SLICES = {"v5e": _FLAT, "v6e": _FLAT, "v5p": (4, 8, 16, 32), "tpu7x": (1, 4, 8, 16, 32)}
+_CUBES = {"v5p": 96, "tpu7x": 144}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,16 +152,16 @@ def parse_device(text: str) -> tuple[Kind, int]:
         memory of a GPU: "16GB", "a100-40GB".
 
     Raises:
-      ValueError: If it is none of these.
+      ValueError: If it is none of these, or no slice of TPUs has that size.
     """
     name = re.sub("[_ ]", "-", text.strip().lower())
     # As nvidia-smi has it: "NVIDIA H100 80GB HBM3".
     name = re.sub(r"^nvidia-|-hbm\w*$", "", name)
-    count, in_cores = 1, False
+    times, count, in_cores = 1, 1, False
     if several := re.fullmatch(r"(\d{1,6})x(.+)", name):
-        count, name = int(several[1]), several[2]
+        times, name = int(several[1]), several[2]
     if sized := re.fullmatch(r"(?:(.+)-)?(\d{1,5}(?:\.\d+)?)-?g(?:i?b)?(?:-(\d{1,6}))?", name):
-        count *= int(sized[3] or 1)
+        count = int(sized[3] or 1)
         kind = _of_memory(text, sized[1], float(sized[2]))
     else:
         if (plain := name.replace("-", "")) in KINDS:
@@ -164,21 +169,40 @@ def parse_device(text: str) -> tuple[Kind, int]:
         elif name in _ALIASES:
             pass
         elif shape := re.fullmatch(r"(.+)-(\d{1,6}(?:x\d{1,6})+)", name):
-            name, count = shape[1], count * math.prod(map(int, shape[2].split("x")))
+            name, count = shape[1], math.prod(map(int, shape[2].split("x")))
         elif several := re.fullmatch(r"(.+)-(\d{1,6})", name):
-            name, count = several[1], count * int(several[2])
+            name, count = several[1], int(several[2])
             in_cores = _ALIASES.get(name, name) in _NAMED_BY_CORES
         kind = KINDS.get(_ALIASES.get(name, name))
-    if kind is None or not 0 < count <= _MOST:
+    if kind is None or not 0 < times * count <= _MOST:
         raise ValueError(
             f"the device must be one of {', '.join(KINDS)}, with a count up to {_MOST:,} such as "
             f"v6e-4 or 2xh100, or the memory of a GPU such as 16GB or a100-40GB; got {text!r}."
         )
-    if in_cores and count % 2:
-        raise ValueError(
-            f"the number of a {kind.name} slice counts its cores, two to a chip; got {text!r}."
-        )
-    return kind, (count // 2 if in_cores else count) * kind.devices_per_chip
+    if kind.platform != "tpu":
+        return kind, times * count
+    chips = times * count / (2 if in_cores else 1)
+    # By its plain name one chip is asked about, also of a kind that is only lent in fours.
+    is_slice = _is_slice(kind, chips) or (chips == 1 and not in_cores)
+    if not is_slice or min(times, count) > 1:
+        raise ValueError(f"the device must be one {_slices(kind)}; got {text!r}.")
+    return kind, int(chips) * kind.devices_per_chip
+
+
+def _is_slice(kind: Kind, chips: float) -> bool:
+    cubes = chips / _CUBE
+    return chips in _SLICES[kind.name] or cubes in range(1, _CUBES.get(kind.name, 0) + 1)
+
+
+def _slices(kind: Kind) -> str:
+    """Those that exist of a kind, in what their names count."""
+    in_cores = kind.name in _NAMED_BY_CORES
+    times = 2 if in_cores else 1
+    *sizes, last = (str(times * n) for n in _SLICES[kind.name])
+    if most := times * _CUBE * _CUBES.get(kind.name, 0):
+        sizes, last = [*sizes, last], f"a multiple of {times * _CUBE} up to {most:,}"
+    unit = "cores, two to a chip" if in_cores else "chips"
+    return f"{kind.name} slice of {', '.join(sizes)} or {last} {unit}"
 
 
 def _of_memory(text: str, name: str | None, gib: float) -> Kind | None:

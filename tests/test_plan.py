@@ -37,7 +37,12 @@ CARD = Kind("card", "gpu", 1.0, 100, 10)
         ("2xh100", "h100", 2),
         ("h200-8", "h200", 8),
         ("v5e-2x4", "v5e", 8),
+        ("4xv5e", "v5e", 4),
+        ("v5e-256", "v5e", 256),
+        ("v5p", "v5p", 1),
         ("v5p-2x2x1", "v5p", 4),
+        ("v5p-384", "v5p", 192),
+        ("v5p-12288", "v5p", 6144),
         ("tpu7x-2x2x1", "tpu7x", 8),
         ("RTX-4090", "rtx4090", 1),
         ("2xrtx-4090", "rtx4090", 2),
@@ -50,9 +55,23 @@ def test_names_of_devices(text, name, devices):
     assert parse_device(text) == (KINDS[name], devices)
 
 
-def test_half_a_chip_is_refused():
-    for name in ("v5p-7", "tpu7x-3"):
-        with pytest.raises(ValueError, match=f"two to a chip; got '{name}'"):
+FLAT = "1, 4, 8, 16, 32, 64, 128 or 256 chips"
+CUBES = "8, 16, 32, 64 or a multiple of 128 up to {} cores, two to a chip"
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "names"),
+    [
+        ("v5e", FLAT, ["v5e-3", "v5e-12", "v5e-3x3", "2xv5e", "2xv5e-4"]),
+        ("v6e", FLAT, ["v6e-5", "v6e-512"]),
+        ("v5p", CUBES.format("12,288"), ["v5p-2", "v5p-6", "v5p-7", "v5p-192", "v5p-12416"]),
+        ("tpu7x", "2, " + CUBES.format("18,432"), ["tpu7x-3", "tpu7x-4", "2xtpu7x"]),
+    ],
+)
+def test_a_slice_that_does_not_exist_is_refused(kind, sizes, names):
+    """And is not taken for a smaller one."""
+    for name in names:
+        with pytest.raises(ValueError, match=f"must be one {kind} slice of {sizes}; got '{name}'"):
             parse_device(name)
 
 
