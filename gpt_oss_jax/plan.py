@@ -26,7 +26,7 @@ from gpt_oss_jax.model import Transformer, init_cache
 from gpt_oss_jax.model.cache import MIN_SLOTS, bucket, cache_sharding
 from gpt_oss_jax.model.moe import EXPERT_FORMS, can_use_words
 from gpt_oss_jax.quant import MXArray
-from gpt_oss_jax.sharding import abstract_mesh, named_sharding, preset, spelled
+from gpt_oss_jax.sharding import abstract_mesh, named_sharding, preset, preset_of_all, spelled
 
 GIB = 2**30
 _CHUNK = 1024  # Tokens, as long prompts go in.
@@ -95,6 +95,8 @@ class Plan:
       kind: Of the devices.
       mesh: Sizes of its axes.
       spread: That over all devices, where one GPU of several is enough; None elsewhere.
+      on_all: That with no device idle, where the default leaves some, {} if there is none; None
+        elsewhere.
       context: Positions in the cache of each row.
       batch: Rows.
       expert_form: "packed" or "folded", as `load` takes it; None where it takes neither.
@@ -111,6 +113,7 @@ class Plan:
     kind: Kind
     mesh: dict[str, int]
     spread: dict[str, int] | None
+    on_all: dict[str, int] | None
     context: int
     batch: int
     expert_form: str | None
@@ -273,10 +276,12 @@ def plan(
     if context > config.max_context:
         raise ValueError(f"the model's context is {config.max_context:,} tokens, got {context:,}.")
     dtype = jnp.dtype(dtype)
-    parts, spread = variables(config, dtype, experts), None
+    parts, spread, on_all = variables(config, dtype, experts), None, None
     count = _Count(config, kind, dtype, parts, abstract_mesh({}), expert_form or "packed")
     if mesh is None:
         mesh = preset(parts.values(), devices)
+        if math.prod(mesh.values()) < devices:
+            on_all = preset_of_all(parts.values(), devices)
         # One row is faster without sums over GPUs.
         if kind.platform == "gpu" and spelled(mesh) != "none" and count.fits(context, batch):
             mesh, spread = {}, mesh
@@ -299,6 +304,7 @@ def plan(
         kind=kind,
         mesh=dict(on.shape),
         spread=spread,
+        on_all=on_all,
         context=context,
         batch=batch,
         expert_form=count.expert_form if in_words else None,

@@ -120,6 +120,24 @@ def preset(weights: Iterable[Weight], devices: int) -> dict[str, int]:
     return {"data": devices // expert, "expert": expert}
 
 
+def preset_of_all(weights: Iterable[Weight], devices: int) -> dict[str, int]:
+    """The mesh with no idle device where `preset` leaves some, as of three; empty if there is none.
+
+    Heads, experts and rows mostly come in powers of two. What else divides the number of devices
+    has to split the width of experts, which the fastest kernels do not take.
+    """
+    weights, tensor = list(weights), devices // (devices & -devices)
+    sizes = preset(weights, devices // tensor) | {"tensor": tensor}
+    units = [
+        size / _UNITS.get(axis, 1)
+        for x in weights
+        for axis, size in zip(x.axes, x.shape, strict=True)
+        if LOGICAL_TO_MESH.get(axis) == ("tensor",)
+    ]
+    divides = all(n % tensor == 0 for n in units)
+    return sizes if divides and math.prod(sizes.values()) == devices else {}
+
+
 def spelled(sizes: Mapping[str, int]) -> str:
     """The sizes of a mesh as `--mesh` takes them, without those of one: "data=2,expert=4"."""
     return ",".join(f"{name}={size}" for name, size in sizes.items() if size != 1) or "none"

@@ -285,6 +285,14 @@ def test_the_command(capsys, monkeypatch):
     told = capsys.readouterr()
     assert "20b on h100, bfloat16" in told.out
     assert "running on 1 of 2 GPUs, where 20b fits; --mesh expert=2 spreads it" in told.err
+    assert cli.main(["plan", "20b", "--device", "3xh100"]) == 0
+    said = "of 3 GPUs, where 20b fits; --mesh expert=2 spreads it over 2; --mesh tensor=3 takes all"
+    assert said in capsys.readouterr().err
+    assert cli.main(["plan", "120b", "--device", "6xa100-40GB"]) == 0
+    said = "spread over 4 of 6 devices, --mesh expert=4; --mesh expert=2,tensor=3 takes all"
+    assert said in capsys.readouterr().err
+    assert cli.main(["plan", "120b", "--device", "7xa100-40GB"]) == 0
+    assert "4 of 7 devices, --mesh expert=4; no mesh takes all 7" in capsys.readouterr().err
     assert cli.main(["plan", "20b", "--device", "v5e-4", "--mesh", "expert=2"]) == 0
     assert "2 x v5e (--mesh expert=2)" in capsys.readouterr().out
     assert cli.main(["plan", "openai/gpt-oss-none-20b", "--device", "v5e"]) == 2

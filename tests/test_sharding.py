@@ -18,7 +18,7 @@ from gpt_oss_jax.model import Transformer, init_cache
 from gpt_oss_jax.model.cache import cache_sharding
 from gpt_oss_jax.plan import variables
 from gpt_oss_jax.sampling import SamplingParams
-from gpt_oss_jax.sharding import make_mesh, named_sharding, preset, spelled
+from gpt_oss_jax.sharding import make_mesh, named_sharding, preset, preset_of_all, spelled
 
 MESHES = [
     {"data": 8},
@@ -30,6 +30,7 @@ MESHES = [
     {"expert": 2, "tensor": 4},
     {"expert": 4, "tensor": 2},
     {"tensor": 8},
+    {"tensor": 5},
     {"fsdp": 4, "tensor": 2},
 ]
 
@@ -237,6 +238,20 @@ def test_presets():
     # What eight devices or fewer get is among those that are held against one device.
     given = {spelled(preset(x, devices)) for x in released for devices in range(2, 9)}
     assert given <= set(map(spelled, MESHES))
+
+
+def test_what_takes_all_of_an_odd_number_of_devices(shardable):
+    """By the 90 blocks that experts of the released models are wide, the 10 of this one."""
+    released = variables(GPT_OSS_20B, jnp.dtype(jnp.bfloat16), "mxfp4").values()
+    for weights_, devices, mesh in [
+        (released, 3, "tensor=3"),
+        (released, 6, "expert=2,tensor=3"),
+        (released, 7, "none"),
+        (released, 12, "expert=4,tensor=3"),
+        (released, 48, "data=2,expert=8,tensor=3"),
+        (weights(shardable), 5, "tensor=5"),
+    ]:
+        assert spelled(preset_of_all(weights_, devices)) == mesh
 
 
 def test_a_preset_makes_copies_where_heads_do_not_divide(shardable, tiny):

@@ -13,7 +13,7 @@ from gpt_oss_jax.cli.terminal import (
     add_placement_options,
     positive,
     remark,
-    say_one_of,
+    say_used,
     sizes,
     write,
 )
@@ -89,8 +89,8 @@ def run(args: argparse.Namespace) -> int:
             f"--mesh {spelled(found.mesh)} splits the width of experts, and the fastest kernels "
             "want whole ones: speeds will be far from these limits; expert= splits no expert"
         )
-    if found.spread:
-        say_one_of(args.model, devices, found.spread)
+    if found.spread or found.on_all is not None:
+        say_used(args.model, devices, found)
     if args.compile:
         _ask_compiler(config, found, dtype)
     return 0 if found.fits else 1

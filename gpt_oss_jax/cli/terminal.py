@@ -25,7 +25,7 @@ from gpt_oss_jax.generate import ahead
 from gpt_oss_jax.kernels.target import default_device
 from gpt_oss_jax.model import Transformer
 from gpt_oss_jax.model.moe import EXPERT_FORMS
-from gpt_oss_jax.plan import kind_of, plan
+from gpt_oss_jax.plan import Plan, kind_of, plan
 from gpt_oss_jax.sampling import SamplingParams
 from gpt_oss_jax.sharding import MESH_AXES, make_mesh, spelled
 
@@ -215,20 +215,27 @@ def placement(
         expert_form=args.expert_form,
     )
     count = math.prod(found.mesh.values())
-    if found.spread:
-        say_one_of(args.model, len(devices), found.spread)
-    elif args.mesh is None and count > 1:
-        remark(f"spread over {count} of {len(devices)} devices, --mesh {spelled(found.mesh)}")
+    if args.mesh is None and len(devices) > 1:
+        say_used(args.model, len(devices), found)
     if found.expert_form and args.expert_form is None:
         remark(f"{FORMS[found.expert_form]}, for {batch} x {context:,} tokens")
     return make_mesh(**found.mesh, devices=devices) if count > 1 else None, found.expert_form
 
 
-def say_one_of(model: str, devices: int, spread: Mapping[str, int]) -> None:
-    """Why other GPUs idle, and what would spread the model over them."""
-    remark(
-        f"running on 1 of {devices} GPUs, where {model} fits; --mesh {spelled(spread)} spreads it"
-    )
+def say_used(model: str, devices: int, found: Plan) -> None:
+    """How many of several devices the default mesh takes, and what would take more of them."""
+    if found.spread:
+        count, said = math.prod(found.spread.values()), f"--mesh {spelled(found.spread)} spreads it"
+        said = f"running on 1 of {devices} GPUs, where {model} fits; {said}"
+        said += "" if count == devices else f" over {count}"
+    else:
+        count = math.prod(found.mesh.values())
+        said = f"spread over {count} of {devices} devices, --mesh {spelled(found.mesh)}"
+    if found.on_all:
+        said += f"; --mesh {spelled(found.on_all)} takes all, on slower kernels"
+    elif found.on_all is not None:
+        said += f"; no mesh takes all {devices}"
+    remark(said)
 
 
 def sizes(name: str, *, download: bool = False) -> tuple[Config, str]:
