@@ -1,13 +1,14 @@
 """Attention while decoding: right, then how fast, for each size of batch and cache.
 
-`python benchmarks/attention.py [--blocks 8 16] [--warps 8] [--kernels stored]`, on a Hopper
-GPU, with the heads of gpt-oss (8 of 64 for keys, 8 queries to each). First small caches of
+`python benchmarks/attention.py [--blocks 8 16] [--warps 8] [--splits 1 2] [--kernels stored]`, on
+a Hopper GPU, with the heads of gpt-oss (8 of 64 for keys, 8 queries to each). First small caches of
 every kind are held against XLA in float32, the result written over memory full of NaN; then those
 to be timed. Calls are timed inside one jitted loop, each waiting for the one before, over so many
 caches in turn that none but the smallest is found in L2; launches are counted and the loop's own
-time is shown. "stored" writes a key and a value a row into the cache as well. The limit is the time
-that copying an array takes to move as many bytes as the visible keys and values have. Prints a
-line as soon as it knows it.
+time is shown. Where the clusters of a head meet in global memory, filling it with -1 is timed, too,
+which in a model the launch before does. "stored" writes a key and a value a row into the cache as
+well. The limit is the time that copying an array takes to move as many bytes as the visible keys
+and values have. Prints a line as soon as it knows it.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from gpt_oss_jax.kernels.attention.few_queries import (
     launch,
     launch_storing,
     program,
+    room_for,
     whole_tiles,
 )
 
@@ -177,24 +179,27 @@ def microseconds(loop, q, sinks, caches) -> float:
     return statistics.median(times) / (loops * len(caches)) * 1e6
 
 
-def plans(shape, S, window, kernel, blocks, warps):
+def plans(shape, S, window, kernel, blocks, warps, splits):
     """Name and call for every way to spread the work that was asked for."""
     if kernel == "xla":
         plain = functools.partial(attention, window=window, implementation="xla")
         yield "xla", lambda q, k, v, sinks, _, **where: (plain(q, k, v, sinks, **where), k, v)
         return
-    for given in itertools.product(blocks or [None], warps or [None]):
-        given = {k: v for k, v in zip(("blocks", "warps"), given, strict=True) if v}
+    for given in itertools.product(blocks or [None], warps or [None], splits or [None]):
+        given = {k: v for k, v in zip(("blocks", "warps", "splits"), given, strict=True) if v}
+        if "blocks" in given:
+            given = {"splits": 1} | given
         run = dataclasses.replace(program(shape, S, window), **given, stores=kernel == "stored")
 
         def call(q, k, v, sinks, new, *, q_pos_BT, k_pos_BS, run=run):
             inputs = sinks, q_pos_BT, whole_tiles(k_pos_BS)
             if not run.stores:
-                return launch(run, q, k, v, *inputs), k, v
-            heads, *after = launch_storing(run, q, *(flat(x) for x in (k, v)), *inputs, *new)
+                return launch(run, q, k, v, *inputs, *room_for(run)), k, v
+            inputs = *(flat(x) for x in (k, v)), *inputs, *new, *room_for(run)
+            heads, *after = launch_storing(run, q, *inputs)
             return heads, *(x.reshape(k.shape) for x in after)
 
-        yield f"{kernel} blocks {run.blocks} warps {run.warps}", call
+        yield f"{kernel} blocks {run.blocks} warps {run.warps} splits {run.splits}", call
 
 
 def flat(k_BSKH: jax.Array) -> jax.Array:
@@ -240,14 +245,16 @@ def main():
     parser.add_argument("--kernels", choices=KERNELS, nargs="+", default=KERNELS[:2])
     parser.add_argument("--blocks", type=int, nargs="+", default=[], help="of a cluster")
     parser.add_argument("--warps", type=int, nargs="+", default=[], help="of a block")
+    parser.add_argument("--splits", type=int, nargs="+", default=[], help="clusters of a head")
     parser.add_argument("--rows", type=int, nargs="+", help="time these only")
     parser.add_argument("--slots", type=int, nargs="+", help="time these only")
     args = parser.parse_args()
+    ways = args.blocks, args.warps, args.splits
 
     for shape, S, where, window in unusual():
         q, sinks, [(k, v)] = arrays(shape, S, 1)
         for kernel in KERNELS[: 2 if shape[1] == 1 else 1]:
-            for name, call in plans(shape, S, window, kernel, args.blocks, args.warps):
+            for name, call in plans(shape, S, window, kernel, *ways):
                 name = f"check {name}, queries {list(shape)}, slots {S}, window {window}"
                 say(name, check, kernel, call, (q, k, v, sinks), where, window)
 
@@ -261,7 +268,7 @@ def main():
         shape, where = (B, 1, K, G, H), positions(B, S, used, window)
         data = arrays(shape, S, number)
         for kernel in args.kernels:
-            for name, call in plans(shape, S, window, kernel, args.blocks, args.warps):
+            for name, call in plans(shape, S, window, kernel, *ways):
                 name = f"{name}, rows {B}, slots {S}, used {used}"
                 say(
                     name,

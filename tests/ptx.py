@@ -73,7 +73,8 @@ def launch(
             values, barriers = [first + n, *operands, 0], {}
             for w in range(warps):
                 warp = _Warp(program, labels, values, memory.bytes, shared[n], barriers, w, bulks)
-                warp.spaces["shared::cluster"] = shared.reshape(-1)
+                own = n // cluster * cluster
+                warp.spaces["shared::cluster"] = shared[own : own + cluster].reshape(-1)
                 warp.at_rest, warp.hasty = at_rest, by_chance is not None
                 all_warps.append(warp)
                 threads.append((n, warp.run()))
@@ -91,7 +92,7 @@ def launch(
             fruitless = 0
             number, needed, *only_arrives = barrier
             if number == "cluster":
-                place, needed = number, 32 * warps * cluster
+                place, needed = (number, n // cluster), 32 * warps * cluster
             else:
                 place = n, number
             assert thread not in arrived.setdefault(place, []), "a warp arrives twice"
@@ -321,11 +322,14 @@ class _Warp:
             "selp": lambda: np.where(v[2].astype(bool), u[0], u[1]),
             "popc": lambda: [int(x).bit_count() for x in u[0]],
             "match": lambda: [sum(1 << i for i in range(32) if u[0][i] == x) for x in u[0]],
-            "vote": lambda: (
-                [sum(1 << i for i in range(32) if v[0][i])] * 32
-                if kind[2] == "ballot"
-                else [v[0].any()] * 32
-            ),
+            "vote": lambda: [
+                {
+                    "ballot": sum(1 << i for i in range(32) if v[0][i]),
+                    "any": v[0].any(),
+                    "all": v[0].all(),
+                }[kind[2]]
+            ]
+            * 32,
             "redux": lambda: [getattr(u[0], kind[2])()] * 32,
             "shfl": lambda: u[0][u[1].astype(int) ^ (np.arange(32) * (kind[2] == "bfly"))],
             "prmt": lambda: _permuted(*u),

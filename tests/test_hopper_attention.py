@@ -1,6 +1,8 @@
 """Attention on Hopper for few queries, without the GPU: interpreted, and lowered for it."""
 
 import dataclasses
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,10 @@ from hopper_layer import kernels_for_cuda
 
 from gpt_oss_jax.kernels import target
 from gpt_oss_jax.kernels.attention import api, few_queries, mosaic_gpu, xla
+from gpt_oss_jax.kernels.attention.few_queries_ptx import EMPTY
+from gpt_oss_jax.kernels.dense import mosaic_gpu as dense
 from gpt_oss_jax.model.cache import write
+from gpt_oss_jax.sharding import make_mesh
 
 OLD = jax.__version_info__ < target.JAX_FOR_HOPPER
 
@@ -46,10 +51,11 @@ def ring(B, S, at):
     return {"q_pos_BT": last.astype(np.int32), "k_pos_BS": k_pos.astype(np.int32)}
 
 
-def interpreted(args, where, window, changed=lambda text: text, new=(), **plan):
+def interpreted(args, where, window, changed=lambda text: text, new=(), how=None, **plan):
     """`few_queries` with the PTX interpreter in the place of the GPU.
 
     With `new` keys, new values and slots it is `few_queries_stored`, and gives the cache as well.
+    `how` the interpreter is to run it.
     """
     q, k, v, sinks = args
     run = few_queries.program(q.shape, k.shape[1], window, sinks.dtype.itemsize)
@@ -57,18 +63,23 @@ def interpreted(args, where, window, changed=lambda text: text, new=(), **plan):
     memory = ptx.Memory()
     k_pos = few_queries.whole_tiles(jnp.asarray(where["k_pos_BS"]))
     places = [memory.put(np.asarray(a)) for a in (q, k, v, sinks, where["q_pos_BT"], k_pos, *new)]
-    places.append(memory.put(np.full(q.shape, np.nan, ml_dtypes.bfloat16)))
+    room = [memory.put(np.full(run.room, EMPTY, np.int32))] if run.room else []
+    out = memory.put(np.full(q.shape, np.nan, ml_dtypes.bfloat16))
     ptx.launch(
         changed(run.ptx()),
-        places,
+        [*places, *room, out],
         memory,
         grid=run.grid,
         shared_bytes=run.shared_bytes,
         warps=run.warps,
         cluster=run.blocks,
+        **how or {},
     )
+    if room:
+        # Whatever comes of the arithmetic, it is not taken for nothing.
+        assert (memory.get(room[0], run.room, np.int32) != EMPTY).all()
     got = lambda place, like: memory.get(place, like.shape, ml_dtypes.bfloat16).astype(np.float32)
-    heads = got(places[-1], q)
+    heads = got(out, q)
     return (heads, got(places[1], k), got(places[2], v)) if new else heads
 
 
@@ -95,6 +106,21 @@ CASES = {
     "a cluster of 16": ((1, 1, 1, 8, 512), full(1, 512, used=300), None, {"blocks": 16}),
     "blocks of 16 warps": ((1, 1, 1, 8, 512), full(1, 512), None, {"blocks": 2, "warps": 16}),
     "16 warps alone": ((1, 1, 1, 8, 64), full(1, 64), None, {"blocks": 1, "warps": 16}),
+    "two splits": ((2, 1, 2, 8, 200), full(2, 200, used=150), None, {"splits": 2}),
+    "five splits": ((1, 1, 1, 5, 330), full(1, 330), None, {"blocks": 1, "splits": 5}),
+    "more splits than tiles": ((1, 1, 2, 8, 64), full(1, 64), None, {"splits": 5}),
+    "splits that see nothing": ((2, 1, 1, 8, 300), full(2, 300), 20, {"blocks": 1, "splits": 5}),
+    "splits of 2 blocks": ((2, 1, 1, 8, 200), full(2, 200), 90, {"blocks": 2, "splits": 2}),
+    "splits of 3 blocks": ((1, 1, 2, 8, 300), full(1, 300), None, {"blocks": 3, "splits": 5}),
+    "splits of 16 blocks": ((1, 1, 1, 8, 512), full(1, 512), None, {"blocks": 16, "splits": 2}),
+    "splits of 16 warps": (
+        (1, 1, 1, 8, 512),
+        full(1, 512),
+        None,
+        {"blocks": 1, "splits": 2, "warps": 16},
+    ),
+    "16 splits": ((1, 1, 1, 8, 300), full(1, 300), None, {"blocks": 1, "splits": 16}),
+    "several positions and splits": ((2, 4, 2, 2, 40), full(2, 40, T=4), 9, {"splits": 2}),
     "several positions": ((2, 4, 2, 2, 40), full(2, 40, T=4), 9, {}),
     "as many as fit": ((1, 8, 1, 1, 40), full(1, 40, T=8), None, {"blocks": 2}),
 }
@@ -117,20 +143,94 @@ def test_a_large_sink_takes_all():
     assert not interpreted((q, k, v, sinks + 1000), full(1, 16), None).any()
 
 
-def test_large_scores():
+@pytest.mark.parametrize("splits", [1, 2, 5])
+def test_large_scores(splits):
     q, k, v, sinks = inputs(1, 1, 1, 8, 300)
     args, where = (q * 100, k, v, sinks), full(1, 300)
-    assert error(interpreted(args, where, None, blocks=1), args, where, None) < 3e-2
+    got = interpreted(args, where, None, blocks=1, splits=splits)
+    assert error(got, args, where, None) < 3e-2
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 3])
-def test_a_query_that_sees_nothing_gives_zeros(blocks):
+@pytest.mark.parametrize(("blocks", "splits"), [(1, 1), (2, 1), (3, 1), (1, 5), (2, 2)])
+def test_a_query_that_sees_nothing_gives_zeros(blocks, splits):
     args, where = inputs(3, 1, 1, 8, 48), full(3, 48, used=20)
     where["q_pos_BT"][1] = -1  # Padding.
     where["k_pos_BS"][2] = -1  # Empty.
-    got = interpreted(args, where, None, blocks=blocks)
+    got = interpreted(args, where, None, blocks=blocks, splits=splits)
     assert not got[1:].any()
     assert error(got, args, where, None) < 2e-2
+
+
+SPLIT = {
+    "single blocks": {"blocks": 1, "splits": 5},
+    "clusters": {"blocks": 2, "splits": 2},
+    "a rest of a cluster": {"blocks": 3, "splits": 2},
+}
+
+
+def by_chance():
+    """Ways to run all clusters at once, in which the last of a head is often the first."""
+    return [{"at_once": True, "by_chance": np.random.default_rng(i)} for i in range(4)]
+
+
+@pytest.mark.parametrize("case", SPLIT)
+def test_the_last_cluster_waits_for_earlier_ones_alone(case):
+    """Or a device that has no place for all of them at once would wait for ever."""
+    args, where, plan = inputs(2, 1, 1, 8, 330), full(2, 330), SPLIT[case]
+    in_turn = interpreted(args, where, None, **plan)
+    assert error(in_turn, args, where, None) < 2e-2
+    for how in by_chance()[:2]:
+        np.testing.assert_array_equal(interpreted(args, where, None, how=how, **plan), in_turn)
+
+
+def test_it_waits_for_every_word():
+    """Each of which a device may write, and show, for itself."""
+    args, where, plan = inputs(1, 1, 1, 8, 64), full(1, 64), {"splits": 3}
+    right = interpreted(args, where, None, **plan)
+    for last in range(4):
+
+        def in_pieces(text, last=last):
+            old = "st.relaxed.gpu.global.v4.f32 [at], {largest, total, o0, o1};"
+            assert old in text
+            words = ["largest", "total", "o0", "o1"]
+            order = [i for i in range(4) if i != last] + [last]
+            pieces = (f"st.relaxed.gpu.global.f32 [at + {4 * i}], {words[i]};" for i in order)
+            return text.replace(old, "nanosleep.u32 20;".join(pieces))
+
+        for how in by_chance():
+            got = interpreted(args, where, None, in_pieces, how=how, **plan)
+            np.testing.assert_array_equal(got, right)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("bra AGAIN;", ""),
+        ("vote.sync.all", "vote.sync.any"),
+        ("mov.f32 x2, o0;", "mov.f32 x2, o1;"),
+    ],
+    ids=["waiting", "all lanes", "its own"],
+)
+def test_a_fault_of_waiting_is_noticed(old, new):
+    args, where, plan = inputs(1, 1, 1, 8, 64), full(1, 64), {"splits": 3}
+    right = interpreted(args, where, None, **plan)
+
+    def some_lanes_first(text):
+        (store,) = re.findall(r"st.relaxed[^;]*;", text)
+        return text.replace(
+            store, f"setp.lt.u32 p, lane, 9; @p {store} nanosleep.u32 20; @!p {store}"
+        )
+
+    def changed(text):
+        assert old in text
+        return some_lanes_first(text).replace(old, new)
+
+    def same(change):
+        results = (interpreted(args, where, None, change, how=h, **plan) for h in by_chance())
+        return all(np.array_equal(got, right) for got in results)
+
+    assert same(some_lanes_first)
+    assert not same(changed)
 
 
 def test_tiles_that_are_not_seen_are_not_read():
@@ -148,6 +248,8 @@ STORED = {
     "the tile before those": ((1, 1, 1, 8, 75), full(1, 75, used=62), None, [[61]], {}),
     "a ring": ((2, 1, 1, 8, 32), ring(2, 32, 100), 20, [[4], [5]], {}),
     "a cluster": ((1, 1, 2, 8, 300), full(1, 300, used=250), None, [[249]], {"blocks": 4}),
+    "splits": ((2, 1, 1, 8, 120), full(2, 120, used=100), None, [[99], [98]], {"splits": 3}),
+    "clusters": ((1, 1, 1, 8, 300), full(1, 300), None, [[299]], {"blocks": 2, "splits": 2}),
     "nowhere": ((2, 1, 1, 8, 32), full(2, 32, used=20), None, [[19], [32]], {}),
 }
 
@@ -198,19 +300,32 @@ def test_a_fault_is_noticed(window, old, new):
 
 
 def test_clusters_fit_the_device_and_no_warp_is_without_work():
-    for B, S, blocks, warps in (
-        (1, 128, 1, 8),
-        (1, 1024, 8, 8),
-        (1, 8192, 8, 16),
-        (1, 131072, 8, 16),
-        (4, 8192, 6, 8),
-        (8, 1024, 3, 8),
-        (16, 1024, 1, 16),
-        (32, 1024, 1, 8),
-        (128, 1024, 1, 8),
+    for B, S, window, blocks, warps, splits in (
+        (1, 128, None, 1, 8, 1),
+        (1, 1024, None, 8, 8, 1),
+        (1, 8191 - 16, None, 8, 16, 1),
+        (1, 8192, None, 1, 16, 16),
+        (1, 8192, 128, 8, 16, 1),
+        (1, 131072, None, 1, 16, 16),
+        (2, 131072, None, 8, 16, 1),
+        (4, 8192, None, 6, 8, 1),
+        (8, 1024, None, 3, 8, 1),
+        (16, 1024, None, 1, 16, 1),
+        (32, 1024, None, 1, 8, 1),
+        (128, 1024, None, 1, 8, 1),
     ):
-        run = few_queries.program((B, 1, 8, 8, 64), S, None)
-        assert (run.blocks, run.warps) == (blocks, warps), (B, S)
+        run = few_queries.program((B, 1, 8, 8, 64), S, window)
+        assert (run.blocks, run.warps, run.splits) == (blocks, warps, splits), (B, S)
+
+
+def test_what_takes_room():
+    words = lambda *shape: few_queries.room_of(shape, 8192, None)
+    assert words(1, 1, 8, 8, 64) == 8 * 15 * 1024
+    assert words(1, 1, 4, 8, 64) == 4 * 15 * 1024
+    assert words(2, 1, 8, 8, 64) == 0  # Other heads than these are not split.
+    assert words(1, 2, 8, 4, 64) == 0  # Not stored.
+    assert words(1, 1, 8, 8, 32) == 0 == words(1, 1, 8, 9, 64)  # Not covered.
+    assert few_queries.room_of((1, 1, 8, 8, 64), 8192, 128) == 0
 
 
 if not OLD:
@@ -219,29 +334,56 @@ if not OLD:
         call = lambda *args: on_hopper(*args, **where, window=None, **more)
         return kernels_for_cuda(call, *args)
 
-    @pytest.mark.parametrize("S", [128, 1024, 1000])
+    @pytest.mark.parametrize("S", [128, 1024, 1000, 8192])
     def test_lowers_for_cuda(S):
         assert lowered(inputs(1, 1, 8, 8, S), full(1, S)) == 1
 
-    def test_lowers_for_cuda_under_vmap():
-        args, where = inputs(2, 1, 2, 2, 1024), full(1, 1024)
+    @pytest.mark.parametrize("S", [1024, 8192])
+    def test_lowers_for_cuda_under_vmap(S):
+        args, where = inputs(2, 1, 2, 2, S), full(1, S)
         q, k, v = (a[:, None] for a in args[:3])
         run = lambda q, k, v: on_hopper(q, k, v, args[3], **where, window=None)
         assert kernels_for_cuda(jax.vmap(run), q, k, v) == 1
 
-    def test_storing_lowers_for_cuda_in_place():
-        q, k, v, sinks = inputs(2, 1, 8, 8, 1024)
+    @pytest.mark.parametrize(("B", "S"), [(2, 1024), (1, 8192)])
+    def test_storing_lowers_for_cuda_in_place(B, S):
+        q, k, v, sinks = inputs(B, 1, 8, 8, S)
         new = q[:, :, :, 0]
 
-        def step(k, v):
-            where = full(2, 1024) | {"slots_BT": jnp.full((2, 1), 1023, jnp.int32)}
-            k, v = k.reshape(2, 1024, 512), v.reshape(2, 1024, 512)
-            return few_queries.few_queries_stored(q, new, new, k, v, sinks, **where, window=None)
+        def step(k, v, room):
+            where = full(B, S) | {"slots_BT": jnp.full((B, 1), S - 1, jnp.int32)}
+            k, v = k.reshape(B, S, 512), v.reshape(B, S, 512)
+            more = where | {"window": None, "room": room}
+            return few_queries.few_queries_stored(q, new, new, k, v, sinks, **more)
 
-        lowered = jax.jit(step).trace(k, v).lower(lowering_platforms=("cuda",)).as_text()
+        words = few_queries.room_of(q.shape, S, None)
+        room = jnp.full(words, EMPTY, jnp.int32) if words else None
+        lowered = jax.jit(step).trace(k, v, room).lower(lowering_platforms=("cuda",)).as_text()
         (call,) = [line for line in lowered.splitlines() if "mosaic_gpu_v2" in line]
         assert "output_tuple_indices = [1], operand_index = 1" in call
         assert "output_tuple_indices = [2], operand_index = 2" in call
+        assert ("output_tuple_indices = [3], operand_index = 9" in call) == bool(words)
+
+    def test_queries_and_keys_bring_the_room():
+        """Nothing else writes what the last cluster waits for."""
+        S, K, G, H, D = 8192, 2, 8, 64, 64
+
+        def run(words, x, scale, weight, bias, turn, k, v, sinks):
+            options = {"epsilon": 1e-5, "group": G, "room": words}
+            *new, room = dense.queries_keys_values(x, scale, weight, bias, turn, turn, **options)
+            where = tuple(jnp.zeros(shape, jnp.int32) for shape in ((1, 1), (1, 1), (1, S)))
+            floats = *(a[None] for a in new), k, v, sinks
+            return mosaic_gpu.differentiable("store_and_attend", floats, where, None, room)
+
+        O = K * (G + 2) * H
+        shapes = (1, D), D, (O, D), O, (1, H // 2), (1, S, K * H), (1, S, K * H), (K, G)
+        inputs = [jnp.zeros(shape, jnp.bfloat16) for shape in shapes]
+        room = few_queries.room_of((1, 1, K, G, H), S, None)
+        for words in room, 0:
+            few = functools.partial(run, words)
+            assert kernels_for_cuda(few, *inputs) == 2
+            filled = f":i32[{room}] = broadcast_in_dim" in str(jax.make_jaxpr(few)(*inputs))
+            assert filled == (words == 0)
 
 
 def test_storing_takes_one_position():
@@ -285,7 +427,9 @@ def test_gradients_are_those_of_xla(monkeypatch):
         ("store_and_attend", "few_queries_stored", (q, *new, *cache, sinks), tuple(where)),
     ):
         plain = getattr(xla, operation)
-        detached = lambda *args, plain=plain, **more: jax.lax.stop_gradient(plain(*args, **more))
+        detached = lambda *args, plain=plain, room=None, **more: jax.lax.stop_gradient(
+            plain(*args, **more)
+        )
         monkeypatch.setattr(mosaic_gpu, kernel, detached)
         places = tuple(where[n] for n in ("slots_BT", "q_pos_BT", "k_pos_BS") if n in names)
         named = {n: where[n] for n in names}
@@ -295,8 +439,10 @@ def test_gradients_are_those_of_xla(monkeypatch):
                 (a.astype(jnp.float32) ** 2).sum() for a in jax.tree.leaves(function(floats))
             )
 
-        ours = lambda floats, operation=operation, places=places: mosaic_gpu.differentiable(
-            operation, floats, places, 7
+        # What is not there has no gradient, and a room, which these do not look at, none either.
+        room = None if operation == "attention" else jnp.zeros(4, jnp.int32)
+        ours = lambda floats, operation=operation, places=places, room=room: (
+            mosaic_gpu.differentiable(operation, floats, places, 7, room)
         )
         theirs = lambda floats, plain=plain, named=named: plain(*floats, **named, window=7)
         every = tuple(range(1, len(floats) + 1))
@@ -319,3 +465,17 @@ def test_storing_elsewhere_is_one_after_the_other():
     ).all()
     k, v = (a.reshape(1, 16, 2, 64) for a in (k_after, v_after))
     np.testing.assert_array_equal(heads, xla.attention(q, k, v, sinks, **where, window=7))
+
+
+@pytest.mark.parametrize(
+    ("less", "dtype", "mesh"),
+    [(1, jnp.int32, None), (0, jnp.float32, None), (0, jnp.int32, {"expert": 2})],
+)
+def test_room_of_another_size_or_type_and_for_a_mesh_is_refused(less, dtype, mesh):
+    q, k, v, sinks = inputs(1, 1, 2, 8, 8192)
+    where = full(1, 8192) | {"slots_BT": np.array([[0]]), "window": None}
+    new, cache = [q[:, :, :, 0]] * 2, [a.reshape(1, 8192, 128) for a in (k, v)]
+    room = jnp.full(few_queries.room_of(q.shape, 8192, None) - less, EMPTY, dtype)
+    mesh = mesh and make_mesh(**mesh)
+    with pytest.raises(ValueError, match="room must be int32"):
+        api.store_and_attend(q, *new, *cache, sinks, **where, room=room, mesh=mesh)

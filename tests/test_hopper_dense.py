@@ -14,6 +14,7 @@ from sizes import TINY
 
 from gpt_oss_jax.generate import device
 from gpt_oss_jax.kernels import target
+from gpt_oss_jax.kernels.attention import api as attention, few_queries
 from gpt_oss_jax.kernels.dense import mosaic_gpu, xla
 from gpt_oss_jax.kernels.dense.ptx import MAX_INPUTS, WARPS, Product
 from gpt_oss_jax.model import Transformer, init_cache
@@ -73,13 +74,17 @@ def qkv_inputs(M, D=288, K=2, G=3, H=16):
 
 
 @pytest.mark.parametrize(
-    ("M", "sizes"), [(1, {}), (3, {"D": 64, "H": 32}), (13, {"D": 544}), (20, {})]
+    ("M", "sizes", "room"),
+    [(1, {}, 2324), (3, {"D": 64, "H": 32}, 0), (13, {"D": 544}, 0), (20, {}, 4)],
 )
-def test_queries_keys_and_values(interpreter, M, sizes):
-    inputs, options = qkv_inputs(M, **sizes), {"epsilon": EPSILON, "group": 3}
-    got = mosaic_gpu.queries_keys_values(*inputs, **options)
-    for ours, wanted in zip(got, xla.queries_keys_values(*inputs, **options), strict=True):
+def test_queries_keys_and_values(interpreter, M, sizes, room):
+    inputs, options = qkv_inputs(M, **sizes), {"epsilon": EPSILON, "group": 3, "room": room}
+    *got, empty = mosaic_gpu.queries_keys_values(*inputs, **options)
+    *want, empty_too = xla.queries_keys_values(*inputs, **options)
+    for ours, wanted in zip(got, want, strict=True):
         close(ours, wanted)
+    assert (empty is None) == (room == 0)
+    np.testing.assert_array_equal(empty, empty_too)
 
 
 @pytest.mark.parametrize(
@@ -101,10 +106,12 @@ def test_a_part_of_a_product(interpreter, M):
 
 def test_early_the_others_read_no_more_than_their_matrix(interpreter):
     """The interpreter refuses everything else until the earlier kernels have ended."""
-    inputs, options = qkv_inputs(2), {"epsilon": EPSILON, "group": 3}
-    got = mosaic_gpu.queries_keys_values(*inputs, **options, early=True)
-    for ours, wanted in zip(got, xla.queries_keys_values(*inputs, **options), strict=True):
+    inputs, options = qkv_inputs(2), {"epsilon": EPSILON, "group": 3, "room": 64}
+    *got, empty = mosaic_gpu.queries_keys_values(*inputs, **options, early=True)
+    *want, _ = xla.queries_keys_values(*inputs, **options)
+    for ours, wanted in zip(got, want, strict=True):
         close(ours, wanted)
+    assert (empty == -1).all()
     inputs, options = random(3, (3, 96), (96,), (8, 96), (8,)), {"choices": 2, "room": 64}
     got = mosaic_gpu.route(*inputs, epsilon=EPSILON, **options, early=True)
     want = xla.route(*inputs, epsilon=EPSILON, **options)
@@ -145,11 +152,27 @@ def test_gradients_are_those_of_xla(interpreter):
     assert interpreter == ["route"]
 
 
+@pytest.mark.parametrize("room", [0, 4])
+def test_gradients_of_queries_keys_and_values(interpreter, room):
+    inputs, options = qkv_inputs(1), {"epsilon": EPSILON, "group": 3, "room": room}
+
+    def loss(module, *inputs):
+        *heads, _ = module.queries_keys_values(*inputs, **options)
+        return sum((x.astype(jnp.float32) ** 2).sum() for x in heads)
+
+    got = jax.grad(functools.partial(loss, mosaic_gpu), argnums=range(6))(*inputs)
+    want = jax.grad(functools.partial(loss, xla), argnums=range(6))(*inputs)
+    for ours, wanted in zip(got, want, strict=True):
+        close(ours, wanted)
+
+
 if not OLD:
 
     def test_they_lower_for_cuda():
-        run = functools.partial(mosaic_gpu.queries_keys_values, epsilon=EPSILON, group=3)
-        assert kernels_for_cuda(run, *qkv_inputs(2)) == 1
+        for room in (0, 64):
+            options = {"epsilon": EPSILON, "group": 3, "room": room}
+            run = functools.partial(mosaic_gpu.queries_keys_values, **options)
+            assert kernels_for_cuda(run, *qkv_inputs(2)) == 1
         assert (
             kernels_for_cuda(mosaic_gpu.add_product, *random(0, (2, 64), (8, 64), (8,), (2, 8)))
             == 1
@@ -292,6 +315,34 @@ def test_what_a_mesh_launches(launched, tokens, axes, endings):
     cache, token = init_cache(SMALL, 1, 64, jnp.bfloat16), jnp.zeros((1, tokens), jnp.int32)
     jax.eval_shape(lambda model, cache: model.forward(token, token, cache)[0], model, cache)
     assert [x.ending for x in launched] == SMALL.num_hidden_layers * endings
+
+
+@pytest.mark.parametrize(
+    ("rows", "slots", "axes", "words"),
+    [
+        (1, 8192, {}, 4 * 15 * 1024),
+        # A device makes it for its own heads.
+        (1, 8192, {"tensor": 2}, 2 * 15 * 1024),
+        (3, 8192, {}, 0),
+        (1, 4096, {}, 0),
+    ],
+)
+def test_attention_gets_the_room_it_takes(launched, monkeypatch, rows, slots, axes, words):
+    """In layers without a window."""
+    config = dataclasses.replace(SMALL, head_dim=64, num_key_value_heads=4)
+    monkeypatch.setattr(few_queries, "multiprocessors", lambda: 132)
+    came = []
+
+    def attend(q, k_new, v_new, k, v, *rest, room, **where):
+        came.append(0 if room is None else room.size)
+        return q, k, v
+
+    monkeypatch.setattr(attention.mosaic_gpu, "store_and_attend", attend)
+    model = outline(config, make_mesh(**axes) if axes else None)
+    cache = init_cache(config, rows, slots, jnp.bfloat16)
+    token = jnp.zeros((rows, 1), jnp.int32)
+    jax.eval_shape(lambda model, cache: model.forward(token, token, cache)[0], model, cache)
+    assert [x.room for x in launched if x.ending == "rotate"] == came == [0, words]
 
 
 @pytest.mark.parametrize(("heads", "launches"), [(2, 0), (4, 6)])

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from gpt_oss_jax.config import Config
 from gpt_oss_jax.kernels import attention, store_and_attend
+from gpt_oss_jax.kernels.attention import few_queries
 from gpt_oss_jax.kernels.attention.xla import scores
 from gpt_oss_jax.kernels.sharded import own_heads
 from gpt_oss_jax.model.cache import Cache, full_slots, ring_slots, write
@@ -95,14 +96,31 @@ class Attention(nnx.Module):
         out_BTD = tap(f"{name}.out", out_BTD.astype(x_BTD.dtype))
         return out_BTD, k_new, v_new
 
+    def room_of(self, shape: tuple[int, int], cache: Cache) -> int:
+        """Words of the room that `attend` takes on Hopper, for queries of so many rows and tokens.
+
+        For the heads that are here, as there is no mesh.
+        """
+        of_queries = *shape, *self.sinks.shape, self.qkv.out_shape[-1]
+        return few_queries.room_of(of_queries, cache.k[self.layer].shape[1], self.window)
+
     def attend(
-        self, q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, context: Context
+        self,
+        q_BTKGH: jax.Array,
+        k_BTKH: jax.Array,
+        v_BTKH: jax.Array,
+        context: Context,
+        *,
+        room: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-        """What heads see, [B, T, K, G, H], and this layer's new keys and values for the cache."""
-        heads_BTKGH, k_new, v_new = self._attend(q_BTKGH, k_BTKH, v_BTKH, context)
+        """What heads see, [B, T, K, G, H], and this layer's new keys and values for the cache.
+
+        With a `room` of the kernels' `store_and_attend`.
+        """
+        heads_BTKGH, k_new, v_new = self._attend(q_BTKGH, k_BTKH, v_BTKH, context, room)
         return context.tap(f"layers.{self.layer}.attention.heads", heads_BTKGH), k_new, v_new
 
-    def _attend(self, q_BTKGH, k_BTKH, v_BTKH, context: Context):
+    def _attend(self, q_BTKGH, k_BTKH, v_BTKH, context: Context, room):
         cache, positions_BT = context.cache, context.positions_BT
         how = {
             "q_pos_BT": positions_BT,
@@ -130,7 +148,7 @@ class Attention(nnx.Module):
         if self.window is None or self.window + T - 1 <= k_old.shape[1]:
             how |= {"k_pos_BS": write(positions_BS, slots_BT, positions_BT), "slots_BT": slots_BT}
             new = q_BTKGH, k_BTKH, v_BTKH, k_old, v_old, sinks
-            heads, k_new, v_new = store_and_attend(*new, **how)
+            heads, k_new, v_new = store_and_attend(*new, **how, room=room)
             self._show_scores(q_BTKGH, apart(k_new), how["k_pos_BS"], context)
             return heads, k_new, v_new
         k_BTL, v_BTL = k_BTKH.reshape(B, T, -1), v_BTKH.reshape(B, T, -1)

@@ -104,7 +104,7 @@ def _attended(norm: RMSNorm, attention: Attention, x_BTD, context: Context, over
     """
     rows = lambda x: x.reshape(-1, *x.shape[2:])
     apart = lambda x: x.reshape(*x_BTD.shape[:2], *x.shape[1:])
-    q_MKGH, k_MKH, v_MKH = dense.queries_keys_values(
+    q_MKGH, k_MKH, v_MKH, room = dense.queries_keys_values(
         rows(x_BTD),
         norm.scale[...],
         attention.qkv.matrix,
@@ -113,9 +113,11 @@ def _attended(norm: RMSNorm, attention: Attention, x_BTD, context: Context, over
         rows(context.sin_BTh),
         epsilon=norm.epsilon,
         group=attention.qkv.out_shape[1] - 2,
+        room=attention.room_of(x_BTD.shape[:2], context.cache),
         early=context.early,
     )
-    heads_BTKGH, k_new, v_new = attention.attend(apart(q_MKGH), apart(k_MKH), apart(v_MKH), context)
+    new = apart(q_MKGH), apart(k_MKH), apart(v_MKH)
+    heads_BTKGH, k_new, v_new = attention.attend(*new, context, room=room)
     x_MD, heads_MI = rows(x_BTD), heads_BTKGH.reshape(x_BTD.shape[0] * x_BTD.shape[1], -1)
     out, early = attention.out, context.early
     if over:

@@ -6,10 +6,12 @@ import contextlib
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gpt_oss_jax.kernels import sharded
 from gpt_oss_jax.kernels.attention import mosaic_gpu, mosaic_tpu, xla
+from gpt_oss_jax.kernels.attention.few_queries import room_of
 from gpt_oss_jax.kernels.dispatch import dispatch, say_once
 from gpt_oss_jax.kernels.target import platform
 
@@ -34,6 +36,7 @@ def store_and_attend(
     window: int | None,
     implementation: str | None = None,
     mesh: Mesh | None = None,
+    room: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Writes keys and values into the cache, and attends to all of it: `attention` with a cache.
 
@@ -52,15 +55,27 @@ def store_and_attend(
       window: Keys visible to a query, itself included; None for all.
       implementation: As for `attention`.
       mesh: Devices to split rows and heads over; None: one device.
+      room: int32 [`room_of`], all -1: what "mosaic_gpu" needs for few heads and many slots, and
+        else makes. Used twice, it is copied. Not for a mesh.
 
     Returns:
       [B, T, K, G, H], and keys and values of the cache.
+
+    Raises:
+      ValueError: If the room is of another size or type.
     """
+    if room is not None:
+        wanted = (room_of(q_BTKGH.shape, k_BSL.shape[1], window),), jnp.int32
+        if mesh is not None or (room.shape, room.dtype) != wanted:
+            raise ValueError(
+                f"room must be int32 {wanted[0]}, all -1, and there must be no mesh; got "
+                f"{room.dtype} {room.shape}{'' if mesh is None else ' and a mesh'}."
+            )
     args = q_BTKGH, k_BTKH, v_BTKH, k_BSL, v_BSL, sinks_KG
     where = {"q_pos_BT": q_pos_BT, "k_pos_BS": k_pos_BS, "slots_BT": slots_BT, "window": window}
     if mesh is None and implementation in (None, "mosaic_gpu"):
         with contextlib.suppress(NotImplementedError):  # `attention` says why.
-            return mosaic_gpu.store_and_attend(*args, **where)
+            return mosaic_gpu.store_and_attend(*args, **where, room=room)
     how = {"attend": functools.partial(attention, implementation=implementation, mesh=mesh)}
     if mesh is not None:
         how["write"] = functools.partial(sharded.write, mesh, k_BTKH.shape[2])

@@ -8,16 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
 
 from gpt_oss_jax.kernels import launch as kernel_launch
-from gpt_oss_jax.kernels.attention.few_queries_ptx import HEAD, MAX_QUERIES, TILE, Program
+from gpt_oss_jax.kernels.attention.few_queries_ptx import (
+    EMPTY,
+    HEAD,
+    MAX_QUERIES,
+    TILE,
+    Program,
+)
 from gpt_oss_jax.kernels.target import multiprocessors
 
 _MAX_CLUSTER = 8
 _WARPS = 8
+# Key heads, of all rows, up to which each is spread over many single blocks: clusters of so few
+# would leave half of the device without work.
+_MAX_SPLIT, _MAX_SPLITS = 8, 16
 
 
 def few_queries(
@@ -29,8 +39,11 @@ def few_queries(
     q_pos_BT: jax.Array,
     k_pos_BS: jax.Array,
     window: int | None,
+    room: jax.Array | None = None,
 ) -> jax.Array:
     """See `api.attention`; for up to `MAX_QUERIES` queries to a key head.
+
+    `room` is as in `few_queries_stored`.
 
     Raises:
       NotImplementedError: For other sizes and types.
@@ -39,7 +52,8 @@ def few_queries(
     sinks_KG = _checked(q_BTKGH, S, sinks_KG)
     run = program(q_BTKGH.shape, S, window, sinks_KG.dtype.itemsize)
     k_pos = whole_tiles(k_pos_BS.astype(jnp.int32))
-    return launch(run, q_BTKGH, k_BSKH, v_BSKH, sinks_KG, q_pos_BT.astype(jnp.int32), k_pos)
+    inputs = k_BSKH, v_BSKH, sinks_KG, q_pos_BT.astype(jnp.int32), k_pos
+    return launch(run, q_BTKGH, *inputs, *room_for(run, room))
 
 
 def few_queries_stored(
@@ -54,6 +68,7 @@ def few_queries_stored(
     q_pos_BT: jax.Array,
     k_pos_BS: jax.Array,
     window: int | None,
+    room: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Writes one key and value a row into the cache, and attends to it, in the same launch.
 
@@ -68,6 +83,7 @@ def few_queries_stored(
       q_pos_BT: int32 positions of the queries.
       k_pos_BS: int32 positions of the cache, with these.
       window: Keys visible to a query, None for all.
+      room: int32 [`room_of`], all -1; made here if it is None.
 
     Returns:
       Heads [B, 1, K, G, H], and keys and values of the cache.
@@ -83,19 +99,41 @@ def few_queries_stored(
     run = dataclasses.replace(run, stores=True)
     pos = q_pos_BT.astype(jnp.int32), whole_tiles(k_pos_BS.astype(jnp.int32))
     inputs = q_BTKGH, k_BSL, v_BSL, sinks_KG, *pos, k_BTKH, v_BTKH, slots_BT.astype(jnp.int32)
-    return launch_storing(run, *inputs)
+    return launch_storing(run, *inputs, *room_for(run, room))
+
+
+def room_of(shape: tuple[int, ...], slots: int, window: int | None) -> int:
+    """Words of `room` that `few_queries_stored` takes for queries of a shape [B, T, K, G, H].
+
+    0 where it takes none, and where it does not cover the sizes.
+    """
+    return 0 if shape[1] != 1 or _why_not(shape, slots) else program(shape, slots, window).room
+
+
+def room_for(run: Program, room: jax.Array | None = None) -> tuple[jax.Array, ...]:
+    """The last input, made where it did not come; () where a launch takes none."""
+    if not run.room:
+        return ()
+    return (jnp.full(run.room, EMPTY, jnp.int32) if room is None else room,)
 
 
 def _checked(q_BTKGH: jax.Array, S: int, sinks_KG: jax.Array) -> jax.Array:
     """The sinks, in a type that is covered, if all sizes are."""
-    _, T, _, G, H = q_BTKGH.shape
-    if T * G > MAX_QUERIES:
-        raise NotImplementedError(f"takes {MAX_QUERIES} queries to a key head, got {T} x {G}")
-    if S < TILE:
-        raise NotImplementedError(f"takes {TILE} slots or more, got {S}")
-    if H != HEAD:
-        raise NotImplementedError(f"takes heads of {HEAD}, got {H}")
+    if reason := _why_not(q_BTKGH.shape, S):
+        raise NotImplementedError(reason)
     return sinks_KG if sinks_KG.dtype == jnp.bfloat16 else sinks_KG.astype(jnp.float32)
+
+
+def _why_not(shape: tuple[int, ...], slots: int) -> str:
+    """What of the sizes is not covered; "" if they are."""
+    _, T, _, G, H = shape
+    if T * G > MAX_QUERIES:
+        return f"takes {MAX_QUERIES} queries to a key head, got {T} x {G}"
+    if slots < TILE:
+        return f"takes {TILE} slots or more, got {slots}"
+    if H != HEAD:
+        return f"takes heads of {HEAD}, got {H}"
+    return ""
 
 
 def program(shape: tuple[int, ...], slots: int, window: int | None, sink_bytes: int = 2) -> Program:
@@ -104,14 +142,22 @@ def program(shape: tuple[int, ...], slots: int, window: int | None, sink_bytes: 
     Clusters take up to three quarters of the device, two blocks to a multiprocessor, if there are
     tiles for all warps. Each has to be inside one of the device's parts (GPCs), which differ in
     size: eight of 16 blocks do not all fit an H200, and the last waits until another has ended.
+    Where there are few heads and many keys, a head has as many single blocks as there are for it.
     """
     B, T, K, G, _ = shape
     tiles, there = -(-slots // TILE), multiprocessors()
     blocks = max(1, min(_MAX_CLUSTER, tiles // _WARPS, 3 * there // 2 // (B * K)))
     # A block that is alone on its multiprocessor has as many loads on their way as two would.
     alone = B * K * blocks <= there and 2 * blocks * _WARPS <= tiles
-    warps = 2 * _WARPS if alone else _WARPS
-    return Program(B, T, K, G, slots, window, blocks, warps, sink_bytes)
+    warps, splits = 2 * _WARPS if alone else _WARPS, 1
+    # A window is a few tiles.
+    if alone and window is None and B * K <= _MAX_SPLIT and tiles >= 4 * blocks * warps:
+        blocks, splits = 1, min(_MAX_SPLITS, there // (B * K))
+    if forced := os.environ.get("GPT_OSS_ATT"):  # TRIAL
+        n, s, w = map(int, forced.split(","))  # TRIAL
+        if window is None and B * K * n * s <= 2 * there:  # TRIAL
+            blocks, splits, warps = n, s, w  # TRIAL
+    return Program(B, T, K, G, slots, window, blocks, warps, sink_bytes, splits=splits)
 
 
 def whole_tiles(k_pos_BS: jax.Array) -> jax.Array:
@@ -130,14 +176,25 @@ def whole_tiles(k_pos_BS: jax.Array) -> jax.Array:
 # Compiled once: the kernels of several layers, each traced for itself, would not be the same text.
 @functools.partial(jax.jit, static_argnums=0)
 def launch(run: Program, q_BTKGH: jax.Array, *inputs: jax.Array) -> jax.Array:
-    """Keys, values, sinks, positions of queries and of keys follow the queries."""
-    return _launched(run, q_BTKGH, *inputs)
+    """Keys, values, sinks, positions of queries and of keys follow the queries, then any room."""
+    if not run.room:
+        return _launched(run, q_BTKGH, *inputs)
+
+    # What is written in place has no batching rule.
+    @jax.custom_batching.sequential_vmap
+    def launched(*inputs):
+        *inputs, room = inputs
+        return _launched(run, *inputs, jax.new_ref(room))
+
+    return launched(q_BTKGH, *inputs)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def launch_storing(run: Program, q_BTKGH: jax.Array, k_BSL, v_BSL, *inputs: jax.Array):
-    """`launch`, with new keys, new values and slots at the end."""
+    """`launch`, with new keys, new values and slots before any room."""
     k, v = jax.new_ref(k_BSL), jax.new_ref(v_BSL)
+    if run.room:
+        inputs = (*inputs[:-1], jax.new_ref(inputs[-1]))
     heads_BTKGH = _launched(run, q_BTKGH, k, v, *inputs)
     return heads_BTKGH, jax.freeze(k), jax.freeze(v)
 

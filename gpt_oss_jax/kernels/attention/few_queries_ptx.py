@@ -1,14 +1,18 @@
 """The thread program of `few_queries`, as PTX for compute capability 9.0. Knows no JAX.
 
-A cluster of thread blocks attends from the queries of one row and key head, at most eight, to the
-keys of that head. Sixteen slots are a tile. Tiles are dealt out in turn to the blocks, and to the
-warps of each; a warp reads the positions of all of its tiles, lists those in which a query sees
-anything, and reads keys and values of these alone, straight to registers: queries are the left
-matrix of `mma.sync` for the scores (half of its rows are empty) and weights the right one for the
-values, in which form the lane that has a score has the weight. The order in which a matrix
-instruction counts the head's elements, and the keys, is free: it is the one in which a lane's loads
-are of 16 bytes. Sums of a warp go to shared memory, those of a block to the block of the cluster
-that finishes a part of the outputs.
+A cluster of thread blocks, or several of them, attend from the queries of one row and key head, at
+most eight, to the keys of that head. Sixteen slots are a tile. Tiles are dealt out in turn to the
+blocks, and to the warps of each; a warp reads the positions of all of its tiles, lists those in
+which a query sees anything, and reads keys and values of these alone, straight to registers:
+queries are the left matrix of `mma.sync` for the scores (half of its rows are empty) and weights
+the right one for the values, in which form the lane that has a score has the weight. The order in
+which a matrix instruction counts the head's elements, and the keys, is free: it is the one in which
+a lane's loads are of 16 bytes. Sums of a warp go to shared memory, those of a block to the block of
+the cluster that finishes a part of the outputs, and those of a cluster, through global memory, to
+the last of the head's.
+
+Blocks start in the order of their numbers, and the last cluster of a head alone waits, for lower
+ones: they have started before it, and end whatever runs beside them.
 """
 
 from __future__ import annotations
@@ -30,10 +34,12 @@ from gpt_oss_jax.kernels.ptx import NEXT, WAIT, literal
 TILE = 16  # Slots.
 MAX_QUERIES = 8
 _OUTPUT_THREADS = MAX_QUERIES * HEAD // 2
+_SUMS_BYTES = 16 * _OUTPUT_THREADS  # Of a cluster, in the room.
 _ROW = 4 * (HEAD + 4)  # Bytes of a query's sums; the rest spreads them over the banks.
 _SCANNED = 8  # Tiles whose positions a warp reads at once: four lanes each, four positions a lane.
 _NOWHERE = 1 << 31  # As an unsigned number, the least that is no position.
 _LOWEST = -1e30  # Below every score, and finite.
+EMPTY = -1  # No result: a NaN of the arithmetic comes as 0x7FFFFFFF.
 _LOAD = "ld.global.L1::no_allocate.v4.u32"
 
 
@@ -53,6 +59,7 @@ class Program:
       sink_bytes: 2 for bfloat16, 4 for float32.
       stores: Whether the keys and values of the queries' positions, one a row, come beside the
         cache, and go into it.
+      splits: Clusters of a row and key head, up to 16.
     """
 
     rows: int
@@ -65,6 +72,7 @@ class Program:
     warps: int = 8
     sink_bytes: int = 2
     stores: bool = False
+    splits: int = 1
 
     @property
     def tiles(self) -> int:
@@ -74,7 +82,17 @@ class Program:
     @property
     def grid(self) -> int:
         """Thread blocks."""
-        return self.rows * self.heads * self.blocks
+        return self.rows * self.heads * self._parts
+
+    @property
+    def room(self) -> int:
+        """Words that are `EMPTY` before the launch: sums of all clusters but each head's last."""
+        return self.rows * self.heads * (self.splits - 1) * _SUMS_BYTES // 4
+
+    @property
+    def _parts(self) -> int:
+        """Blocks of a row and key head."""
+        return self.splits * self.blocks
 
     @property
     def shared_bytes(self) -> int:
@@ -101,7 +119,7 @@ class Program:
     @property
     def _scans(self) -> int:
         """How often a warp reads positions."""
-        return -(-self.tiles // (self.blocks * self.warps * _SCANNED))
+        return -(-self.tiles // (self._parts * self.warps * _SCANNED))
 
     @property
     def _at_once(self) -> int:
@@ -134,14 +152,16 @@ class Program:
 
         Its operands: the thread block, pointers to queries, keys, values, sinks, positions of
         queries, positions of keys (a whole number of tiles), if it stores new keys, new values and
-        their slots (any past the last: nowhere), the result and shared memory.
+        their slots (any past the last: nowhere), if heads are split the room, the result and shared
+        memory.
         """
         text = f"""{_REGISTERS}
 {WAIT}
 mov.u32 tid, %tid.x; and.b32 lane, tid, 31; shr.u32 warp, tid, 5;
 shr.u32 g, lane, 2; and.b32 q, lane, 3;
 {"barrier.cluster.arrive;" if self.blocks > 1 else ""}
-rem.u32 t0, <block>, {self.grid}; rem.u32 rank, t0, {self.blocks}; div.u32 t0, t0, {self.blocks};
+rem.u32 t0, <block>, {self.grid}; rem.u32 part, t0, {self._parts}; div.u32 t0, t0, {self._parts};
+rem.u32 rank, part, {self.blocks};
 rem.u32 head, t0, {self.heads}; div.u32 row, t0, {self.heads};
 {self._query()}
 {self._sink()}
@@ -172,10 +192,12 @@ ALONE:
 {self._hand_over()}
 {self._block_sum()}
 {self._cluster_sum() if self.blocks > 1 else ""}
+{self._sum_of_splits() if self.splits > 1 else ""}
 {self._finish()}
 DONE:"""
         operands = ["block", "q", "k", "v", "sinks", "q_pos", "k_pos"]
-        operands += ["k_new", "v_new", "slots"] * self.stores + ["out", "shared"]
+        operands += ["k_new", "v_new", "slots"] * self.stores + ["room"] * (self.splits > 1)
+        operands += ["out", "shared"]
         for i, name in enumerate(operands):
             text = text.replace(f"<{name}>", f"${i}")
         return "{\n" + text + "\n}"
@@ -214,9 +236,9 @@ mad.lo.u32 t0, t0, {self.group}, t2; mul.wide.u32 at, t0, {2 * HEAD};
 
     def _find(self) -> str:
         """Lists the warp's tiles in which a query sees a key; `count` of them."""
-        apart = self.blocks * self.warps
+        apart = self._parts * self.warps
         text = f"mad.lo.u32 list, warp, {self._list}, <shared>; mov.u32 count, 0;"
-        text += f"mad.lo.u32 tile, warp, {self.blocks}, rank; mad.lo.u32 tile, g, {apart}, tile;"
+        text += f"mad.lo.u32 tile, warp, {self._parts}, part; mad.lo.u32 tile, g, {apart}, tile;"
         for n in range(self.queries):
             text += f"mul.lo.u32 t0, row, {self.queries}; add.u32 t0, t0, {n};"
             text += "mul.wide.u32 at, t0, 4; add.u64 at, at, <q_pos>;"
@@ -341,8 +363,8 @@ mad.lo.u32 t1, q, 16, new;
         return text + "AS_READ:"
 
     def _store(self) -> str:
-        """By eight lanes of the cluster."""
-        return f"""or.b32 t0, rank, warp; setp.eq.u32 p, t0, 0; setp.lt.and.u32 p, lane, 8, p;
+        """By eight lanes of the head's blocks."""
+        return f"""or.b32 t0, part, warp; setp.eq.u32 p, t0, 0; setp.lt.and.u32 p, lane, 8, p;
 setp.lt.and.u32 p, new_slot, {self.slots}, p;
 mul.lo.u32 t0, row, {self.slots}; add.u32 t0, t0, new_slot; mul.wide.u32 at, t0, {self._stride};
 mul.lo.u32 t0, head, {2 * HEAD}; mad.lo.u32 t0, lane, 16, t0; cvt.u64.u32 more_at, t0;
@@ -410,6 +432,36 @@ mad.lo.u32 t0, t2, 16, <shared>;
             text += f"ld.shared.v4.f32 {{m{n}, l{n}, x{n}, y{n}}}, [t0 + {place}];\n"
         return text + combine(self.blocks)
 
+    def _sum_of_splits(self) -> str:
+        """Each cluster puts what it has into the room, but the last, which adds it to its own."""
+        last = self.splits - 1
+        return f"""{f"setp.ge.u32 p, warp, {MAX_QUERIES}; @p bra DONE;" if self.blocks == 1 else ""}
+mad.lo.u32 t0, row, {self.heads}, head; mul.wide.u32 at, t0, {last * _SUMS_BYTES};
+mul.wide.u32 more_at, out, 16; add.u64 at, at, more_at; add.u64 at, at, <room>;
+div.u32 t0, part, {self.blocks}; setp.eq.u32 p, t0, {last}; @p bra LAST;
+mul.wide.u32 more_at, t0, {_SUMS_BYTES}; add.u64 at, at, more_at;
+st.relaxed.gpu.global.v4.f32 [at], {{largest, total, o0, o1}}; bra DONE;
+LAST:
+{self._load_until_there()}
+mov.f32 m{last}, largest; mov.f32 l{last}, total; mov.f32 x{last}, o0; mov.f32 y{last}, o1;
+{combine(self.splits)}"""
+
+    def _load_until_there(self) -> str:
+        """From `at`, what the other clusters have, as long as some of it is `EMPTY`."""
+        others = [[f"{name}{n}" for name in "mlxy"] for n in range(self.splits - 1)]
+        loads = [
+            f"ld.relaxed.gpu.global.v4.f32 {{{', '.join(four)}}}, [at + {n * _SUMS_BYTES}];\n"
+            for n, four in enumerate(others)
+        ]
+        again = "".join(
+            f"{_are_there(four)} @!p {load}" for four, load in zip(others, loads, strict=True)
+        )
+        return f"""{"".join(loads)}
+AGAIN:
+{_are_there(sum(others, []))} vote.sync.all.pred p, p, -1; @p bra ALL_THERE;
+nanosleep.u32 20; {again}bra AGAIN;
+ALL_THERE:"""
+
     def _finish(self) -> str:
         """The sink joins, and the outputs are written."""
         each = self._each
@@ -423,10 +475,16 @@ and.b32 t1, out, 31; mul.wide.u32 more_at, t1, 4; add.u64 at, at, more_at; add.u
 @p st.global.u32 [at], t0;"""
 
 
+def _are_there(words: list[str]) -> str:
+    """Says in p whether none is `EMPTY`."""
+    text = f"setp.ne.b32 p, {words[0]}, {EMPTY};"
+    return text + "".join(f"setp.ne.and.b32 p, {word}, {EMPTY}, p;" for word in words[1:])
+
+
 _REGISTERS = """
 .reg .pred p, seen, more;
-.reg .b32 t<3>, tid, lane, warp, g, q, rank, head, row, out, q_pos, list, count, tile, slot, i;
-.reg .b32 q<8>, from<8>, found0_<4>, found1_<4>, found2_<4>, found3_<4>, zero;
+.reg .b32 t<3>, tid, lane, warp, g, q, part, rank, head, row, out, q_pos, list, count, tile, slot;
+.reg .b32 i, q<8>, from<8>, found0_<4>, found1_<4>, found2_<4>, found3_<4>, zero;
 .reg .b32 k0_<8>, k1_<8>, k_pos<4>, v0_<4>, v1_<4>, v2_<4>, v3_<4>, a<4>, w<2>;
 .reg .b32 new, new_slot, new_tile, new_place;
 .reg .f32 s0_<4>, s1_<4>, o<16>, m<16>, l<16>, x<16>, y<16>, largest, total, before, f, sink;

@@ -54,6 +54,7 @@ def store_and_attend(
     q_pos_BT: jax.Array,
     k_pos_BS: jax.Array,
     window: int | None,
+    room: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `api.store_and_attend`.
 
@@ -62,12 +63,21 @@ def store_and_attend(
     """
     _only_on_hopper()
     floats = q_BTKGH, k_BTKH, v_BTKH, k_BSL, v_BSL, sinks_KG
-    return differentiable("store_and_attend", floats, (slots_BT, q_pos_BT, k_pos_BS), window)
+    where = slots_BT, q_pos_BT, k_pos_BS
+    return differentiable("store_and_attend", floats, where, window, room)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def differentiable(operation: str, floats: tuple, where: tuple, window: int | None):
+def differentiable(
+    operation: str,
+    floats: tuple,
+    where: tuple,
+    window: int | None,
+    room: jax.Array | None = None,
+):
     """An operation on any machine for Hopper, with the gradients of its namesake in `xla`.
+
+    `room` is for `store_and_attend`.
 
     Raises:
       NotImplementedError: For sizes and types that it does not cover.
@@ -79,18 +89,19 @@ def differentiable(operation: str, floats: tuple, where: tuple, window: int | No
     _, T, _, G, _ = floats[0].shape
     attention = few_queries if T * G <= MAX_QUERIES else many_queries
     kernel = {"attention": attention, "store_and_attend": few_queries_stored}[operation]
-    return kernel(*floats, **_named(where), window=window)
+    more = {} if room is None else {"room": room}
+    return kernel(*floats, **_named(where), window=window, **more)
 
 
-def _forward(operation, floats, where, window):
-    return differentiable(operation, floats, where, window), (floats, where)
+def _forward(operation, floats, where, window, room):
+    return differentiable(operation, floats, where, window, room), (floats, where, room)
 
 
 def _backward(operation, window, kept, gradient):
-    floats, where = kept
+    floats, where, room = kept
     plain = functools.partial(getattr(xla, operation), **_named(where), window=window)
-    nothing = tuple(np.zeros(x.shape, jax.dtypes.float0) for x in where)
-    return jax.vjp(plain, *floats)[1](gradient), nothing
+    of_integers = lambda x: np.zeros(x.shape, jax.dtypes.float0)
+    return jax.vjp(plain, *floats)[1](gradient), *jax.tree.map(of_integers, (where, room))
 
 
 differentiable.defvjp(_forward, _backward)

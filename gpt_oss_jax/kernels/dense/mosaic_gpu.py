@@ -72,8 +72,9 @@ def queries_keys_values(
     *,
     epsilon: float,
     group: int,
+    room: int = 0,
     early: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Normalises rows, multiplies, and rotates queries and keys.
 
     Args:
@@ -85,20 +86,22 @@ def queries_keys_values(
       sin_Mh: Likewise.
       epsilon: Of the normalisation.
       group: Query heads to a key head.
+      room: How often there is to be -1, for `store_and_attend`.
       early: As in `ptx.Product`: nothing in this program writes the weights.
 
     Returns:
-      Queries [M, K, G, H], keys and values [M, K, H].
+      Queries [M, K, G, H], keys and values [M, K, H]; int32 [room] or None for none.
     """
     M, D = x_MD.shape
     H = 2 * cos_Mh.shape[1]
     K = weight_OD.shape[0] // (H * (group + 2))
-    program = _product(
-        M, D, weight_OD.shape[0], "rotate", epsilon=epsilon, head=H, group=group, early=early
-    )
+    options = {"epsilon": epsilon, "head": H, "group": group, "room": room, "early": early}
+    program = _product(M, D, weight_OD.shape[0], "rotate", **options)
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
-    outs = (shape(M, K, group, H), shape(M, K, H), shape(M, K, H))
-    return _launch(program, outs, (x_MD, weight_OD, bias_O, scale_D, cos_Mh, sin_Mh))
+    outs = (shape(M, K, group, H), shape(M, K, H), shape(M, K, H), _room(room))
+    inputs = x_MD, weight_OD, bias_O, scale_D, cos_Mh, sin_Mh
+    *heads, empty = _launch(program, outs, inputs)
+    return *heads, empty if room else None
 
 
 @_differentiable
@@ -148,10 +151,15 @@ def route(
         jax.ShapeDtypeStruct((M, D), jnp.bfloat16),
         jax.ShapeDtypeStruct((M, choices), jnp.int32),
         jax.ShapeDtypeStruct((M, choices), jnp.float32),
-        jax.ShapeDtypeStruct((max(room, 1),), jnp.int32),
+        _room(room),
     )
     *routed, empty = _launch(program, outs, (x_MD, weight_ED, bias_E, scale_D))
     return *routed, empty if room else None
+
+
+def _room(words: int) -> jax.ShapeDtypeStruct:
+    """No array is empty."""
+    return jax.ShapeDtypeStruct((max(words, 1),), jnp.int32)
 
 
 def _product(*sizes, **options) -> Product:

@@ -21,7 +21,7 @@ WARPS = 8
 _SHARED_BYTES, _MAX_STAGES = 150 * 1024, 4  # Of tiles; more keeps the next kernel from starting.
 _MAX_CLUSTER = 16
 _OPERANDS = {
-    "rotate": ("scale", "cos", "sin", "q", "k", "v"),
+    "rotate": ("scale", "cos", "sin", "q", "k", "v", "room"),
     "add": ("residual", "out"),
     "part": ("out",),
     "route": ("scale", "normed", "experts", "weights", "room"),
@@ -43,7 +43,7 @@ class Product:
       head: Width of a head, a multiple of 8.
       group: Query heads to a key head.
       choices: Experts of a row.
-      room: Words to fill with -1, a multiple of 4.
+      room: Words to fill with -1, a multiple of 4; of those that rotate or route.
       early: Whether the matrix may be read before earlier kernels have ended.
       multiprocessors: Of the device; it runs with any number.
     """
@@ -175,7 +175,7 @@ FILL:
 add.u32 slot, slot, 1; setp.lt.u32 p, slot, {self._stages}; @p bra FILL;
 READY:
 {WAIT if self.early else ""}
-{self._empty_room() if routes else ""}
+{self._empty_room() if self.room else ""}
 {self._rows()}
 {"barrier.cluster.wait;" if routes else ""}
 mov.u32 slot, 0; mov.u32 phase, 0; mov.u32 turn, 0; mov.u32 finisher, 0;

@@ -12,7 +12,7 @@ from gpt_oss_jax.kernels.contract import einsum
 
 
 def queries_keys_values(
-    x_MD, scale_D, weight_OD, bias_O, cos_Mh, sin_Mh, *, epsilon, group, early=False
+    x_MD, scale_D, weight_OD, bias_O, cos_Mh, sin_Mh, *, epsilon, group, room=0, early=False
 ):
     """See `mosaic_gpu.queries_keys_values`."""
     H = 2 * cos_Mh.shape[1]
@@ -21,7 +21,7 @@ def queries_keys_values(
     a, b = jnp.split(y_MKCH[:, :, : group + 1].astype(jnp.float32), 2, axis=-1)
     cos, sin = (z.astype(jnp.float32)[:, None, None] for z in (cos_Mh, sin_Mh))
     turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_MD.dtype)
-    return turned[:, :, :group], turned[:, :, group], y_MKCH[:, :, group + 1]
+    return turned[:, :, :group], turned[:, :, group], y_MKCH[:, :, group + 1], _empty(room)
 
 
 def add_product(x_MI, weight_OI, bias_O, residual_MO, *, early=False):
@@ -38,8 +38,12 @@ def route(x_MD, scale_D, weight_ED, bias_E, *, epsilon, choices, room, early=Fal
     """See `mosaic_gpu.route`."""
     h_MD = _normalised(x_MD, scale_D, epsilon)
     logits_MX, experts_MX = jax.lax.top_k(_product(h_MD, weight_ED, bias_E), choices)
-    empty = jnp.full(room, -1, jnp.int32) if room else None
-    return h_MD, experts_MX.astype(jnp.int32), jax.nn.softmax(logits_MX, axis=-1), empty
+    weights_MX = jax.nn.softmax(logits_MX, axis=-1)
+    return h_MD, experts_MX.astype(jnp.int32), weights_MX, _empty(room)
+
+
+def _empty(room):
+    return jnp.full(room, -1, jnp.int32) if room else None
 
 
 def _normalised(x_MD, scale_D, epsilon):
