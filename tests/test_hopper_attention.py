@@ -303,12 +303,14 @@ def test_clusters_fit_the_device_and_no_warp_is_without_work():
     for B, S, window, blocks, warps, splits in (
         (1, 128, None, 1, 8, 1),
         (1, 1024, None, 8, 8, 1),
-        (1, 8191 - 16, None, 8, 16, 1),
-        (1, 8192, None, 1, 16, 16),
-        (1, 8192, 128, 8, 16, 1),
+        (1, 16384, None, 8, 16, 1),
+        (1, 32768 - 16, None, 8, 16, 1),
+        (1, 32768, None, 1, 16, 16),
+        (1, 32768, 128, 8, 16, 1),
         (1, 131072, None, 1, 16, 16),
-        (2, 131072, None, 8, 16, 1),
-        (4, 8192, None, 6, 8, 1),
+        (2, 8192, None, 8, 8, 1),
+        (2, 131072, None, 1, 16, 8),
+        (4, 131072, None, 6, 8, 1),
         (8, 1024, None, 3, 8, 1),
         (16, 1024, None, 1, 16, 1),
         (32, 1024, None, 1, 8, 1),
@@ -319,13 +321,14 @@ def test_clusters_fit_the_device_and_no_warp_is_without_work():
 
 
 def test_what_takes_room():
-    words = lambda *shape: few_queries.room_of(shape, 8192, None)
+    words = lambda *shape: few_queries.room_of(shape, 32768, None)
     assert words(1, 1, 8, 8, 64) == 8 * 15 * 1024
     assert words(1, 1, 4, 8, 64) == 4 * 15 * 1024
-    assert words(2, 1, 8, 8, 64) == 0  # Other heads than these are not split.
+    assert words(2, 1, 8, 8, 64) == 16 * 7 * 1024
+    assert words(3, 1, 8, 8, 64) == 0  # More heads are not split.
     assert words(1, 2, 8, 4, 64) == 0  # Not stored.
     assert words(1, 1, 8, 8, 32) == 0 == words(1, 1, 8, 9, 64)  # Not covered.
-    assert few_queries.room_of((1, 1, 8, 8, 64), 8192, 128) == 0
+    assert few_queries.room_of((1, 1, 8, 8, 64), 32768, 128) == 0
 
 
 if not OLD:
@@ -334,18 +337,18 @@ if not OLD:
         call = lambda *args: on_hopper(*args, **where, window=None, **more)
         return kernels_for_cuda(call, *args)
 
-    @pytest.mark.parametrize("S", [128, 1024, 1000, 8192])
+    @pytest.mark.parametrize("S", [128, 1024, 1000, 32768])
     def test_lowers_for_cuda(S):
         assert lowered(inputs(1, 1, 8, 8, S), full(1, S)) == 1
 
-    @pytest.mark.parametrize("S", [1024, 8192])
+    @pytest.mark.parametrize("S", [1024, 32768])
     def test_lowers_for_cuda_under_vmap(S):
         args, where = inputs(2, 1, 2, 2, S), full(1, S)
         q, k, v = (a[:, None] for a in args[:3])
         run = lambda q, k, v: on_hopper(q, k, v, args[3], **where, window=None)
         assert kernels_for_cuda(jax.vmap(run), q, k, v) == 1
 
-    @pytest.mark.parametrize(("B", "S"), [(2, 1024), (1, 8192)])
+    @pytest.mark.parametrize(("B", "S"), [(2, 1024), (1, 32768)])
     def test_storing_lowers_for_cuda_in_place(B, S):
         q, k, v, sinks = inputs(B, 1, 8, 8, S)
         new = q[:, :, :, 0]
@@ -366,7 +369,7 @@ if not OLD:
 
     def test_queries_and_keys_bring_the_room():
         """Nothing else writes what the last cluster waits for."""
-        S, K, G, H, D = 8192, 2, 8, 64, 64
+        S, K, G, H, D = 32768, 2, 8, 64, 64
 
         def run(words, x, scale, weight, bias, turn, k, v, sinks):
             options = {"epsilon": 1e-5, "group": G, "room": words}
@@ -472,10 +475,10 @@ def test_storing_elsewhere_is_one_after_the_other():
     [(1, jnp.int32, None), (0, jnp.float32, None), (0, jnp.int32, {"expert": 2})],
 )
 def test_room_of_another_size_or_type_and_for_a_mesh_is_refused(less, dtype, mesh):
-    q, k, v, sinks = inputs(1, 1, 2, 8, 8192)
-    where = full(1, 8192) | {"slots_BT": np.array([[0]]), "window": None}
-    new, cache = [q[:, :, :, 0]] * 2, [a.reshape(1, 8192, 128) for a in (k, v)]
-    room = jnp.full(few_queries.room_of(q.shape, 8192, None) - less, EMPTY, dtype)
+    q, k, v, sinks = inputs(1, 1, 2, 8, 32768)
+    where = full(1, 32768) | {"slots_BT": np.array([[0]]), "window": None}
+    new, cache = [q[:, :, :, 0]] * 2, [a.reshape(1, 32768, 128) for a in (k, v)]
+    room = jnp.full(few_queries.room_of(q.shape, 32768, None) - less, EMPTY, dtype)
     mesh = mesh and make_mesh(**mesh)
     with pytest.raises(ValueError, match="room must be int32"):
         api.store_and_attend(q, *new, *cache, sinks, **where, room=room, mesh=mesh)

@@ -320,10 +320,10 @@ def test_what_a_mesh_launches(launched, tokens, axes, endings):
 @pytest.mark.parametrize(
     ("rows", "slots", "axes", "words"),
     [
-        (1, 8192, {}, 4 * 15 * 1024),
+        (1, 32768, {}, 4 * 15 * 1024),
         # A device makes it for its own heads.
-        (1, 8192, {"tensor": 2}, 2 * 15 * 1024),
-        (3, 8192, {}, 0),
+        (1, 32768, {"tensor": 2}, 2 * 15 * 1024),
+        (5, 32768, {}, 0),
         (1, 4096, {}, 0),
     ],
 )

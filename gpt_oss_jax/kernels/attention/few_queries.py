@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +24,9 @@ from gpt_oss_jax.kernels.target import multiprocessors
 
 _MAX_CLUSTER = 8
 _WARPS = 8
-# Key heads, of all rows, up to which each is spread over many single blocks: clusters of so few
-# would leave half of the device without work.
-_MAX_SPLIT, _MAX_SPLITS = 8, 16
+# Key heads, of all rows, up to which each is spread over single blocks, so many at most, where it
+# has so many tiles.
+_MAX_SPLIT_HEADS, _MAX_SPLITS, _MIN_SPLIT_TILES = 16, 16, 2048
 
 
 def few_queries(
@@ -141,23 +140,21 @@ def program(shape: tuple[int, ...], slots: int, window: int | None, sink_bytes: 
 
     Clusters take up to three quarters of the device, two blocks to a multiprocessor, if there are
     tiles for all warps. Each has to be inside one of the device's parts (GPCs), which differ in
-    size: eight of 16 blocks do not all fit an H200, and the last waits until another has ended.
-    Where there are few heads and many keys, a head has as many single blocks as there are for it.
+    size: an H200 takes 66 of two blocks at once, 30 of four, 15 of eight and 7 of 16, and the next
+    one waits until another has ended. Few heads so leave half of it idle. With many keys single
+    blocks read them with all of it: their sums meet two us later, which is worth it from about
+    20,000 keys on.
     """
     B, T, K, G, _ = shape
-    tiles, there = -(-slots // TILE), multiprocessors()
-    blocks = max(1, min(_MAX_CLUSTER, tiles // _WARPS, 3 * there // 2 // (B * K)))
+    heads, tiles, there = B * K, -(-slots // TILE), multiprocessors()
+    if window is None and heads <= _MAX_SPLIT_HEADS and tiles >= _MIN_SPLIT_TILES:
+        splits = min(_MAX_SPLITS, there // heads)
+        return Program(B, T, K, G, slots, window, 1, 2 * _WARPS, sink_bytes, splits=splits)
+    blocks = max(1, min(_MAX_CLUSTER, tiles // _WARPS, 3 * there // 2 // heads))
     # A block that is alone on its multiprocessor has as many loads on their way as two would.
-    alone = B * K * blocks <= there and 2 * blocks * _WARPS <= tiles
-    warps, splits = 2 * _WARPS if alone else _WARPS, 1
-    # A window is a few tiles.
-    if alone and window is None and B * K <= _MAX_SPLIT and tiles >= 4 * blocks * warps:
-        blocks, splits = 1, min(_MAX_SPLITS, there // (B * K))
-    if forced := os.environ.get("GPT_OSS_ATT"):  # TRIAL
-        n, s, w = map(int, forced.split(","))  # TRIAL
-        if window is None and B * K * n * s <= 2 * there:  # TRIAL
-            blocks, splits, warps = n, s, w  # TRIAL
-    return Program(B, T, K, G, slots, window, blocks, warps, sink_bytes, splits=splits)
+    fit = there if blocks == 1 else 3 * there // 4
+    alone = heads * blocks <= fit and 2 * blocks * _WARPS <= tiles
+    return Program(B, T, K, G, slots, window, blocks, (1 + alone) * _WARPS, sink_bytes)
 
 
 def whole_tiles(k_pos_BS: jax.Array) -> jax.Array:
