@@ -245,7 +245,9 @@ def main():
     parser.add_argument("--kernels", choices=KERNELS, nargs="+", default=KERNELS[:2])
     parser.add_argument("--blocks", type=int, nargs="+", default=[], help="of a cluster")
     parser.add_argument("--warps", type=int, nargs="+", default=[], help="of a block")
-    parser.add_argument("--splits", type=int, nargs="+", default=[], help="clusters of a head")
+    parser.add_argument(
+        "--splits", type=int, nargs="+", default=[], choices=range(1, 17), help="clusters of a head"
+    )
     parser.add_argument("--rows", type=int, nargs="+", help="time these only")
     parser.add_argument("--slots", type=int, nargs="+", help="time these only")
     args = parser.parse_args()

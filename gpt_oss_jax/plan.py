@@ -160,19 +160,20 @@ def parse_device(text: str) -> tuple[Kind, int]:
     name = re.sub("[_ ]", "-", text.strip().lower())
     # As nvidia-smi has it: "NVIDIA H100 80GB HBM3".
     name = re.sub(r"^nvidia-|-hbm\w*$", "", name)
-    times, count, in_cores = 1, 1, False
+    times, count, dims, in_cores, plain = 1, 1, (), False, False
     if several := re.fullmatch(r"(\d{1,6})x(.+)", name):
         times, name = int(several[1]), several[2]
     if sized := re.fullmatch(r"(?:(.+)-)?(\d{1,5}(?:\.\d+)?)-?g(?:i?b)?(?:-(\d{1,6}))?", name):
         count = int(sized[3] or 1)
         kind = _of_memory(text, sized[1], float(sized[2]))
     else:
-        if (plain := name.replace("-", "")) in KINDS:
-            name = plain
-        elif name in _ALIASES:
+        joined = name.replace("-", "")
+        name = joined if joined in KINDS else name
+        if plain := name in KINDS or name in _ALIASES:
             pass
         elif shape := re.fullmatch(r"(.+)-(\d{1,6}(?:x\d{1,6})+)", name):
-            name, count = shape[1], math.prod(map(int, shape[2].split("x")))
+            name, dims = shape[1], tuple(map(int, shape[2].split("x")))
+            count = math.prod(dims)
         elif several := re.fullmatch(r"(.+)-(\d{1,6})", name):
             name, count = several[1], int(several[2])
             in_cores = _ALIASES.get(name, name) in _NAMED_BY_CORES
@@ -186,15 +187,19 @@ def parse_device(text: str) -> tuple[Kind, int]:
         return kind, times * count
     chips = times * count / (2 if in_cores else 1)
     # By its plain name one chip is asked about, also of a kind that is only lent in fours.
-    is_slice = _is_slice(kind, chips) or (chips == 1 and not in_cores)
+    is_slice = _is_slice(kind, chips, dims) or (plain and times == 1)
     if not is_slice or min(times, count) > 1:
         raise ValueError(f"the device must be one {_slices(kind)}; got {text!r}.")
     return kind, int(chips) * kind.devices_per_chip
 
 
-def _is_slice(kind: Kind, chips: float) -> bool:
-    cubes = chips / _CUBE
-    return chips in _SLICES[kind.name] or cubes in range(1, _CUBES.get(kind.name, 0) + 1)
+def _is_slice(kind: Kind, chips: float, dims: tuple[int, ...]) -> bool:
+    """Of so many chips, in a shape if that is given: flat ones are squares or two of them."""
+    most = _CUBES.get(kind.name, 0)
+    flat = len(dims) == 2 and dims[0] <= dims[1] <= 2 * dims[0]
+    if dims and not (len(dims) == 3 if most else flat):
+        return False
+    return chips in _SLICES[kind.name] or chips / _CUBE in range(1, most + 1)
 
 
 def _slices(kind: Kind) -> str:

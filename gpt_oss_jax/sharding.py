@@ -121,10 +121,11 @@ def preset(weights: Iterable[Weight], devices: int) -> dict[str, int]:
 
 
 def preset_of_all(weights: Iterable[Weight], devices: int) -> dict[str, int]:
-    """The mesh with no idle device where `preset` leaves some, as of three; empty if there is none.
+    """The mesh that splits a model over all of a number of which `preset` leaves some, as of three.
 
-    Heads, experts and rows mostly come in powers of two. What else divides the number of devices
-    has to split the width of experts, which the fastest kernels do not take.
+    Heads, experts and rows, whose number is rounded up, come in powers of two. What else divides
+    the number of devices has to split the width of experts, which the fastest kernels do not take;
+    if it does not divide that, there is no such mesh, and the result is empty.
     """
     weights, tensor = list(weights), devices // (devices & -devices)
     sizes = preset(weights, devices // tensor) | {"tensor": tensor}

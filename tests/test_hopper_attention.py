@@ -14,8 +14,8 @@ from hopper_layer import kernels_for_cuda
 
 from gpt_oss_jax.kernels import target
 from gpt_oss_jax.kernels.attention import api, few_queries, mosaic_gpu, xla
-from gpt_oss_jax.kernels.attention.few_queries_ptx import EMPTY
 from gpt_oss_jax.kernels.dense import mosaic_gpu as dense
+from gpt_oss_jax.kernels.ptx import EMPTY
 from gpt_oss_jax.model.cache import write
 from gpt_oss_jax.sharding import make_mesh
 
@@ -318,6 +318,15 @@ def test_clusters_fit_the_device_and_no_warp_is_without_work():
     ):
         run = few_queries.program((B, 1, 8, 8, 64), S, window)
         assert (run.blocks, run.warps, run.splits) == (blocks, warps, splits), (B, S)
+
+
+@pytest.mark.parametrize("there", [7, 14, 16, 60])
+@pytest.mark.parametrize("B", [1, 2])
+def test_parts_of_a_device_have_a_plan_too(monkeypatch, B, there):
+    monkeypatch.setattr(few_queries, "multiprocessors", lambda: there)
+    run = few_queries.program((B, 1, 8, 8, 64), 32768, None)
+    # Two blocks of eight warps, or one of 16, to a multiprocessor, if there are that many.
+    assert run.grid * run.warps <= 16 * max(8 * B, there) and run.room >= 0 and run.ptx()
 
 
 def test_what_takes_room():

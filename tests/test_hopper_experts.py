@@ -24,8 +24,8 @@ from gpt_oss_jax.kernels.expert_matmul import (
     rows_ptx,
     xla,
 )
-from gpt_oss_jax.kernels.expert_matmul.few_rows_tiles_ptx import EMPTY
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights, in_checkpoint_order
+from gpt_oss_jax.kernels.ptx import EMPTY
 from gpt_oss_jax.sharding import make_mesh
 
 OLD = jax.__version_info__ < target.JAX_FOR_HOPPER

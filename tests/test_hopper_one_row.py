@@ -7,8 +7,9 @@ import oracle
 import pytest
 from hopper_layer import launched, layer
 
-from gpt_oss_jax.kernels.expert_matmul.few_rows_tiles_ptx import EMPTY, MAX_BLOCKS, Projection
+from gpt_oss_jax.kernels.expert_matmul.few_rows_tiles_ptx import MAX_BLOCKS, Projection
 from gpt_oss_jax.kernels.expert_matmul.one_row_ptx import MAX_CHOICES, OneRow
+from gpt_oss_jax.kernels.ptx import EMPTY
 from gpt_oss_jax.quant import MXArray
 
 

@@ -62,9 +62,9 @@ CUBES = "8, 16, 32, 64 or a multiple of 128 up to {} cores, two to a chip"
 @pytest.mark.parametrize(
     ("kind", "sizes", "names"),
     [
-        ("v5e", FLAT, ["v5e-3", "v5e-12", "v5e-3x3", "2xv5e", "2xv5e-4"]),
+        ("v5e", FLAT, ["v5e-3", "v5e-12", "v5e-3x3", "v5e-1x8", "v5e-4x4x4", "2xv5e", "2xv5e-4"]),
         ("v6e", FLAT, ["v6e-5", "v6e-512"]),
-        ("v5p", CUBES.format("12,288"), ["v5p-2", "v5p-6", "v5p-7", "v5p-192", "v5p-12416"]),
+        ("v5p", CUBES.format("12,288"), ["v5p-2", "v5p-6", "v5p-192", "v5p-12416", "v5p-1x1x1"]),
         ("tpu7x", "2, " + CUBES.format("18,432"), ["tpu7x-3", "tpu7x-4", "2xtpu7x"]),
     ],
 )
@@ -292,7 +292,8 @@ def test_the_command(capsys, monkeypatch):
     said = "spread over 4 of 6 devices, --mesh expert=4; --mesh expert=2,tensor=3 takes all"
     assert said in capsys.readouterr().err
     assert cli.main(["plan", "120b", "--device", "7xa100-40GB"]) == 0
-    assert "4 of 7 devices, --mesh expert=4; no mesh takes all 7" in capsys.readouterr().err
+    said = "4 of 7 devices, --mesh expert=4; no mesh splits it over all 7"
+    assert said in capsys.readouterr().err
     assert cli.main(["plan", "20b", "--device", "v5e-4", "--mesh", "expert=2"]) == 0
     assert "2 x v5e (--mesh expert=2)" in capsys.readouterr().out
     assert cli.main(["plan", "openai/gpt-oss-none-20b", "--device", "v5e"]) == 2

@@ -225,16 +225,16 @@ def placement(
 def say_used(model: str, devices: int, found: Plan) -> None:
     """How many of several devices the default mesh takes, and what would take more of them."""
     if found.spread:
-        count, said = math.prod(found.spread.values()), f"--mesh {spelled(found.spread)} spreads it"
-        said = f"running on 1 of {devices} GPUs, where {model} fits; {said}"
-        said += "" if count == devices else f" over {count}"
+        count = math.prod(found.spread.values())
+        said = f"running on 1 of {devices} GPUs, where {model} fits; --mesh {spelled(found.spread)}"
+        said += " spreads it" + ("" if count == devices else f" over {count}")
     else:
         count = math.prod(found.mesh.values())
         said = f"spread over {count} of {devices} devices, --mesh {spelled(found.mesh)}"
     if found.on_all:
         said += f"; --mesh {spelled(found.on_all)} takes all, on slower kernels"
     elif found.on_all is not None:
-        said += f"; no mesh takes all {devices}"
+        said += f"; no mesh splits it over all {devices}"
     remark(said)
 
 

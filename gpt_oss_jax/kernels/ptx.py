@@ -13,6 +13,10 @@ import struct
 NEXT = "griddepcontrol.launch_dependents;"  # The kernel after this one may start.
 WAIT = "griddepcontrol.wait;"  # Until those before it have ended.
 
+# What memory is full of before a launch in which blocks wait for each other's results: as two bf16
+# and as float32 a NaN that no arithmetic gives (0x7FFF, 0x7FFFFFFF).
+EMPTY = -1
+
 
 def literal(value: float) -> str:
     """A float32."""

@@ -55,8 +55,8 @@ def store_and_attend(
       window: Keys visible to a query, itself included; None for all.
       implementation: As for `attention`.
       mesh: Devices to split rows and heads over; None: one device.
-      room: int32 [`room_of`], all -1: what "mosaic_gpu" needs for few heads and many slots, and
-        else makes. Used twice, it is copied. Not for a mesh.
+      room: int32 [`few_queries.room_of`], all -1, where the sums of "mosaic_gpu" meet; None: made
+        here. Not for a mesh.
 
     Returns:
       [B, T, K, G, H], and keys and values of the cache.

@@ -11,8 +11,8 @@ a lane's loads are of 16 bytes. Sums of a warp go to shared memory, those of a b
 the cluster that finishes a part of the outputs, and those of a cluster, through global memory, to
 the last of the head's.
 
-Blocks start in the order of their numbers, and the last cluster of a head alone waits, for lower
-ones: they have started before it, and end whatever runs beside them.
+The last cluster of a head alone waits, for lower ones. All blocks of a launch fit the device, and
+where something runs beside it, devices start them in the order of their numbers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gpt_oss_jax.kernels.attention.softmax_ptx import (
     values,
     weights,
 )
-from gpt_oss_jax.kernels.ptx import NEXT, WAIT, literal
+from gpt_oss_jax.kernels.ptx import EMPTY, NEXT, WAIT, literal
 
 TILE = 16  # Slots.
 MAX_QUERIES = 8
@@ -39,7 +39,6 @@ _ROW = 4 * (HEAD + 4)  # Bytes of a query's sums; the rest spreads them over the
 _SCANNED = 8  # Tiles whose positions a warp reads at once: four lanes each, four positions a lane.
 _NOWHERE = 1 << 31  # As an unsigned number, the least that is no position.
 _LOWEST = -1e30  # Below every score, and finite.
-EMPTY = -1  # No result: a NaN of the arithmetic comes as 0x7FFFFFFF.
 _LOAD = "ld.global.L1::no_allocate.v4.u32"
 
 
@@ -59,7 +58,7 @@ class Program:
       sink_bytes: 2 for bfloat16, 4 for float32.
       stores: Whether the keys and values of the queries' positions, one a row, come beside the
         cache, and go into it.
-      splits: Clusters of a row and key head, up to 16.
+      splits: Clusters of a row and key head, up to 16; of one block each, but in benchmarks.
     """
 
     rows: int

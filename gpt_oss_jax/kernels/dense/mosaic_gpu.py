@@ -158,7 +158,7 @@ def route(
 
 
 def _room(words: int) -> jax.ShapeDtypeStruct:
-    """No array is empty."""
+    """Of one word where none is wanted: a kernel gives no empty array."""
     return jax.ShapeDtypeStruct((max(words, 1),), jnp.int32)
 
 

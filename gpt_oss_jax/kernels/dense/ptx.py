@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from gpt_oss_jax.kernels.ptx import NEXT, WAIT, literal
+from gpt_oss_jax.kernels.ptx import EMPTY, NEXT, WAIT, literal
 
 MAX_INPUTS = 4096  # Rows are held in registers.
 TILE = 8
@@ -43,7 +43,7 @@ class Product:
       head: Width of a head, a multiple of 8.
       group: Query heads to a key head.
       choices: Experts of a row.
-      room: Words to fill with -1, a multiple of 4; of those that rotate or route.
+      room: Words to fill with `EMPTY`, a multiple of 4; of those that rotate or route.
       early: Whether the matrix may be read before earlier kernels have ended.
       multiprocessors: Of the device; it runs with any number.
     """
@@ -221,7 +221,7 @@ add.u32 unit, unit, {self._blocks}; setp.lt.u32 p, unit, {self._tiles}; @p bra U
         threads, pieces = 32 * WARPS * self.grid, self.room // 4
         text = f"rem.u32 t0, <block>, {self.grid}; mad.lo.u32 t0, t0, {WARPS}, warp;"
         text += "mad.lo.u32 t0, t0, 32, lane; mul.wide.u32 at, t0, 16; add.u64 at, at, <room>;"
-        text += "mov.b32 t1, -1;\n"
+        text += f"mov.b32 t1, {EMPTY};\n"
         for first in range(0, pieces, threads):
             text += f"setp.lt.u32 p, t0, {pieces - first};"
             text += f"@p st.global.v4.b32 [at + {16 * first}], {{t1, t1, t1, t1}};\n"

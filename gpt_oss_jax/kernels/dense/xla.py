@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt_oss_jax.kernels.contract import einsum
+from gpt_oss_jax.kernels.ptx import EMPTY
 
 
 def queries_keys_values(
@@ -43,7 +44,7 @@ def route(x_MD, scale_D, weight_ED, bias_E, *, epsilon, choices, room, early=Fal
 
 
 def _empty(room):
-    return jnp.full(room, -1, jnp.int32) if room else None
+    return jnp.full(room, EMPTY, jnp.int32) if room else None
 
 
 def _normalised(x_MD, scale_D, epsilon):

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import SeveralRows
-from gpt_oss_jax.kernels.expert_matmul.few_rows_tiles_ptx import COLUMNS, EMPTY, MAX_BLOCKS, Layer
+from gpt_oss_jax.kernels.expert_matmul.few_rows_tiles_ptx import COLUMNS, MAX_BLOCKS, Layer
 from gpt_oss_jax.kernels.expert_matmul.one_row_ptx import MAX_CHOICES, OneRow
 from gpt_oss_jax.kernels.expert_matmul.rows import add_parts, can_sort, most_tiles, sort
 from gpt_oss_jax.kernels.expert_matmul.rows_ptx import MAX_SORTED
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.kernels.launch import launch
+from gpt_oss_jax.kernels.ptx import EMPTY
 from gpt_oss_jax.kernels.target import multiprocessors
 
 

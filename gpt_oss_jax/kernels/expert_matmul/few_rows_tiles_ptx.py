@@ -22,11 +22,11 @@ from gpt_oss_jax.kernels.expert_matmul.mxfp4_ptx import (
     scale,
     swiglu,
 )
+from gpt_oss_jax.kernels.ptx import EMPTY
 
 COLUMNS = 8
 MAX_BLOCKS = 128  # On an input axis.
 TILE = 16
-EMPTY = -1  # Two bf16 that are no results: a NaN comes as 0x7FFF.
 BULK = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
 
 

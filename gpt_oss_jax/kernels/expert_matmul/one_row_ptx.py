@@ -24,7 +24,6 @@ from typing import ClassVar
 
 from gpt_oss_jax.kernels.expert_matmul.few_rows_tiles_ptx import (
     BULK,
-    EMPTY,
     Layer,
     Projection,
     largest,
@@ -32,7 +31,7 @@ from gpt_oss_jax.kernels.expert_matmul.few_rows_tiles_ptx import (
     with_operands,
 )
 from gpt_oss_jax.kernels.expert_matmul.mxfp4_ptx import LAST_FACTOR
-from gpt_oss_jax.kernels.ptx import NEXT, WAIT, literal
+from gpt_oss_jax.kernels.ptx import EMPTY, NEXT, WAIT, literal
 
 MAX_CHOICES = 8  # Hidden values of so many experts, 4,096 wide, fit beside the tiles.
 _OPERANDS = """block x experts weights up_blocks up_scales up_bias down_blocks down_scales down_bias
