@@ -65,11 +65,18 @@ def _versions() -> Iterator[Finding]:
     yield Finding("versions", ", ".join(found))
 
 
+def why_no_device(error: Exception) -> str:
+    """What JAX says, or what it means where it says nothing."""
+    if not str(error) and (named := os.environ.get("JAX_PLATFORMS")):
+        return f"JAX_PLATFORMS={named}, of which no plugin is installed"
+    return str(error) or type(error).__name__
+
+
 def _devices() -> Iterator[Finding]:
     try:
         devices = jax.devices()
-    except RuntimeError as error:
-        yield Finding("devices", f"JAX finds none: {error}", True)
+    except (RuntimeError, AssertionError) as error:
+        yield Finding("devices", f"JAX finds none: {why_no_device(error)}", True)
         return
     for device in devices:
         stats = device.memory_stats() or {}

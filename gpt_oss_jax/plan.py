@@ -75,9 +75,11 @@ KINDS = {
         Kind("rtx5090", "gpu", POOL * 31.3, 1792, 210),
     )
 }
-_ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x", "ironwood": "tpu7x"}
+_ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v5-lite": "v5e", "trillium": "v6e"}
+_ALIASES |= {"v7x": "tpu7x", "ironwood": "tpu7x"}
 _ALIASES |= {k.jax_name.lower().replace(" ", "-"): k.name for k in KINDS.values() if k.jax_name}
 _MOST = 65_536  # Devices.
+MOST_ROWS = 65_536  # More are not looked for.
 # Whose slices are named by their cores, two to a chip.
 _NAMED_BY_CORES = ("v5p", "tpu7x")
 # Chips of the slices that Google Cloud has. Those with links in three dimensions come in cubes of
@@ -174,6 +176,8 @@ def parse_device(text: str) -> tuple[Kind, int]:
         elif shape := re.fullmatch(r"(.+)-(\d{1,6}(?:x\d{1,6})+)", name):
             name, dims = shape[1], tuple(map(int, shape[2].split("x")))
             count = math.prod(dims)
+        elif several := re.fullmatch(r"([a-z]+\d+[a-z]*?)x(\d{1,6})", name):
+            name, count = several[1], int(several[2])
         elif several := re.fullmatch(r"(.+)-(\d{1,6})", name):
             name, count = several[1], int(several[2])
             in_cores = _ALIASES.get(name, name) in _NAMED_BY_CORES
@@ -319,7 +323,7 @@ def plan(
         decode_bytes=count.decode_bytes(context, batch),
         prefill_flops=count.prefill_flops(context),
         largest_context=_largest(MIN_SLOTS, config.max_context, lambda n: least.fits(n, batch)),
-        largest_batch=_largest(1, 4096, lambda n: least.fits(context, n)),
+        largest_batch=_largest(1, MOST_ROWS, lambda n: least.fits(context, n)),
     )
 
 

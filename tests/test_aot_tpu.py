@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("libtpu", reason="`make test-tpu` installs the compiler for TPU")
 
-from gpt_oss_jax import aot
+from gpt_oss_jax import aot, cli
 from gpt_oss_jax.checkpoint import outline
 from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B
 from gpt_oss_jax.generate import ahead
@@ -222,3 +222,9 @@ def test_no_slot_leaves_its_device_where_the_context_is_split():
         run = jax.jit(step, donate_argnums=(0, 1))
         text = run.lower(cache, cache, q, new, sinks, row, positions).compile().as_text()
     assert "all-reduce" in text and "all-gather" not in text
+
+
+def test_what_does_not_fit_is_not_compiled(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_enable_compile_cache", lambda: None)
+    assert cli.main(["compile", "120b", "--device", "v5e", "--output", "a.tar"]) == 2
+    assert "more than each v5e has; gpt-oss-jax plan says" in capsys.readouterr().err

@@ -276,7 +276,15 @@ def test_no_device_is_one_line(folder, monkeypatch, capsys):
     def devices(backend=None):
         raise AssertionError
 
-    monkeypatch.setattr(jax, "local_devices", devices)
+    for name in ("local_devices", "devices"):
+        monkeypatch.setattr(jax, name, devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    said = "JAX_PLATFORMS=cuda, of which no plugin is installed"
+    assert cli.main(["chat", folder, "hello"]) == 2
+    assert f"JAX finds no device: {said}" in capsys.readouterr().err
+    assert cli.main(["doctor"]) == 1
+    assert f"PROBLEM JAX finds none: {said}" in capsys.readouterr().out
+    monkeypatch.delenv("JAX_PLATFORMS")
     assert cli.main(["chat", folder, "hello"]) == 2
     assert "JAX finds no device: AssertionError" in capsys.readouterr().err
 
@@ -437,6 +445,9 @@ def test_jax_may_have_nearly_all_of_a_gpu(monkeypatch):
     terminal.take_gpu_memory()
     assert os.environ[name] == "0.95"
     monkeypatch.delenv(name)
+    # What `doctor` says is what programs of the user's own have.
+    cli.main(["doctor"])
+    assert name not in os.environ
 
 
 class Terminal:

@@ -36,6 +36,9 @@ CARD = Kind("card", "gpu", 1.0, 100, 10)
         ("h100", "h100", 1),
         ("2xh100", "h100", 2),
         ("h200-8", "h200", 8),
+        ("h100x2", "h100", 2),
+        ("trillium-8", "v6e", 8),
+        ("v5-lite", "v5e", 1),
         ("v5e-2x4", "v5e", 8),
         ("4xv5e", "v5e", 4),
         ("v5e-256", "v5e", 256),
@@ -294,6 +297,13 @@ def test_the_command(capsys, monkeypatch):
     assert cli.main(["plan", "120b", "--device", "7xa100-40GB"]) == 0
     said = "4 of 7 devices, --mesh expert=4; no mesh splits it over all 7"
     assert said in capsys.readouterr().err
+    assert cli.main(["plan", "20b", "--device", "v5e-8", "--mesh", "data=3,context=2"]) == 0
+    said = "--mesh data=3 does not split rows, which come in powers of two; data=2 does\n"
+    assert capsys.readouterr().err == f"gpt-oss-jax: {said}"
+    assert cli.main(["plan", "20b", "--device", "v5p-256", "--batch", "8192"]) == 0
+    assert "largest batch at this context: 32,768." in capsys.readouterr().out
+    assert cli.main(["plan", "tiny", "--device", "v5p-256"]) == 0
+    assert "largest batch at this context: 65,536 or more." in capsys.readouterr().out
     assert cli.main(["plan", "20b", "--device", "v5e-4", "--mesh", "expert=2"]) == 0
     assert "2 x v5e (--mesh expert=2)" in capsys.readouterr().out
     assert cli.main(["plan", "openai/gpt-oss-none-20b", "--device", "v5e"]) == 2

@@ -59,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(takes_memory=True)
     commands = parser.add_subparsers(
         dest="command", metavar="COMMAND", required=True, parser_class=_Parser
     )
@@ -94,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     try:
-        take_gpu_memory()
+        if args.takes_memory:
+            take_gpu_memory()
         _enable_compile_cache()
         if "coordinator" in args:
             join(args)

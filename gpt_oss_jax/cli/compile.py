@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         if args.device is not None:
             stack.enter_context(aot.in_place_of_ours(device))
         of_use = {"batch": args.batch, "context": args.context}
-        mesh, form = placement(args, devices, config, experts, **of_use)
+        mesh, form = placement(args, devices, config, experts, must_fit=True, **of_use)
         if device.platform == "tpu" and jax.__version_info__ < (0, 11):
             # Its names of programs hold the paths and lines of the code that leads to a kernel.
             raise ValueError(

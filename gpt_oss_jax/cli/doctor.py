@@ -15,7 +15,8 @@ def add(commands) -> None:
         metavar="MODEL",
         help="also check this checkpoint: its index against its files, and their shapes",
     )
-    parser.set_defaults(run=run)
+    # What it says of a GPU's memory is what programs of the user's own have.
+    parser.set_defaults(run=run, takes_memory=False)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -25,5 +26,6 @@ def run(args: argparse.Namespace) -> int:
         problems += finding.is_problem
         mark = "PROBLEM " if finding.is_problem else ""
         write(f"{finding.about:<11} {mark}{finding.text}\n")
-    write(f"{'result':<11} {f'{problems} problems' if problems else 'all well'}\n")
+    result = f"{problems} problem{'s' * (problems > 1)}" if problems else "all well"
+    write(f"{'result':<11} {result}\n")
     return 1 if problems else 0

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import time
 from collections.abc import Iterator
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from gpt_oss_jax.cli.terminal import (
     add_placement_options,
     positive,
     remark,
+    say_unsplit,
     say_used,
     sizes,
     write,
@@ -22,7 +24,7 @@ from gpt_oss_jax.generate import ahead
 from gpt_oss_jax.generate.loop import prompt_calls
 from gpt_oss_jax.model.cache import MIN_SLOTS, bucket
 from gpt_oss_jax.model.moe import can_use_words
-from gpt_oss_jax.plan import GIB, KINDS, POOL, Plan, parse_device, plan, variables
+from gpt_oss_jax.plan import GIB, KINDS, MOST_ROWS, POOL, Plan, parse_device, plan, variables
 from gpt_oss_jax.sampling import SamplingParams
 from gpt_oss_jax.sharding import abstract_mesh, make_mesh, not_split, spelled
 
@@ -91,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if found.spread or found.on_all is not None:
         say_used(args.model, devices, found)
+    say_unsplit(found.mesh)
     if args.compile:
         _ask_compiler(config, found, dtype)
     return 0 if found.fits else 1
@@ -122,7 +125,8 @@ def _table(found: Plan) -> str:
     if found.fits:
         lines.append(
             f"It fits. Largest context at batch {found.batch}: {found.largest_context:,} tokens; "
-            f"largest batch at this context: {found.largest_batch:,}."
+            f"largest batch at this context: {found.largest_batch:,}"
+            f"{' or more' if found.largest_batch == MOST_ROWS else ''}."
         )
     elif found.largest_context:
         lines.append(
@@ -169,9 +173,11 @@ def _ask_compiler(config: Config, found: Plan, dtype) -> None:
     with aot.in_place_of_ours(devices[0]):
         mesh = make_mesh(**found.mesh, devices=devices) if count > 1 else None
         model = outline(config, mesh=mesh, dtype=dtype, expert_form=found.expert_form)
-        remark(f"compiling for {found.kind.name}")
+        remark(f"compiling for {found.kind.name}, up to two minutes a program of the whole model")
+        start = time.perf_counter()
         for program in _largest(model, rows, slots, chunk, options):
-            remark(program.what)
+            remark(f"{program.what}: {time.perf_counter() - start:.1f} s")
+            start = time.perf_counter()
             memory = program.compiled.memory_analysis()
             # What a program does not use stays where it is.
             arguments = max(arguments, memory.argument_size_in_bytes)

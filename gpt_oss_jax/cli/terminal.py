@@ -21,11 +21,12 @@ from gpt_oss_jax.checkpoint import load, open_source, outline, synthetic
 from gpt_oss_jax.checkpoint.experts import model_kind
 from gpt_oss_jax.checkpoint.hub import ALIASES
 from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B, Config
+from gpt_oss_jax.doctor import why_no_device
 from gpt_oss_jax.generate import ahead
 from gpt_oss_jax.kernels.target import default_device
 from gpt_oss_jax.model import Transformer
 from gpt_oss_jax.model.moe import EXPERT_FORMS
-from gpt_oss_jax.plan import Plan, kind_of, plan
+from gpt_oss_jax.plan import GIB, Plan, kind_of, plan
 from gpt_oss_jax.sampling import SamplingParams
 from gpt_oss_jax.sharding import MESH_AXES, make_mesh, spelled
 
@@ -150,7 +151,7 @@ def load_model(
     try:
         platform = default_device().platform
     except Exception as error:  # Of any kind, a busy TPU or a missing driver.
-        why = str(error) or type(error).__name__
+        why = why_no_device(error)
         raise ValueError(f"JAX finds no device: {why}. gpt-oss-jax doctor says more.") from error
     if platform == "gpu" and os.environ.get("XLA_CLIENT_MEM_FRACTION") == _MEM_FRACTION:
         share = f"{100 * float(_MEM_FRACTION):.0f}%"
@@ -189,6 +190,7 @@ def placement(
     *,
     batch: int,
     context: int,
+    must_fit: bool = False,
 ) -> tuple[Mesh | None, str | None]:
     """The mesh, None for one device, and the form of experts: those asked for or those of `plan`.
 
@@ -201,6 +203,10 @@ def placement(
       experts: Their kind, as `sizes` returns it.
       batch: Rows at once.
       context: Tokens of each.
+      must_fit: Whether to refuse what `plan` says does not fit TPUs; `load` does for itself.
+
+    Raises:
+      ValueError: If it must fit and does not.
     """
     kind, context = kind_of(devices[0]), min(context, config.max_context)
     found = plan(
@@ -214,9 +220,15 @@ def placement(
         mesh=args.mesh,
         expert_form=args.expert_form,
     )
+    if must_fit and kind.platform == "tpu" and not found.fits:
+        raise ValueError(
+            f"{args.model} with {batch} x {context:,} tokens needs {-found.margin / GIB:,.2f} GiB "
+            f"more than each {kind.name} has; gpt-oss-jax plan says what fits."
+        )
     count = math.prod(found.mesh.values())
     if args.mesh is None and len(devices) > 1:
         say_used(args.model, len(devices), found)
+    say_unsplit(found.mesh)
     if found.expert_form and args.expert_form is None:
         remark(f"{FORMS[found.expert_form]}, for {batch} x {context:,} tokens")
     return make_mesh(**found.mesh, devices=devices) if count > 1 else None, found.expert_form
@@ -236,6 +248,18 @@ def say_used(model: str, devices: int, found: Plan) -> None:
     elif found.on_all is not None:
         said += f"; no mesh splits it over all {devices}"
     remark(said)
+
+
+def say_unsplit(mesh: Mapping[str, int]) -> None:
+    """Which axes have devices that all do the same."""
+    for axis, what in (("data", "rows"), ("context", "tokens and slots")):
+        size = mesh.get(axis, 1)
+        if size & (size - 1):
+            fewer = 1 << (size.bit_length() - 1)
+            remark(
+                f"--mesh {axis}={size} does not split {what}, which come in powers of two; "
+                f"{axis}={fewer} does"
+            )
 
 
 def sizes(name: str, *, download: bool = False) -> tuple[Config, str]:
