@@ -111,8 +111,6 @@ CASES = {
     "more splits than tiles": ((1, 1, 2, 8, 64), full(1, 64), None, {"splits": 5}),
     "splits that see nothing": ((2, 1, 1, 8, 300), full(2, 300), 20, {"blocks": 1, "splits": 5}),
     "splits of 2 blocks": ((2, 1, 1, 8, 200), full(2, 200), 90, {"blocks": 2, "splits": 2}),
-    "splits of 3 blocks": ((1, 1, 2, 8, 300), full(1, 300), None, {"blocks": 3, "splits": 5}),
-    "splits of 16 blocks": ((1, 1, 1, 8, 512), full(1, 512), None, {"blocks": 16, "splits": 2}),
     "splits of 16 warps": (
         (1, 1, 1, 8, 512),
         full(1, 512),
@@ -164,7 +162,6 @@ def test_a_query_that_sees_nothing_gives_zeros(blocks, splits):
 SPLIT = {
     "single blocks": {"blocks": 1, "splits": 5},
     "clusters": {"blocks": 2, "splits": 2},
-    "a rest of a cluster": {"blocks": 3, "splits": 2},
 }
 
 
@@ -197,7 +194,7 @@ def test_it_waits_for_every_word():
             pieces = (f"st.relaxed.gpu.global.f32 [at + {4 * i}], {words[i]};" for i in order)
             return text.replace(old, "nanosleep.u32 20;".join(pieces))
 
-        for how in by_chance():
+        for how in by_chance()[:2]:
             got = interpreted(args, where, None, in_pieces, how=how, **plan)
             np.testing.assert_array_equal(got, right)
 
