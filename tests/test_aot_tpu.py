@@ -228,3 +228,13 @@ def test_what_does_not_fit_is_not_compiled(monkeypatch, capsys):
     monkeypatch.setattr(cli, "_enable_compile_cache", lambda: None)
     assert cli.main(["compile", "120b", "--device", "v5e", "--output", "a.tar"]) == 2
     assert "more than each v5e has; gpt-oss-jax plan says" in capsys.readouterr().err
+
+
+def test_plan_asks_the_compiler_and_leaves_nothing_behind(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cli, "_enable_compile_cache", lambda: None)
+    assert cli.main(["plan", "tiny", "--device", "v5e", "-c", "512", "--compile"]) == 0
+    told = capsys.readouterr()
+    assert re.search(r"\nThe compiler: 0\.1\d GiB, of these 0\.1\d weights and cache", told.out)
+    assert re.search(r"decode: 1 x 512 slots, temperature: [\d.]+ s\n", told.err)
+    assert not list(tmp_path.rglob("*-cache"))

@@ -1,13 +1,16 @@
 """`gpt-oss-jax plan`: whether a model fits a device, before anything is loaded."""
 
 import argparse
+import contextlib
 import math
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax.numpy as jnp
 
-from gpt_oss_jax import aot
+from gpt_oss_jax import aot, compile_archive
 from gpt_oss_jax.checkpoint import outline
 from gpt_oss_jax.cli.terminal import (
     FORMS,
@@ -170,7 +173,12 @@ def _ask_compiler(config: Config, found: Plan, dtype) -> None:
     chunk = max(prompt_calls(found.context, rows, found.kind.platform, memory))
     options = {"memory": memory, "samplings": [SamplingParams()]}
     arguments, temporaries = 0, {}
-    with aot.in_place_of_ours(devices[0]):
+    with contextlib.ExitStack() as stack:
+        # What is in the user's cache cannot be read without the device, and nothing is to be added.
+        stack.enter_context(
+            compile_archive.kept_in(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        )
+        stack.enter_context(aot.in_place_of_ours(devices[0]))
         mesh = make_mesh(**found.mesh, devices=devices) if count > 1 else None
         model = outline(config, mesh=mesh, dtype=dtype, expert_form=found.expert_form)
         remark(f"compiling for {found.kind.name}, up to two minutes a program of the whole model")
