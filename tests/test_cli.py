@@ -416,6 +416,7 @@ def test_bench_ends_with_a_line_of_json(folder, capsys):
 
 
 def test_the_compile_cache_is_the_users(tmp_path, monkeypatch):
+    jax.config.update("jax_compilation_cache_dir", None)  # Earlier tests chose one.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
     assert compile_cache.enable().is_relative_to(tmp_path / "mine")
     assert jax.config.jax_compilation_cache_dir == str(compile_cache.default_directory())
@@ -427,6 +428,7 @@ def test_the_compile_cache_is_the_users(tmp_path, monkeypatch):
 
 def test_a_cache_that_cannot_be_made_is_said_and_survived(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
+    jax.config.update("jax_compilation_cache_dir", None)  # Earlier tests chose one.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr(cli_chat, "run", lambda args: 0)
     assert cli.main(["chat", "whatever"]) == 0
