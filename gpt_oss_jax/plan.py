@@ -107,9 +107,8 @@ class Plan:
       workspace: Of what a step makes on the way: the larger of prefill's and decode's.
       decode_bytes: That one decode step reads on each device at a full context.
       prefill_flops: That a token of a prompt which fills the context costs on each device.
-      largest_context: At this batch; 0: none fits.
-      largest_batch: At this context; 0: none fits. Both in the form that takes the least memory,
-        unless one was named.
+      least: Counts them for other sizes, in the form that takes the least memory unless one was
+        named.
     """
 
     kind: Kind
@@ -124,8 +123,18 @@ class Plan:
     workspace: int
     decode_bytes: float
     prefill_flops: float
-    largest_context: int
-    largest_batch: int
+    least: _Count
+
+    @functools.cached_property
+    def largest_context(self) -> int:
+        """At this batch; 0: none fits."""
+        most = self.least.config.max_context
+        return _largest(MIN_SLOTS, most, lambda n: self.least.fits(n, self.batch))
+
+    @functools.cached_property
+    def largest_batch(self) -> int:
+        """At this context; 0: none fits."""
+        return _largest(1, MOST_ROWS, lambda n: self.least.fits(self.context, n))
 
     @property
     def margin(self) -> float:
@@ -322,8 +331,7 @@ def plan(
         workspace=count.workspace(context, batch),
         decode_bytes=count.decode_bytes(context, batch),
         prefill_flops=count.prefill_flops(context),
-        largest_context=_largest(MIN_SLOTS, config.max_context, lambda n: least.fits(n, batch)),
-        largest_batch=_largest(1, MOST_ROWS, lambda n: least.fits(context, n)),
+        least=least,
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("libtpu", reason="`make test-tpu` installs the compiler for TPU")
 
-from gpt_oss_jax import aot, cli
+from gpt_oss_jax import aot, cli, compile_archive
 from gpt_oss_jax.checkpoint import outline
 from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B
 from gpt_oss_jax.generate import ahead
@@ -231,10 +231,10 @@ def test_what_does_not_fit_is_not_compiled(monkeypatch, capsys):
 
 
 def test_plan_asks_the_compiler_and_leaves_nothing_behind(monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cli, "_enable_compile_cache", lambda: None)
-    assert cli.main(["plan", "tiny", "--device", "v5e", "-c", "512", "--compile"]) == 0
+    with compile_archive.kept_in(tmp_path):
+        assert cli.main(["plan", "tiny", "--device", "v5e", "-c", "512", "--compile"]) == 0
     told = capsys.readouterr()
     assert re.search(r"\nThe compiler: 0\.1\d GiB, of these 0\.1\d weights and cache", told.out)
     assert re.search(r"decode: 1 x 512 slots, temperature: [\d.]+ s\n", told.err)
-    assert not list(tmp_path.rglob("*-cache"))
+    assert not compile_archive.programs(tmp_path)

@@ -8,6 +8,19 @@ import jax
 import jax.numpy as jnp
 
 
+def check_room(room: jax.Array, words: int, mesh) -> None:
+    """Refuses a room (`ptx.EMPTY` so many times) of another size or type, and one for a mesh.
+
+    Raises:
+      ValueError: If it is refused.
+    """
+    if mesh is not None or (room.shape, room.dtype) != ((words,), jnp.int32):
+        raise ValueError(
+            f"room must be int32 {(words,)}, all -1, and there must be no mesh; got "
+            f"{room.dtype} {room.shape}{'' if mesh is None else ' and a mesh'}."
+        )
+
+
 def launch(
     name: str,
     text: str,

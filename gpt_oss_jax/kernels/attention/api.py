@@ -6,13 +6,13 @@ import contextlib
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gpt_oss_jax.kernels import sharded
 from gpt_oss_jax.kernels.attention import mosaic_gpu, mosaic_tpu, xla
 from gpt_oss_jax.kernels.attention.few_queries import room_of
 from gpt_oss_jax.kernels.dispatch import dispatch, say_once
+from gpt_oss_jax.kernels.launch import check_room
 from gpt_oss_jax.kernels.target import platform
 
 IMPLEMENTATIONS = {
@@ -65,12 +65,7 @@ def store_and_attend(
       ValueError: If the room is of another size or type.
     """
     if room is not None:
-        wanted = (room_of(q_BTKGH.shape, k_BSL.shape[1], window),), jnp.int32
-        if mesh is not None or (room.shape, room.dtype) != wanted:
-            raise ValueError(
-                f"room must be int32 {wanted[0]}, all -1, and there must be no mesh; got "
-                f"{room.dtype} {room.shape}{'' if mesh is None else ' and a mesh'}."
-            )
+        check_room(room, room_of(q_BTKGH.shape, k_BSL.shape[1], window), mesh)
     args = q_BTKGH, k_BTKH, v_BTKH, k_BSL, v_BSL, sinks_KG
     where = {"q_pos_BT": q_pos_BT, "k_pos_BS": k_pos_BS, "slots_BT": slots_BT, "window": window}
     if mesh is None and implementation in (None, "mosaic_gpu"):

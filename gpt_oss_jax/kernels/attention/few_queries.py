@@ -19,9 +19,12 @@ from gpt_oss_jax.kernels.target import multiprocessors
 
 _MAX_CLUSTER = 8
 _WARPS = 8
-# Where a head's keys are spread over single blocks: up to so many key heads of all rows, from so
-# many tiles of a cache on, which is half full or more; and over how many.
-_MAX_SPLIT_HEADS, _MIN_SPLIT_TILES, _MAX_SPLITS = 16, 2048, 16
+# A head's keys are spread over single blocks where all rows have so few key heads,
+_MAX_SPLIT_HEADS = 16
+# and the cache so many tiles, of which half or more are full;
+_MIN_SPLIT_TILES = 2048
+# over so many, whose sums fit the registers of the one that adds them up.
+_MAX_SPLITS = 16
 
 
 def few_queries(
@@ -33,11 +36,8 @@ def few_queries(
     q_pos_BT: jax.Array,
     k_pos_BS: jax.Array,
     window: int | None,
-    room: jax.Array | None = None,
 ) -> jax.Array:
     """See `api.attention`; for up to `MAX_QUERIES` queries to a key head.
-
-    `room` is as in `few_queries_stored`.
 
     Raises:
       NotImplementedError: For other sizes and types.
@@ -47,7 +47,7 @@ def few_queries(
     run = program(q_BTKGH.shape, S, window, sinks_KG.dtype.itemsize)
     k_pos = whole_tiles(k_pos_BS.astype(jnp.int32))
     inputs = k_BSKH, v_BSKH, sinks_KG, q_pos_BT.astype(jnp.int32), k_pos
-    return launch(run, q_BTKGH, *inputs, *room_for(run, room))
+    return launch(run, q_BTKGH, *inputs, *room_for(run))
 
 
 def few_queries_stored(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gpt_oss_jax.kernels import sharded
@@ -13,6 +12,7 @@ from gpt_oss_jax.kernels.dispatch import dispatch
 from gpt_oss_jax.kernels.expert_matmul import mosaic_gpu, mosaic_tpu, xla
 from gpt_oss_jax.kernels.expert_matmul.few_rows import words_of_room
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
+from gpt_oss_jax.kernels.launch import check_room
 
 IMPLEMENTATIONS = {
     "mosaic_gpu": mosaic_gpu.expert_mlp,
@@ -78,12 +78,7 @@ def expert_mlp(
 
     if room is not None:
         X = experts_MX.shape[-1]
-        wanted = (words_of_room(experts_MX.size // X, X, w),), jnp.int32
-        if mesh is not None or (room.shape, room.dtype) != wanted:
-            raise ValueError(
-                f"room must be int32 {wanted[0]}, all -1, and there must be no mesh; got "
-                f"{room.dtype} {room.shape}{'' if mesh is None else ' and a mesh'}."
-            )
+        check_room(room, words_of_room(experts_MX.size // X, X, w), mesh)
 
     if residual is not None:
         wanted, came = ((x.dtype, x.shape) for x in (x_MD, residual))
