@@ -18,7 +18,6 @@ BEFORE, AFTER = 300, 20
 # Implementation, rows of a call, tokens of a call behind the prompt.
 WAYS = [("xla", 8, 20), ("xla", 8, 1)]
 WAYS += [("mosaic_gpu", 8, 20)] + [("mosaic_gpu", rows, 1) for rows in (1, 8, 64)]
-FEW = 8  # Prompts of a way with one row at a time.
 
 
 @jax.jit
@@ -81,6 +80,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--few", type=int, default=8, help="prompts of the way with single rows")
     args = parser.parse_args()
     model = calmed(load(args.model, dtype=jnp.bfloat16))
     exact = in_float32(model)
@@ -99,7 +99,7 @@ def main():
         start = time.perf_counter()
         model.implementation = implementation
         found = []
-        for first in range(0, args.prompts if rows > 1 else FEW, rows):
+        for first in range(0, args.prompts if rows > 1 else args.few, rows):
             group = slice(first, first + rows)
             parts = (
                 divergence(wanted[group, i * call : (i + 1) * call], got)
