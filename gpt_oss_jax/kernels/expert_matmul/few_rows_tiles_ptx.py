@@ -103,7 +103,8 @@ class Layer:
 
     @property
     def _stage_bytes(self) -> int:
-        return max(self._tile_bytes(self.up), self._tile_bytes(self.down))
+        """A multiple of 128: copies to other places are slower."""
+        return -(-max(self._tile_bytes(self.up), self._tile_bytes(self.down)) // 128) * 128
 
     @property
     def _sum_bytes(self) -> int:
