@@ -160,10 +160,12 @@ def test_rows_are_gathered_and_added_up(emulated, M, X, D):
     x = jnp.asarray(random.normal(size=(M, D)), jnp.bfloat16)
     chosen = jnp.asarray([random.permutation(E)[:X] for _ in range(M)], jnp.int32)
     sorted_ = tiles.sort_into_tiles(chosen.reshape(-1), E, 8)
-    got = np.asarray(rows.gather(x, sorted_, X))
+    weight = jnp.asarray(random.random((M, X)), jnp.float32)
     used = 8 * int(sorted_.count)
-    np.testing.assert_array_equal(got[:used], gather_in_jax(x, sorted_, X)[:used])
-    assert np.isnan(got[used:].astype(np.float32)).all()
+    want = gather_in_jax(x, weight, sorted_)
+    for ours, wanted in zip(rows.gather(x, weight, sorted_), want, strict=True):
+        np.testing.assert_array_equal(ours[:used], wanted[:used])
+        assert np.isnan(np.asarray(ours)[used:].astype(np.float32)).all()
 
     y = np.full((sorted_.pairs.size, D), np.nan, ml_dtypes.bfloat16)
     y[sorted_.place_of_pair] = random.normal(size=(M * X, D))
@@ -255,8 +257,9 @@ if jax.__version_info__ >= target.JAX_FOR_HOPPER:
         assert np.linalg.norm(got.astype(jnp.float32) - want) < 6e-3 * np.linalg.norm(want)
 
 
-def gather_in_jax(x_MD, sorted_, choices):
-    return many_rows.in_order(x_MD)[sorted_.pairs.reshape(-1) // choices]
+def gather_in_jax(x_MD, weights_MX, sorted_):
+    pairs = jnp.maximum(sorted_.pairs.reshape(-1), 0)
+    return many_rows.in_order(x_MD)[pairs // weights_MX.shape[1]], weights_MX.reshape(-1)[pairs]
 
 
 def add_up_in_jax(y_RD, place_of_pair, experts_MX, num_experts):

@@ -66,8 +66,8 @@ def many_rows(
     up, down = projections(w, limit, tile)
     by_expert = sort if can_sort(M * X, E) else sort_into_tiles
     tiles = by_expert(experts_MX.reshape(-1), E, tile)
-    h_RF = grouped(up, w.up, w.up_bias, tiles, gather(x_MD, tiles, X))
-    weights_R = weights_MX.reshape(-1).astype(jnp.float32)[tiles.pairs.reshape(-1)]
+    x_RD, weights_R = gather(x_MD, weights_MX, tiles)
+    h_RF = grouped(up, w.up, w.up_bias, tiles, x_RD)
     y_RD = grouped(down, w.down, w.down_bias, tiles, h_RF, weights_R)
     return add_up(y_RD, tiles.place_of_pair, experts_MX, E if some_elsewhere else None)
 

@@ -36,18 +36,25 @@ def sort(chosen: jax.Array, num_experts: int, size: int) -> Tiles:
     return Tiles(of_tile, pairs_of, places, count[0])
 
 
-def gather(x_MD: jax.Array, tiles: Tiles, choices: int) -> jax.Array:
-    """Rows of all places of tiles, bf16 [R, D], each 64 values `many_rows.in_order`.
+def gather(
+    x_MD: jax.Array, weights_MX: jax.Array, tiles: Tiles
+) -> tuple[jax.Array, jax.Array]:
+    """What `many_rows` has for all places of tiles; past `tiles.count` nothing is written.
 
     Args:
       x_MD: bf16 rows, D a multiple of 64.
-      tiles: Where pairs of row and expert lie; past `tiles.count` nothing is written.
-      choices: Pairs of a row.
+      weights_MX: Routing weights.
+      tiles: Where pairs of row and expert lie.
+
+    Returns:
+      Rows, bf16 [R, D], each 64 values `many_rows.in_order`, and weights, float32 [R].
     """
     R, D = tiles.pairs.size, x_MD.shape[1]
-    run = Gather(R, D, choices, tiles.pairs.shape[1])
+    run = Gather(R, D, weights_MX.shape[1], tiles.pairs.shape[1])
+    outs = _rows(R, D), jax.ShapeDtypeStruct((R,), jnp.float32)
     places = tiles.pairs.reshape(-1).astype(jnp.int32), tiles.count.astype(jnp.int32).reshape(1)
-    return _launch("gather_rows", run, _rows(R, D), (x_MD, *places))
+    inputs = x_MD, weights_MX.astype(jnp.float32), *places
+    return _launch("gather_rows", run, outs, inputs)
 
 
 def add_up(

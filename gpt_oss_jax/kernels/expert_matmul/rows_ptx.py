@@ -106,7 +106,7 @@ setp.eq.and.u32 p, t0, rank, p; mul.wide.u32 at, first, 4; add.u64 at, at, $2;
 
 @dataclasses.dataclass(frozen=True)
 class Gather:
-    """Rows of x for all places of tiles, in `many_rows.in_order`.
+    """Rows of x for all places of tiles, in `many_rows.in_order`, and their weights.
 
     Attributes:
       rows: Places, of all tiles.
@@ -130,19 +130,21 @@ class Gather:
     def ptx(self) -> str:
         """The thread program. Under vmap there are several grids, one after the other.
 
-        Its operands: the thread block; pointers to x, the pairs of all places, how many tiles are
-        in use, the result and shared memory, which is not used. Places of other tiles stay as they
-        are.
+        Its operands: the thread block; pointers to x, the weights of all pairs, the pairs of all
+        places, how many tiles are in use, both results and shared memory, which is not used. Places
+        of other tiles stay as they are.
         """
         text = f"""{{
-.reg .pred p; .reg .b32 t0, lane, row, w<4>, v<16>; .reg .b64 at, from, more;
+.reg .pred p; .reg .b32 t0, t1, lane, row, w<4>, v<16>; .reg .b64 at, from, more;
 {_START.format(grid=self.grid, warps=_WARPS, rows=self.rows)}
-ld.global.u32 t0, [$3]; mul.lo.u32 t0, t0, {self.tile};
+ld.global.u32 t0, [$4]; mul.lo.u32 t0, t0, {self.tile};
 setp.ge.u32 p, row, t0; @p bra DONE;
-mul.wide.u32 at, row, 4; add.u64 at, at, $2; ld.global.u32 t0, [at];
+mul.wide.u32 more, row, 4; add.u64 at, more, $3; ld.global.u32 t0, [at];
 setp.eq.u32 p, t0, -1; selp.b32 t0, 0, t0, p;
+mul.wide.u32 at, t0, 4; add.u64 at, at, $2; setp.eq.u32 p, lane, 0; @p ld.global.u32 t1, [at];
+add.u64 more, more, $6; @p st.global.u32 [more], t1;
 div.u32 t0, t0, {self.choices}; mul.wide.u32 from, t0, {2 * self.width}; add.u64 from, from, $1;
-mul.wide.u32 at, row, {2 * self.width}; add.u64 at, at, $4;
+mul.wide.u32 at, row, {2 * self.width}; add.u64 at, at, $5;
 mul.wide.u32 more, lane, 64; add.u64 at, at, more;
 and.b32 t0, lane, 1; mul.lo.u32 t0, t0, 16; shr.u32 row, lane, 1; mad.lo.u32 t0, row, 128, t0;
 cvt.u64.u32 more, t0; add.u64 from, from, more;
