@@ -33,6 +33,7 @@ _BLOCK_OUTPUTS = _WARPGROUPS * OUTPUTS
 _COPY_REGISTERS = 40
 _SHARED_BYTES = 220 << 10
 _MAX_STAGES = 6
+_MIN_HALVED = 64  # Smaller tiles wait for their weights, however many rows they have.
 
 
 def many_rows(
@@ -132,9 +133,11 @@ def grouped(
     scale_rows = OUTPUTS * p.blocks // _BLOCK_OUTPUTS
     step_slots, scale_slots = stages(p, P)
     more = () if weights_R is None else (weights_R,)
+    halved = P >= _MIN_HALVED
+    few_T = tiles.pairs[:, P // 2] < 0 if halved else jnp.zeros(1)
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
-    def block(experts, count, blocks, scales, x, bias, *rest):
+    def block(experts, few, count, blocks, scales, x, bias, *rest):
         *weights, out, scales_smem, arrived = rest
         first, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         products = count[0] * stripes
@@ -162,13 +165,16 @@ def grouped(
             loaded = _load(p)(own, own_scales, indices[0], *places)
             for i in range(p.step // 2):
                 # The matrix unit has one pair of blocks while the next is decoded.
-                x_pair = x_smem.at[:, pl.ds(64 * i, 64)].transpose((1, 0))
+                x_pair = x_smem.at[: sums.shape[1], pl.ds(64 * i, 64)].transpose((1, 0))
                 plgpu.wgmma(sums, _decode(p, i)(loaded), x_pair)
                 plgpu.wgmma_wait(int(i < p.step // 2 - 1))
             return sums
 
-        def pipeline(product=None):
-            """Multiplies a tile with a stripe; the copies for the next begin before it ends."""
+        def pipeline(columns=P, product=None):
+            """Multiplies so many rows of a tile with a stripe.
+
+            The copies for the next begin before it ends.
+            """
 
             def compute(run):
                 t, expert, n = place(product)
@@ -178,7 +184,7 @@ def grouped(
                     run(sums)
                     return sums[...]
 
-                sums = pl.run_scoped(scoped, plgpu.ACC((OUTPUTS, P), jnp.float32))
+                sums = pl.run_scoped(scoped, plgpu.ACC((OUTPUTS, columns), jnp.float32))
                 plgpu.commit_smem()  # All have read their scales.
 
                 fetch_scales(product + scale_slots * num_blocks)
@@ -189,8 +195,8 @@ def grouped(
                     sums,
                     own % sharing,
                     bias.at[expert, pl.ds(own * OUTPUTS, OUTPUTS)],
-                    out.at[pl.ds(t * P, P), pl.ds(own // sharing * OUTPUTS, OUTPUTS)],
-                    *(a.at[pl.ds(t * P, P)] for a in weights),
+                    out.at[pl.ds(t * P, columns), pl.ds(own // sharing * OUTPUTS, OUTPUTS)],
+                    *(a.at[pl.ds(t * P, columns)] for a in weights),
                 )
 
             if product is None:
@@ -225,7 +231,14 @@ def grouped(
 
             @pl.loop(first, products, step=num_blocks)
             def _(product):
-                pipeline(product)(blocks, x, allocations=allocations)
+                run = lambda columns: pipeline(columns, product)(blocks, x, allocations=allocations)
+                if not halved:
+                    run(P)
+                    return
+                half = few[product // stripes] != 0
+                # Of an expert's last tile often the second half is empty.
+                pl.when(half)(lambda: run(P // 2))
+                pl.when(jnp.logical_not(half))(lambda: run(P))
 
         shared = pipeline().get_allocations(blocks, x)
         pl.run_scoped(run, shared, collective_axes="warpgroup")
@@ -246,6 +259,7 @@ def grouped(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(
         tiles.expert_of_tile.astype(jnp.int32),
+        few_T.astype(jnp.int32),
         tiles.count.astype(jnp.int32).reshape(1),
         w.blocks.reshape(E * p.outputs, 16 * p.blocks),
         w.scales.reshape(-1, _BLOCK_OUTPUTS),

@@ -24,7 +24,7 @@ def most_tiles(pairs: int, num_experts: int, size: int) -> int:
 
 
 def sort(chosen: jax.Array, num_experts: int, size: int) -> Tiles:
-    """`tiles.sort_into_tiles`, of no more tiles than pairs; places of no pair have -1.
+    """`tiles.sort_into_tiles`, of no more tiles than pairs; pairs of no expert have place -1.
 
     Tiles past `count` have no expert.
     """
@@ -39,7 +39,7 @@ def sort(chosen: jax.Array, num_experts: int, size: int) -> Tiles:
 def gather(
     x_MD: jax.Array, weights_MX: jax.Array, tiles: Tiles
 ) -> tuple[jax.Array, jax.Array]:
-    """What `many_rows` has for all places of tiles; past `tiles.count` nothing is written.
+    """What `many_rows` has for all places of tiles; for those of no pair nothing is written.
 
     Args:
       x_MD: bf16 rows, D a multiple of 64.

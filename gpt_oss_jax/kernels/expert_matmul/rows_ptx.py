@@ -132,7 +132,7 @@ class Gather:
 
         Its operands: the thread block; pointers to x, the weights of all pairs, the pairs of all
         places, how many tiles are in use, both results and shared memory, which is not used. Places
-        of other tiles stay as they are.
+        of no pair stay as they are.
         """
         text = f"""{{
 .reg .pred p; .reg .b32 t0, t1, lane, row, w<4>, v<16>; .reg .b64 at, from, more;
@@ -140,7 +140,7 @@ class Gather:
 ld.global.u32 t0, [$4]; mul.lo.u32 t0, t0, {self.tile};
 setp.ge.u32 p, row, t0; @p bra DONE;
 mul.wide.u32 more, row, 4; add.u64 at, more, $3; ld.global.u32 t0, [at];
-setp.eq.u32 p, t0, -1; selp.b32 t0, 0, t0, p;
+setp.eq.u32 p, t0, -1; @p bra DONE;
 mul.wide.u32 at, t0, 4; add.u64 at, at, $2; setp.eq.u32 p, lane, 0; @p ld.global.u32 t1, [at];
 add.u64 more, more, $6; @p st.global.u32 [more], t1;
 div.u32 t0, t0, {self.choices}; mul.wide.u32 from, t0, {2 * self.width}; add.u64 from, from, $1;

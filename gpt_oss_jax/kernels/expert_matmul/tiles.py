@@ -14,7 +14,7 @@ class Tiles:
 
     Attributes:
       expert_of_tile: int32 [tiles].
-      pairs: int32 [tiles, size], the pair of each place; past a tile's end any pair or -1.
+      pairs: int32 [tiles, size], the pair of each place, first ones first; -1 where there is none.
       place_of_pair: int32 [pairs], into the places of all tiles.
       count: int32, the tiles that have a pair; they come first.
     """
@@ -52,10 +52,11 @@ def sort_into_tiles(chosen: jax.Array, num_experts: int, size: int) -> Tiles:
     tiles = jnp.arange(num_tiles)
     expert_of_tile = jnp.minimum((tiles[:, None] >= last_tile_E).sum(axis=1), E - 1)
     row_of_tile = start_E[expert_of_tile] + (tiles - first_tile_E[expert_of_tile]) * size
-    rows = jnp.clip(row_of_tile[:, None] + jnp.arange(size), 0, pairs - 1)
+    rows = row_of_tile[:, None] + jnp.arange(size)
+    there = rows < (start_E + size_E)[expert_of_tile][:, None]
     return Tiles(
         expert_of_tile=expert_of_tile,
-        pairs=order[rows],
+        pairs=jnp.where(there, order[jnp.minimum(rows, pairs - 1)], -1),
         place_of_pair=first_tile_E[chosen] * size + rank - start_E[chosen],
         count=last_tile_E[-1],
     )
@@ -72,7 +73,7 @@ def _compared(chosen: jax.Array, E: int, size: int, num_tiles: int) -> Tiles:
     tiles = jnp.arange(num_tiles)
     return Tiles(
         expert_of_tile=jnp.minimum((tiles[:, None] >= last_tile_E).sum(axis=1), E - 1),
-        pairs=jnp.where(there, pairs, 0).max(axis=1).reshape(num_tiles, size),
+        pairs=jnp.where(there, pairs, -1).max(axis=1).reshape(num_tiles, size),
         place_of_pair=place,
         count=last_tile_E[-1],
     )
