@@ -38,8 +38,8 @@ def why_not_on_hopper(widths, head, experts, dtype) -> str:
     """`why_not` on any machine, for Hopper."""
     if dtype != jnp.bfloat16:
         return f"takes bfloat16, got {dtype}"
-    if any(width % 64 or width > MAX_INPUTS for width in widths):
-        return f"takes widths that are multiples of 64 up to {MAX_INPUTS}, got {widths}"
+    if any(width % 32 or width > MAX_INPUTS for width in widths):
+        return f"takes widths that are multiples of 32 up to {MAX_INPUTS}, got {widths}"
     if head % (2 * TILE) or experts % TILE or experts > _MAX_EXPERTS:
         return f"got heads {head} wide and {experts} experts"
     return ""

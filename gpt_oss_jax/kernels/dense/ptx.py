@@ -34,7 +34,7 @@ class Product:
 
     Attributes:
       rows: Rows.
-      inputs: Width of a row, a multiple of 64.
+      inputs: Width of a row, a multiple of 32.
       outputs: Rows of the matrix, a multiple of 8.
       ending: "rotate": rotates queries and keys and puts queries, keys and values apart; "add":
         adds the residual stream; "part": leaves the sums as they are, without a bias; "route":
@@ -99,18 +99,18 @@ class Product:
         return self.outputs // TILE
 
     @property
-    def _row_bytes(self) -> int:
-        """Of a row of a tile; copies to other places than multiples of 128 are a fifth slower."""
-        return 2 * self.inputs
+    def _stride(self) -> int:
+        """Bytes between rows of a tile: so that eight threads read from all banks."""
+        return (2 * self.inputs + 63) // 128 * 128 + 64
 
     @property
     def _stages(self) -> int:
         most = min(_MAX_STAGES, -(-self._tiles // self._blocks))
-        return max(1, min(most, _SHARED_BYTES // (TILE * self._row_bytes)))
+        return max(1, min(most, _SHARED_BYTES // (TILE * self._stride)))
 
     @property
     def _sums(self) -> int:
-        return self._stages * TILE * self._row_bytes
+        return self._stages * TILE * self._stride
 
     @property
     def _places(self) -> int:
@@ -131,8 +131,8 @@ class Product:
 
     @property
     def _chunks(self) -> int:
-        """Of 64 inputs; warps take them in turn."""
-        return self.inputs // 64
+        """Of 32 inputs; warps take them in turn."""
+        return self.inputs // 32
 
     @property
     def _steps(self) -> int:
@@ -160,7 +160,7 @@ class Product:
 {NEXT} {"" if self.early else WAIT}
 mov.u32 warp, %tid.x; and.b32 lane, warp, 31; shr.u32 warp, warp, 5;
 shr.u32 g, lane, 2; and.b32 quad, lane, 3; add.u32 bars, <shared>, {self._bars};
-shl.b32 part, warp, 7; mad.lo.u32 part, quad, 16, part;
+shl.b32 part, warp, 6; mad.lo.u32 part, quad, 16, part;
 or.b32 t0, warp, lane; setp.eq.u32 p, t0, 0;
 {"".join(f"@p mbarrier.init.shared.b64 [bars + {8 * i}], 1;" for i in range(self._stages))}
 @p fence.mbarrier_init.release.cluster; bar.sync 1, {32 * WARPS};
@@ -211,9 +211,9 @@ add.u32 unit, unit, {self._blocks}; setp.lt.u32 p, unit, {self._tiles}; @p bra U
 
     def _registers(self) -> str:
         names = [
-            f"x{n}_{s}_{i}" for n in self._halves for s in range(self._steps) for i in range(8)
+            f"x{n}_{s}_{i}" for n in self._halves for s in range(self._steps) for i in range(4)
         ]
-        names += [f"n{s}_{i}" for s in range(self._steps) for i in range(8)]
+        names += [f"n{s}_{i}" for s in range(self._steps) for i in range(4)]
         return f"{_REGISTERS}\n.reg .b32 {', '.join(names)}, key<{-(-self.outputs // 32)}>;"
 
     def _empty_room(self) -> str:
@@ -247,7 +247,7 @@ mad.lo.u32 bar, slot, 8, bars; setp.eq.u32 p, lane, 0;
 @p mbarrier.arrive.expect_tx.shared.b64 _, [bar], {TILE * size};
 {row}
 mul.wide.u32 at, t0, {size}; add.u64 at, at, <matrix>;
-mad.lo.u32 t1, slot, {TILE * self._row_bytes}, <shared>; mad.lo.u32 t1, lane, {self._row_bytes}, t1;
+mad.lo.u32 t1, slot, {TILE * self._stride}, <shared>; mad.lo.u32 t1, lane, {self._stride}, t1;
 setp.lt.u32 p, lane, {TILE}; @p {bulk} [t1], [at], {size}, [bar];
 add.u32 ahead, ahead, {self._blocks};
 {label}:"""
@@ -269,7 +269,7 @@ add.u32 ahead, ahead, {self._blocks};
         for n in self._halves:
             lines.append("".join(f"mov.f32 c{i}, 0f00000000;" for i in range(4)))
             for s in range(self._steps):
-                for i in range(8):
+                for i in range(4):
                     lines.append(_apart(f"x{n}_{s}_{i}", "f0", "f1"))
                     lines += [
                         f"fma.rn.f32 c{2 * (i % 2) + k}, f{k}, f{k}, c{2 * (i % 2) + k};"
@@ -292,7 +292,7 @@ add.u32 ahead, ahead, {self._blocks};
             lines.append(f"fma.rn.f32 f0, f0, {literal(1 / self.inputs)}, {literal(self.epsilon)};")
             lines.append("rsqrt.approx.f32 f0, f0;")
             for s in range(self._steps):
-                for i in range(8):
+                for i in range(4):
                     x = f"x{n}_{s}_{i}"
                     lines.append(_apart(x, "f1", "f2") + _apart(f"n{s}_{i}", "f3", "f4"))
                     lines.append("mul.f32 f1, f1, f0; mul.f32 f2, f2, f0;")
@@ -303,48 +303,36 @@ add.u32 ahead, ahead, {self._blocks};
                     if guard := self._guard(s):
                         lines.append(f"{guard} and.pred in, in, {has};")
                         has = "in"
-                    for half in range(2):
-                        four = ", ".join(f"x{n}_{s}_{4 * half + i}" for i in range(4))
-                        place = 128 * WARPS * s + 64 * half
-                        lines.append(f"@{has} st.global.v4.b32 [atn{n} + {place}], {{{four}}};")
+                    four = ", ".join(f"x{n}_{s}_{i}" for i in range(4))
+                    lines.append(f"@{has} st.global.v4.b32 [atn{n} + {512 * s}], {{{four}}};")
         return text + "\n".join(lines)
 
     def _loads(self, at: str, name: str, has: str = "") -> str:
         text = ""
         for s in range(self._steps):
-            eight, guard, when = [f"{name}{s}_{i}" for i in range(8)], self._guard(s), has
+            four, guard, when = [f"{name}{s}_{i}" for i in range(4)], self._guard(s), has
             if guard:
                 text += guard + (f"and.pred in, in, {has};" if has else "")
                 when = "in"
             if when:
-                text += "".join(f"mov.b32 {x}, 0;" for x in eight)
-            for half in range(2):
-                four, place = ", ".join(eight[4 * half :][:4]), 128 * WARPS * s + 64 * half
-                text += f"{when and '@' + when} ld.global.v4.b32 {{{four}}}, [{at} + {place}];\n"
+                text += "".join(f"mov.b32 {x}, 0;" for x in four) + f"@{when} "
+            text += f"ld.global.v4.b32 {{{', '.join(four)}}}, [{at} + {512 * s}];\n"
         return text
 
     def _products(self) -> str:
         """Of the thread's part of the rows with a tile, to c0 to c3; in four sums, to wait less."""
         text = "".join(f"mov.f32 c{i}, 0f00000000;" for i in range(16))
-        # Rows begin at the same bank. So of neighbours one reads its halves the other way round.
-        text += f"mad.lo.u32 aw, slot, {TILE * self._row_bytes}, <shared>;"
-        text += f"mad.lo.u32 aw, g, {self._row_bytes}, aw; add.u32 aw, aw, part; mov.b32 zero, 0;"
-        text += "and.b32 t0, g, 1; setp.eq.u32 odd, t0, 1; shl.b32 t0, t0, 6; add.u32 aw, aw, t0;"
-        text += "shl.b32 t0, t0, 1; sub.u32 t0, aw, t0; add.u32 other, t0, 64;\n"
+        text += f"mad.lo.u32 aw, slot, {TILE * self._stride}, <shared>;"
+        text += f"mad.lo.u32 aw, g, {self._stride}, aw; add.u32 aw, aw, part; mov.b32 zero, 0;\n"
         for s in range(self._steps):
             if guard := self._guard(s):
                 text += f"{guard} @!in bra PART;\n"
-            place = 128 * WARPS * s
-            text += f"ld.shared.v4.b32 {{w0, w1, w2, w3}}, [aw + {place}];"
-            text += f"ld.shared.v4.b32 {{w4, w5, w6, w7}}, [other + {place}];\n"
-            for i in range(4):
-                text += f"selp.b32 t0, w{i + 4}, w{i}, odd; selp.b32 w{i + 4}, w{i}, w{i + 4}, odd;"
-                text += f"mov.b32 w{i}, t0;\n"
-            for i in range(4):
-                pair = [2 * i, 2 * i + 1]
-                lower = [f"x1_{s}_{k}" if len(self._halves) > 1 else "zero" for k in pair]
+            text += f"ld.shared.v4.b32 {{w0, w1, w2, w3}}, [aw + {512 * s}];\n"
+            for half in range(2):
+                pair = [2 * half, 2 * half + 1]
+                lower = [f"x1_{s}_{i}" if len(self._halves) > 1 else "zero" for i in pair]
                 a = f"x0_{s}_{pair[0]}, {lower[0]}, x0_{s}_{pair[1]}, {lower[1]}"
-                acc = ", ".join(f"c{4 * i + r}" for r in range(4))
+                acc = ", ".join(f"c{4 * ((2 * s + half) % 4) + r}" for r in range(4))
                 text += "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
                 text += f"{{{acc}}}, {{{a}}}, {{w{pair[0]}, w{pair[1]}}}, {{{acc}}};\n"
         text += "PART:\n"
@@ -515,10 +503,9 @@ def _apart(pair: str, low: str, high: str) -> str:
 
 
 _REGISTERS = """
-.reg .pred p, in, has<2>, is_q, turns, odd;
+.reg .pred p, in, has<2>, is_q, turns;
 .reg .b16 h;
 .reg .b32 t<2>, warp, lane, g, quad, part, first, row, unit, ahead, slot, phase, turn, bars, bar;
-.reg .b32 aw, other, zero, finisher, head, place, kv, cosine<2>, sine<2>, residual<2>, w<8>;
-.reg .b32 b<2>, f<5>;
+.reg .b32 aw, zero, finisher, head, place, kv, cosine<2>, sine<2>, residual<2>, w<4>, b<2>, f<5>;
 .reg .f32 c<16>;
 .reg .b64 at, atn<2>, more, base;"""
