@@ -17,7 +17,8 @@ from gpt_oss_jax.kernels import target
 from gpt_oss_jax.kernels.attention import api as attention, few_queries
 from gpt_oss_jax.kernels.dense import mosaic_gpu, xla
 from gpt_oss_jax.kernels.dense.ptx import MAX_INPUTS, WARPS, Product
-from gpt_oss_jax.model import Transformer, init_cache
+from gpt_oss_jax.kernels.dispatch import say_once
+from gpt_oss_jax.model import Transformer, init_cache, transformer
 from gpt_oss_jax.sharding import make_mesh, named_sharding
 
 EPSILON = 1e-5
@@ -192,9 +193,8 @@ if not OLD:
 )
 def test_what_they_do_not_cover_is_refused(change, reason):
     sizes = {"widths": (2880, 4096), "head": 64, "experts": 32, "dtype": jnp.bfloat16}
-    assert mosaic_gpu.why_not_on_hopper(**sizes) == ""
-    assert reason in mosaic_gpu.why_not_on_hopper(**sizes | change)
-    assert "needs" in mosaic_gpu.why_not(**sizes)
+    assert mosaic_gpu.why_not(**sizes) == ""
+    assert reason in mosaic_gpu.why_not(**sizes | change)
 
 
 def test_shared_memory_is_enough_for_every_width():
@@ -221,9 +221,9 @@ def small_model(config):
     return nnx.merge(nnx.graphdef(outline(config)), jax.jit(lambda: nnx.state(make()))())
 
 
-def outline(config, mesh=None):
-    """In bfloat16, of shapes."""
-    options = {"dtype": jnp.bfloat16, "mesh": mesh}
+def outline(config, mesh=None, dtype=jnp.bfloat16):
+    """Of shapes."""
+    options = {"dtype": dtype, "mesh": mesh}
     return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), **options))
 
 
@@ -246,7 +246,7 @@ def test_a_decode_step_is_the_same_in_few_launches(interpreter, monkeypatch, T, 
         return model.forward(tokens, positions, cache, **options)[:2]
 
     want, cache_want = jax.jit(step)(model)
-    monkeypatch.setattr(mosaic_gpu, "why_not", mosaic_gpu.why_not_on_hopper)
+    monkeypatch.setattr(transformer, "why_not_hopper", lambda: "")
     monkeypatch.setattr(mosaic_gpu, "MAX_ROWS", 16)
     if axes:
         model.mesh = make_mesh(**axes)
@@ -276,7 +276,7 @@ def launched(monkeypatch):
         return tuple(jnp.zeros(x.shape, x.dtype) for x in outs)
 
     monkeypatch.setattr(mosaic_gpu, "_launch", launch)
-    monkeypatch.setattr(mosaic_gpu, "why_not", mosaic_gpu.why_not_on_hopper)
+    monkeypatch.setattr(transformer, "why_not_hopper", lambda: "")
     return programs
 
 
@@ -353,6 +353,72 @@ def test_a_device_s_own_heads_must_be_wide_enough(launched, heads, launches):
     cache, token = init_cache(config, 1, 16, jnp.bfloat16), jnp.zeros((1, 1), jnp.int32)
     jax.eval_shape(lambda model, cache: model.forward(token, token, cache)[0], model, cache)
     assert len(launched) == launches
+
+
+def of_four_experts():
+    return outline(dataclasses.replace(SMALL, num_experts=4))
+
+
+def with_a_float32_bias():
+    model = outline(SMALL)
+    router = model.layers[1].mlp.router
+    router.bias = router.bias.replace(jax.ShapeDtypeStruct(router.bias.shape, jnp.float32))
+    return model
+
+
+def forward(model, tokens=1):
+    """Traced with a cache."""
+    cache, token = init_cache(model.config, 1, 256, model.dtype), jnp.zeros((1, tokens), jnp.int32)
+    return jax.eval_shape(lambda model: model.forward(token, token, cache)[0], model)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (of_four_experts, "multiples of 8 up to 128 experts, got 16 and 4"),
+        (with_a_float32_bias, "takes bfloat16, got weights of float32"),
+        (lambda: outline(SMALL, dtype=jnp.float32), "takes bfloat16, got float32"),
+    ],
+)
+def test_what_keeps_a_model_from_few_launches_is_said_or_raised(launched, caplog, make, reason):
+    say_once.cache_clear()
+    model = make()
+    for _ in range(2):
+        forward(model)
+    (message,) = caplog.messages
+    assert reason in message and not launched
+    model.implementation = "mosaic_gpu"
+    with pytest.raises(NotImplementedError, match=reason):
+        forward(model)
+    # Of more rows, where nothing is launched, it comes to the attention.
+    with pytest.raises(NotImplementedError, match="needs a Hopper GPU, this is cpu"):
+        forward(model, tokens=mosaic_gpu.MAX_ROUTED + 1)
+
+
+def test_a_mesh_that_keeps_a_model_from_few_launches_is_said(launched, caplog):
+    """No error where kernels are named, as attention and experts run on theirs."""
+    say_once.cache_clear()
+    model = outline(SMALL, make_mesh(data=2))
+    forward(model)
+    assert "split over the mesh data=2" in caplog.text and len(caplog.messages) == 1
+    model.implementation = "mosaic_gpu"
+    assert not model._can_launch() and len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("implementation", "tokens", "elsewhere"),
+    [("xla", 1, ""), (None, 129, ""), (None, 1, "needs a Hopper GPU")],
+    ids=["another implementation", "more rows", "another device"],
+)
+def test_nothing_is_said_where_few_launches_are_not_expected(
+    launched, monkeypatch, caplog, implementation, tokens, elsewhere
+):
+    say_once.cache_clear()
+    monkeypatch.setattr(transformer, "why_not_hopper", lambda: elsewhere)
+    model = of_four_experts()
+    model.implementation = implementation
+    forward(model, tokens)
+    assert not caplog.messages and not launched
 
 
 def test_other_types_are_refused():

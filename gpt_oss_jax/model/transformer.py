@@ -19,14 +19,16 @@ from jax.sharding import Mesh
 from gpt_oss_jax.config import Config
 from gpt_oss_jax.kernels import IMPLEMENTATIONS, sharded
 from gpt_oss_jax.kernels.dense import mosaic_gpu as dense
+from gpt_oss_jax.kernels.dispatch import say_once
 from gpt_oss_jax.kernels.expert_matmul.mosaic_gpu import room_of
+from gpt_oss_jax.kernels.target import why_not_hopper
 from gpt_oss_jax.model.attention import Attention, Context
 from gpt_oss_jax.model.cache import Cache, full_slots, ring_slots, write
 from gpt_oss_jax.model.layers import Embedding, Linear, RMSNorm, placed
 from gpt_oss_jax.model.moe import EXPERT_FORMATS, MoE
 from gpt_oss_jax.model.rope import cos_sin
 from gpt_oss_jax.model.tap import Tap
-from gpt_oss_jax.sharding import named_sharding
+from gpt_oss_jax.sharding import named_sharding, spelled
 
 
 class Block(nnx.Module):
@@ -232,11 +234,13 @@ class Transformer(nnx.Module):
 
         Raises:
           ValueError: If shapes disagree, or a captured or patched name does not exist.
+          NotImplementedError: If the named implementation cannot run this model here.
         """
         positions_BT = self._checked_positions(tokens_BT, positions_BT, cache, logits_at)
         tap = Tap(capture, patch)
         cos_BTh, sin_BTh = cos_sin(positions_BT, self.config, self.dtype)
-        launches = tap.idle and cache is not None and self._can_launch()
+        few = cache is not None and tokens_BT.size <= dense.MAX_ROUTED
+        launches = few and tap.idle and self._can_launch()
         context = Context(
             positions_BT,
             cos_BTh,
@@ -246,7 +250,7 @@ class Transformer(nnx.Module):
             self.implementation,
             self.mesh,
             few_launches=launches and tokens_BT.size <= dense.MAX_ROWS,
-            one_router=launches and tokens_BT.size <= dense.MAX_ROUTED,
+            one_router=launches,
             # Over a mesh a program may gather weights first.
             early=self.weights_at_rest and self.mesh is None,
         )
@@ -280,20 +284,37 @@ class Transformer(nnx.Module):
         return x_BTD
 
     def _can_launch(self) -> bool:
-        """Whether blocks can run as the kernels of `kernels.dense`."""
+        """Whether blocks can run as the kernels of `kernels.dense`; on Hopper, why not is logged.
+
+        Raises:
+          NotImplementedError: If kernels for Hopper are named, and not these sizes or weights.
+        """
+        # Elsewhere attention and experts say why, or raise.
+        if self.implementation not in (None, "mosaic_gpu") or why_not_hopper():
+            return False
+        reason = self._why_no_launches()
+        if reason and self.implementation is not None:
+            raise NotImplementedError(reason)
+        # No error where kernels are named: attention and experts run on theirs, on any mesh.
+        if not reason and self.mesh is not None and not sharded.rows_are_whole(self.mesh):
+            reason = f"rows, slots or weights are split over the mesh {spelled(self.mesh.shape)}"
+        if reason:
+            say_once(f"what is around attention and experts runs on xla (mosaic_gpu: {reason})")
+        return not reason
+
+    def _why_no_launches(self) -> str:
+        """What of sizes and weights the kernels of `kernels.dense` do not cover; "" for nothing."""
         config = self.config
         own = sharded.own_heads(self.mesh, config.num_key_value_heads)
         widths = config.hidden_size, own * config.group_size * config.head_dim
-        sizes = widths, config.head_dim, config.num_experts, self.dtype
-        named = self.implementation in (None, "mosaic_gpu")
-        whole = self.mesh is None or sharded.rows_are_whole(self.mesh)
-        if not (named and whole) or dense.why_not(*sizes):
-            return False
+        if reason := dense.why_not(widths, config.head_dim, config.num_experts, self.dtype):
+            return reason
         parts = operator.attrgetter(
             "attention_norm", "attention.qkv", "attention.out", "mlp_norm", "mlp.router"
         )
         weights = jax.tree.leaves([nnx.state(part) for b in self.layers for part in parts(b)])
-        return {x.dtype for x in weights} == {self.dtype}
+        others = {str(x.dtype) for x in weights if x.dtype != self.dtype}
+        return f"takes {self.dtype}, got weights of {', '.join(sorted(others))}" if others else ""
 
     def _checked_positions(self, tokens_BT, positions_BT, cache, logits_at) -> jax.Array:
         """The positions, after a look at everything whose mistakes JAX would not show."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from gpt_oss_jax.kernels.dense import xla
 from gpt_oss_jax.kernels.dense.ptx import MAX_INPUTS, TILE, WARPS, Product
 from gpt_oss_jax.kernels.launch import launch
-from gpt_oss_jax.kernels.target import multiprocessors, why_not_hopper
+from gpt_oss_jax.kernels.target import multiprocessors
 
 # Of all three, and of `route` alone: with more, XLA's products are faster.
 MAX_ROWS, MAX_ROUTED = 32, 128
@@ -23,7 +23,7 @@ _MAX_EXPERTS = 128
 
 
 def why_not(widths: tuple[int, ...], head: int, experts: int, dtype) -> str:
-    """Why these sizes cannot run here; "" if they can.
+    """Why these sizes cannot run on Hopper; "" if they can.
 
     Args:
       widths: Of the rows that are multiplied.
@@ -31,17 +31,15 @@ def why_not(widths: tuple[int, ...], head: int, experts: int, dtype) -> str:
       experts: Experts to choose from.
       dtype: Of weights and activations.
     """
-    return why_not_hopper() or why_not_on_hopper(widths, head, experts, dtype)
-
-
-def why_not_on_hopper(widths, head, experts, dtype) -> str:
-    """`why_not` on any machine, for Hopper."""
     if dtype != jnp.bfloat16:
         return f"takes bfloat16, got {dtype}"
     if any(width % 32 or width > MAX_INPUTS for width in widths):
         return f"takes widths that are multiples of 32 up to {MAX_INPUTS}, got {widths}"
     if head % (2 * TILE) or experts % TILE or experts > _MAX_EXPERTS:
-        return f"got heads {head} wide and {experts} experts"
+        return (
+            f"takes heads that are multiples of {2 * TILE} wide, and multiples of {TILE} up to "
+            f"{_MAX_EXPERTS} experts, got {head} and {experts}"
+        )
     return ""
 
 
