@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -281,6 +282,18 @@ def test_what_does_not_fit_is_refused_before_it_is_read(sharded, monkeypatch, ax
     monkeypatch.setattr(loading, "_arrays", lambda *args: pytest.fail("it reads"))
     with pytest.raises(ValueError, match="the weights need .* GB on .*; gpt-oss-jax plan"):
         load(sharded, mesh=mesh)
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_a_pool_that_is_too_small_is_named_on_a_gpu(folders, monkeypatch, platform):
+    """And what sets its size; elsewhere there is none to set."""
+    device = types.SimpleNamespace(platform=platform, memory_stats=lambda: {"bytes_limit": 99})
+    there = types.SimpleNamespace(devices=lambda: [device])
+    monkeypatch.setattr(loading, "_arrays", lambda *args: pytest.fail("it reads"))
+    monkeypatch.setattr(loading.jax, "device_put", lambda x: there)
+    with pytest.raises(ValueError, match="the weights need") as refusal:
+        load(folders / "hf")
+    assert ("XLA_CLIENT_MEM_FRACTION" in str(refusal.value)) == (platform == "gpu")
 
 
 def test_a_mesh_is_a_mesh(folders):
