@@ -12,7 +12,7 @@ import ptx
 import pytest
 from hopper_layer import kernels_for_cuda
 
-from gpt_oss_jax.kernels import target
+from gpt_oss_jax.kernels import dispatch, target
 from gpt_oss_jax.kernels.attention import api, few_queries, mosaic_gpu, xla
 from gpt_oss_jax.kernels.dense import mosaic_gpu as dense
 from gpt_oss_jax.kernels.ptx import EMPTY
@@ -417,6 +417,68 @@ def test_what_it_does_not_cover_is_refused(sizes, change, reason):
     args = change(*inputs(*sizes))
     with pytest.raises(NotImplementedError, match=reason):
         on_hopper(*args, **full(1, sizes[4], T=sizes[1]), window=None)
+
+
+@pytest.fixture
+def as_on_hopper(monkeypatch):
+    """As on the GPU, but that nothing is computed; a list of what would be launched."""
+    launched = []
+
+    def launch(run, q, *inputs):
+        launched.append("attention")
+        return q
+
+    def launch_storing(run, q, k, v, *inputs):
+        launched.append("store_and_attend")
+        return q, k, v
+
+    dispatch.say_once.cache_clear()
+    monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
+    monkeypatch.setattr(mosaic_gpu, "why_not_hopper", lambda: "")
+    monkeypatch.setattr(few_queries, "launch", launch)
+    monkeypatch.setattr(few_queries, "launch_storing", launch_storing)
+    return launched
+
+
+def store(T=1, G=8, S=16, H=64, new=jnp.bfloat16, q=jnp.bfloat16):
+    """Stores, and attends, random numbers."""
+    queries, k, v, sinks = inputs(1, T, 1, G, S, H)
+    added = [queries[:, :, :, 0].astype(new)] * 2
+    where = full(1, S, T) | {"slots_BT": np.arange(S - T, S)[None], "window": None}
+    cache = [a.reshape(1, S, H) for a in (k, v)]
+    api.store_and_attend(queries.astype(q), *added, *cache, sinks, **where)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({"q": jnp.float32}, "not bfloat16"),
+        ({"G": 9}, "1, 2, 4 or 8 queries of a key head, got 64 and 9"),
+        ({"S": 15}, "takes 16 slots or more"),
+        ({"H": 32}, "takes heads of 64"),
+    ],
+)
+def test_what_keeps_one_position_from_being_stored_is_said_by_attention(
+    as_on_hopper, caplog, sizes, reason
+):
+    store(**sizes)
+    (message,) = caplog.messages
+    assert message.startswith("attention runs on xla (mosaic_gpu: ") and reason in message
+    assert not as_on_hopper
+
+
+@pytest.mark.parametrize(
+    ("sizes", "launch"),
+    [
+        ({}, "store_and_attend"),
+        # They become what the cache has, as where XLA writes them.
+        ({"new": jnp.float32}, "store_and_attend"),
+        ({"T": 2, "G": 4}, "attention"),
+    ],
+)
+def test_otherwise_nothing_is_said(as_on_hopper, caplog, sizes, launch):
+    store(**sizes)
+    assert as_on_hopper == [launch] and not caplog.messages
 
 
 def test_elsewhere_it_says_why_when_named():

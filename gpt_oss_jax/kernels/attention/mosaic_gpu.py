@@ -62,7 +62,9 @@ def store_and_attend(
       NotImplementedError: On other devices and versions of JAX, and for what it does not cover.
     """
     _only_on_hopper()
-    floats = q_BTKGH, k_BTKH, v_BTKH, k_BSL, v_BSL, sinks_KG
+    # As where they are written by XLA.
+    new = k_BTKH.astype(k_BSL.dtype), v_BTKH.astype(v_BSL.dtype)
+    floats = q_BTKGH, *new, k_BSL, v_BSL, sinks_KG
     where = slots_BT, q_pos_BT, k_pos_BS
     return differentiable("store_and_attend", floats, where, window, room)
 
