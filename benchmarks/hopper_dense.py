@@ -11,6 +11,7 @@ bytes a clock. Expected with one row: 8.3, 7.0 and 3.8 us, together 19; with eig
 """
 
 import functools
+import sys
 import time
 
 import jax
@@ -19,6 +20,7 @@ import numpy as np
 from experts import device_limits, roofline
 
 from gpt_oss_jax.kernels.dense import mosaic_gpu, xla
+from gpt_oss_jax.kernels.target import why_not_hopper
 
 D, K, G, H, EPSILON = 2880, 8, 8, 64, 1e-5
 SETS, TIMES = 4, 40
@@ -149,6 +151,8 @@ def layer(of, only):
 
 
 def main():
+    if reason := why_not_hopper():
+        sys.exit(f"there is nothing to measure: {reason}")
     print(jax.devices()[0].device_kind, "JAX", jax.__version__)
     for M in (1, 3, 8, 13, 16, 35):
         check(M, 128 if M == 3 else 32)

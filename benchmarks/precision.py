@@ -5,6 +5,7 @@ python benchmarks/precision.py synthetic:20b
 """
 
 import argparse
+import sys
 import time
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt_oss_jax import load
+from gpt_oss_jax.kernels.target import why_not_hopper
 from gpt_oss_jax.model import init_cache
 
 BEFORE, AFTER = 300, 20
@@ -82,6 +84,8 @@ def main():
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--few", type=int, default=8, help="prompts of the way with single rows")
     args = parser.parse_args()
+    if reason := why_not_hopper():
+        sys.exit(f"there is nothing to measure: {reason}")
     model = calmed(load(args.model, dtype=jnp.bfloat16))
     exact = in_float32(model)
     size = args.prompts, BEFORE + AFTER

@@ -19,6 +19,7 @@ import numpy as np
 from gpt_oss_jax import bench, load
 from gpt_oss_jax.kernels.launch import launch
 from gpt_oss_jax.kernels.ptx import NEXT, WAIT
+from gpt_oss_jax.kernels.target import why_not_hopper
 
 NOTES = 2**24  # Of 32 bytes.
 SKIPPED_STEPS = 4
@@ -116,6 +117,8 @@ def main():
     parser.add_argument("--prompt", type=int, default=1024)
     parser.add_argument("--new-tokens", type=int, default=32)
     args = parser.parse_args()
+    if reason := why_not_hopper():
+        sys.exit(f"there is nothing to measure: {reason}")
     notes = Notes()
     plain, noting = launch, notes.taking(launch)
     for module in list(sys.modules.values()):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt_oss_jax import SamplingParams, generate_batch, load
+from gpt_oss_jax.kernels.target import why_not_hopper
 
 LENGTHS, VOCABULARY = (330, 7, 130), 190_000
 
@@ -28,6 +29,8 @@ def main():
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--implementation", default="mosaic_gpu")
     args = parser.parse_args()
+    if args.implementation == "mosaic_gpu" and (reason := why_not_hopper()):
+        sys.exit(f"there is nothing to compare: {reason}")
     random = np.random.default_rng()
     prompts = [random.integers(VOCABULARY, size=length).tolist() for length in LENGTHS]
     ours, xla = (tokens(name, prompts, args.tokens) for name in (args.implementation, "xla"))

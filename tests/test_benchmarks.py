@@ -29,6 +29,17 @@ def test_options_are_explained(name, script, monkeypatch, capsys):
     assert exit.value.code == 0 and f"usage: {name}.py" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [("hopper_dense", []), ("precision", ["tiny"]), ("timeline", ["tiny"]), ("tokens", [])],
+)
+def test_without_a_hopper_they_end_with_a_line(name, model, script, monkeypatch):
+    main = script(name).main
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *model])
+    with pytest.raises(SystemExit, match="there is nothing to .*: needs"):
+        main()
+
+
 def test_the_roofline_is_the_slower_of_memory_and_matrix_unit(script):
     roofline = script("experts").roofline
     slow_memory = roofline(8e6, 1e9, 4e12, 8e14, us=4.0)
