@@ -8,7 +8,8 @@ caches in turn that none but the smallest is found in L2; launches are counted a
 time is shown. Where the clusters of a head meet in global memory, filling it with -1 is timed, too,
 which in a model the launch before does. "stored" writes a key and a value a row into the cache as
 well. The limit is the time that copying an array takes to move as many bytes as the visible keys
-and values have. Prints a line as soon as it knows it.
+and values have. Prints the seed of the random inputs first, which
+--seed repeats, and a line as soon as it knows it.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from experts import seeded
 
 from gpt_oss_jax import limits
 from gpt_oss_jax.kernels import attention
@@ -67,10 +69,11 @@ def positions(B: int, S: int, used: int, window: int | None) -> dict[str, jax.Ar
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def arrays(shape: tuple[int, ...], S: int, number: int):
+def arrays(shape: tuple[int, ...], S: int, number: int, seed: int):
     """Queries, sinks, and keys and values of some caches."""
     B, _, K, G, H = shape
-    keys = jax.random.split(jax.random.key(S), 2 * number + 2)
+    key = jax.random.fold_in(jax.random.key(seed), S)
+    keys = jax.random.split(key, 2 * number + 2)
     normal = lambda i, shape: jax.random.normal(keys[i], shape, jnp.bfloat16)
     caches = [[normal(2 * n + i, (B, S, K, H)) for i in (2, 3)] for n in range(number)]
     return 2 * normal(0, shape), normal(1, (K, G)), caches
@@ -115,9 +118,9 @@ def error(kernel, call, q, k, v, sinks, where, window) -> float:
     return float(jnp.abs(got.astype(jnp.float32) - want).max())
 
 
-def unusual():
+def unusual(seed: int):
     """Caches that test what the timed ones do not: shape [B, T, K, G, H], positions and window."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     for B, T, K, G, S, window in (
         (3, 1, 8, 8, 200, None),
         (2, 1, 8, 8, 1000, 128),
@@ -250,11 +253,11 @@ def main():
     )
     parser.add_argument("--rows", type=int, nargs="+", help="time these only")
     parser.add_argument("--slots", type=int, nargs="+", help="time these only")
-    args = parser.parse_args()
+    args = seeded(parser)
     ways = args.blocks, args.warps, args.splits
 
-    for shape, S, where, window in unusual():
-        q, sinks, [(k, v)] = arrays(shape, S, 1)
+    for shape, S, where, window in unusual(args.seed):
+        q, sinks, [(k, v)] = arrays(shape, S, 1, args.seed)
         for kernel in KERNELS[: 2 if shape[1] == 1 else 1]:
             for name, call in plans(shape, S, window, kernel, *ways):
                 name = f"check {name}, queries {list(shape)}, slots {S}, window {window}"
@@ -268,7 +271,7 @@ def main():
         whole, visible = 4 * B * S * K * H, 4 * B * used * K * H
         number = max(1, min(MAX_CACHES, int(COLD_BYTES / visible), int(8e9 / whole)))
         shape, where = (B, 1, K, G, H), positions(B, S, used, window)
-        data = arrays(shape, S, number)
+        data = arrays(shape, S, number, args.seed)
         for kernel in args.kernels:
             for name, call in plans(shape, S, window, kernel, *ways):
                 name = f"{name}, rows {B}, slots {S}, used {used}"

@@ -5,12 +5,14 @@ Weights, rows and routing are random and of full size: each row goes to any expe
 mostly to a few ("skewed"). The experts change from call to call, so that no weights are found in
 the cache. Calls are timed inside one jitted loop, launches counted, and the loop's own time shown.
 Each kernel has a process of its own, so that the others are measured whatever happens to one; each
-prints a line as soon as it knows it, and ends with one line of JSON.
+prints the seed of its random inputs, which --seed repeats, and a line as soon as it knows it, and
+ends with one line of JSON.
 """
 
 import argparse
 import functools
 import json
+import secrets
 import statistics
 import subprocess
 import sys
@@ -50,10 +52,18 @@ KERNELS = {
 }
 
 
-def weights(sizes: config.Config) -> ExpertWeights:
+def seeded(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, and the seed of all random inputs: drawn if none is given, and printed."""
+    parser.add_argument("--seed", type=int, default=secrets.randbits(31), help="drawn without it")
+    args = parser.parse_args()
+    print(f"seed {args.seed}", flush=True)
+    return args
+
+
+def weights(sizes: config.Config, seed: int) -> ExpertWeights:
     """One layer of random bf16 biases and MXFP4 matrices, made on the device."""
     E, D, F = sizes.num_experts, sizes.hidden_size, sizes.intermediate_size
-    keys = jax.random.split(jax.random.key(0), 6)
+    keys = jax.random.split(jax.random.key(seed), 6)
 
     @functools.partial(jax.jit, static_argnums=(1,))
     def packed(keys, shape):
@@ -69,9 +79,9 @@ def weights(sizes: config.Config) -> ExpertWeights:
     )
 
 
-def routing(sizes: config.Config, M: int, skew: float) -> tuple[np.ndarray, np.ndarray]:
+def routing(sizes: config.Config, M: int, skew: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Experts and weights of M rows; with a skew, expert e is chosen about as often as e^-skew."""
-    random = np.random.default_rng(M)
+    random = np.random.default_rng([seed, M])
     E, X = sizes.num_experts, sizes.experts_per_token
     scores = random.gumbel(size=(M, E)) - skew * np.log(np.arange(1, E + 1))
     chosen = np.argsort(-scores, axis=1)[:, :X]
@@ -138,20 +148,20 @@ def microseconds(loop, x, chosen, weight, w: ExpertWeights) -> float:
     return statistics.median(times) / (loops * len(chosen)) * 1e6
 
 
-def measure(kernel: str, model: str, counts: list[int], skews: dict[str, float]):
+def measure(kernel: str, model: str, counts: list[int], skews: dict[str, float], seed: int):
     """Checks a kernel for all numbers of rows, then times it where it is right."""
     sizes = {"20b": config.GPT_OSS_20B, "120b": config.GPT_OSS_120B}[model]
     E, X, D = sizes.num_experts, sizes.experts_per_token, sizes.hidden_size
     size_of_expert = 3 * D * sizes.intermediate_size
-    w = weights(sizes)
+    w = weights(sizes, seed)
     # Compiled once, however often the loop has it.
     call = jax.jit(functools.partial(KERNELS[kernel], limit=LIMIT))
     loop, empty_loop = in_a_loop(call), in_a_loop(lambda x, *_: x)
     results = []
     for M in counts:
-        x = jax.random.normal(jax.random.key(M), (M, D), jnp.bfloat16)
+        x = jax.random.normal(jax.random.fold_in(jax.random.key(seed), M), (M, D), jnp.bfloat16)
         for name, skew in skews.items():
-            args = x, *map(jnp.asarray, routing(sizes, M, skew))
+            args = x, *map(jnp.asarray, routing(sizes, M, skew, seed))
             result = {"kernel": kernel, "model": model, "rows": M, "routing": name}
             try:
                 norm, largest = errors(call, *args, w)
@@ -209,15 +219,16 @@ def main():
     parser.add_argument("--routing", choices=("uniform", "skewed"), nargs="+")
     parser.add_argument("--kernels", choices=tuple(KERNELS), nargs="+", default=list(KERNELS))
     parser.add_argument("--seconds", type=float, default=180, help="for each kernel; then the next")
-    args = parser.parse_args()
+    args = seeded(parser)
     if len(args.kernels) == 1:
         (kernel,) = args.kernels
         counts = [M for M in args.rows if M <= MAX_FEW_ROWS or kernel != "few_rows"]
         skews = {"uniform": 0.0, "skewed": 1.5}
-        measure(kernel, args.model, counts, {k: skews[k] for k in args.routing or skews})
+        skews = {k: skews[k] for k in args.routing or skews}
+        measure(kernel, args.model, counts, skews, args.seed)
         return
     for kernel in args.kernels:
-        command = [sys.executable, *sys.argv, "--kernels", kernel]
+        command = [sys.executable, *sys.argv, "--kernels", kernel, "--seed", str(args.seed)]
         try:
             subprocess.run(command, timeout=args.seconds)
         except subprocess.TimeoutExpired:

@@ -5,7 +5,8 @@ Hopper GPU. Keys and values are random, heads those of 20b. Right means: of some
 each case the result, written over memory full of NaN, against XLA in float32. What is right is
 timed inside a jitted loop of twelve calls, as many as 20b has layers of a kind, which share their
 lists of tiles; launches, lists and about 1 us of glue count. FLOPs are those of visible
-pairs. Prints a line as soon as it knows it, and ends with one line of JSON.
+pairs. Prints the seed first, which --seed repeats, and a line as soon as it knows it; ends with one
+line of JSON.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from experts import device_limits, roofline, rounded, say
+from experts import device_limits, roofline, rounded, say, seeded
 
 from gpt_oss_jax.kernels.attention import xla
 from gpt_oss_jax.kernels.attention.many_queries import many_queries
@@ -59,19 +60,19 @@ class Case:
                 total -= np.searchsorted(k, q - self.window, "right").sum()
         return int(total)
 
-    def arrays(self):
+    def arrays(self, seed: int):
         """Random queries, keys, values and sinks, and the positions."""
         B, T = self.q_pos_BT.shape
         K, G = self.heads
         S = self.k_pos_BS.shape[1]
         shapes = (B, T, K, G, H), (B, S, K, H), (B, S, K, H), (K, G)
-        keys = jax.random.split(jax.random.key(T + S), 4)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), T + S), 4)
         draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
         q, k, v, sinks = (draw(*of, jnp.bfloat16) for of in zip(keys, shapes, strict=True))
         return 2 * q, k, v, sinks, jnp.asarray(self.q_pos_BT), jnp.asarray(self.k_pos_BS)
 
 
-def cases() -> list[Case]:
+def cases(seed: int) -> list[Case]:
     """What is checked and timed, and what is only checked."""
 
     def span(start, stop, B=1):
@@ -94,7 +95,7 @@ def cases() -> list[Case]:
     new = span(5000, 7048)
     both.append(Case("ring + 2k", new, np.concatenate([ring(5000), new], axis=1), 128))
 
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     q = np.stack([np.arange(300), np.where(np.arange(300) < 177, np.arange(300), -1)])
     shuffled = np.stack([random.permutation(1003) for _ in range(3)])
     shuffled[1, shuffled[1] > 900] = -1
@@ -194,12 +195,16 @@ def main():
         "--forms", nargs="+", default=["3,0"], help='"warpgroups,keys", 0 keys: the default'
     )
     parser.add_argument("--xla", action="store_true", help="XLA is timed too")
-    args = parser.parse_args()
+    args = seeded(parser)
     started = time.perf_counter()
     kernels = {form: form_of(form) for form in args.forms}
     if args.xla:
         kernels["xla"] = xla.attention
-    chosen = [c for c in cases() if not args.cases or any(part in c.name for part in args.cases)]
+    chosen = [
+        case
+        for case in cases(args.seed)
+        if not args.cases or any(part in case.name for part in args.cases)
+    ]
 
     def call_of(kernel, case):
         def call(q, k, v, sinks, q_pos, k_pos):
@@ -213,7 +218,7 @@ def main():
         for kernel in kernels:
             result = {"case": case.name, "kernel": kernel}
             try:
-                norm, largest = errors(jax.jit(call_of(kernel, case)), case, case.arrays())
+                norm, largest = errors(jax.jit(call_of(kernel, case)), case, case.arrays(args.seed))
             except Exception as error:  # Whatever it is, the next one is to be tried.
                 say(result | {"failed": f"{type(error).__name__}: {str(error)[:300]}"})
                 continue
@@ -225,7 +230,7 @@ def main():
     say({"copy_tb_per_second": bandwidth / 1e12, "bf16_tflop_per_second": rate / 1e12})
     done = []
     for result, case in right:
-        arrays = case.arrays()
+        arrays = case.arrays(args.seed)
         flops = 4 * H * np.prod(case.heads) * case.pairs()
         size = sum(x.nbytes for x in arrays) + arrays[0].nbytes
         try:

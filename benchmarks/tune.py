@@ -48,7 +48,7 @@ def tuned(model: str) -> tuple[str, dict[int, int | None]]:
     """Shape of a model's experts, and the fastest tile for each number of rows."""
     sizes = {"20b": config.GPT_OSS_20B, "120b": config.GPT_OSS_120B}[model]
     E, X, D = sizes.num_experts, sizes.experts_per_token, sizes.hidden_size
-    w, found = weights(sizes), {}
+    w, found = weights(sizes, seed=0), {}
     for M in ROWS:
         tiles = candidates(M, E, X)
         found[M], best, want = tiles[0], None, None
@@ -56,7 +56,7 @@ def tuned(model: str) -> tuple[str, dict[int, int | None]]:
             call = functools.partial(many_rows, tile=tile) if tile else few_rows
             # Compiled once, however often the loop has it.
             call = jax.jit(functools.partial(call, limit=LIMIT))
-            chosen, weight = map(jnp.asarray, routing(sizes, M, 0.0))
+            chosen, weight = map(jnp.asarray, routing(sizes, M, 0.0, seed=0))
             x = jax.random.normal(jax.random.key(M), (M, D), jnp.bfloat16)
             got = call(x, chosen, weight, w).astype(jnp.float32)
             want = got if want is None else want

@@ -1,12 +1,15 @@
 """The scripts in benchmarks/, as far as they go without the GPU that they measure."""
 
+import dataclasses
 import importlib
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from sizes import TINY
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -38,6 +41,36 @@ def test_without_a_hopper_they_end_with_a_line(name, model, script, monkeypatch)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *model])
     with pytest.raises(SystemExit, match="there is nothing to .*: needs"):
         main()
+
+
+def test_inputs_differ_from_run_to_run_unless_their_seed_is_named(script, monkeypatch, capsys):
+    """It is printed, and the processes of all kernels get the same."""
+    experts, seeds, commands = script("experts"), [], []
+    monkeypatch.setattr(experts, "measure", lambda *args: seeds.append(args[-1]))
+    monkeypatch.setattr(experts.subprocess, "run", lambda command, **how: commands.append(command))
+    for options in ["xla"], ["xla"], ["xla", "--seed", "7"], ["xla", "few_rows"]:
+        monkeypatch.setattr(sys, "argv", ["experts.py", "--kernels", *options])
+        experts.main()
+    *printed, of_all = (x.removeprefix("seed ") for x in capsys.readouterr().out.splitlines())
+    assert printed == list(map(str, seeds)) and seeds[0] != seeds[1] and seeds[2] == 7
+    assert [command[-2:] for command in commands] == 2 * [["--seed", of_all]]
+
+
+def test_a_seed_decides_all_random_inputs(script):
+    experts, attention, prefill = map(script, ("experts", "attention", "prefill_attention"))
+    sizes = dataclasses.replace(TINY, hidden_size=32, intermediate_size=32)
+    case = prefill.Case("one", np.zeros((1, 1), np.int32), np.zeros((1, 1), np.int32), None)
+    for drawn in (
+        lambda seed: experts.weights(sizes, seed),
+        lambda seed: experts.routing(sizes, 3, 0.0, seed),
+        lambda seed: attention.arrays((1, 1, 1, 1, 8), 16, 1, seed),
+        lambda seed: [where["k_pos_BS"] for _, _, where, _ in attention.unusual(seed)],
+        lambda seed: case.arrays(seed)[:4],
+        lambda seed: [c.k_pos_BS for c in prefill.cases(seed) if "shuffled" in c.name],
+    ):
+        first, again, other = (jax.tree.leaves(drawn(seed)) for seed in (1, 1, 2))
+        assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+        assert not any(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 def test_the_roofline_is_the_slower_of_memory_and_matrix_unit(script):
