@@ -27,8 +27,6 @@ from gpt_oss_jax.kernels.ptx import NEXT, WAIT
 _MAX_STAGES = 8
 # Thread blocks that a multiprocessor holds, bytes of shared memory for each.
 _BLOCKS, _SHARED_BYTES = 3, 75_000
-# From so many rows on blocks of the up projection have half as long a run each.
-_HALVED_ROWS = 33
 _OPERANDS = """block x experts members weights up_blocks up_scales up_bias down_blocks down_scales
 down_bias hidden out shared""".split()
 
@@ -51,8 +49,7 @@ class SeveralRows(Layer):
         return self._blocks(self.up) + self._blocks(self.down)
 
     def _blocks(self, p: Projection) -> int:
-        waves = 2 if p.name == "up" and self.rows >= _HALVED_ROWS else 1
-        return min(self.visits * p.tiles, self.multiprocessors * _BLOCKS * waves)
+        return min(self.visits * p.tiles, self.multiprocessors * _BLOCKS)
 
     @property
     def _stages(self) -> int:
