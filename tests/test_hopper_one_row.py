@@ -1,5 +1,7 @@
 """The kernel for a single row's experts on Hopper, in an interpreter of PTX."""
 
+import functools
+
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -7,6 +9,7 @@ import oracle
 import pytest
 from hopper_layer import launched, layer
 
+from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import SeveralRows
 from gpt_oss_jax.kernels.expert_matmul.few_rows_tiles_ptx import MAX_BLOCKS, Projection
 from gpt_oss_jax.kernels.expert_matmul.one_row_ptx import MAX_CHOICES, OneRow
 from gpt_oss_jax.kernels.ptx import EMPTY
@@ -130,3 +133,12 @@ def test_a_multiprocessor_has_room_for_its_block(width, choices):
     program = OneRow(**sizes, bias_bytes=4, limit=7.0)
     assert program.grid <= program.multiprocessors
     assert program.shared_bytes <= 227 * 1024
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("bias_bytes", [2, 4])
+def test_copies_begin_where_they_are_fast(several, bias_bytes):
+    """At multiples of 128 bytes of shared memory, with the released models' sizes."""
+    sizes = {"inputs": 2880, "hidden": 2880, "experts": 32, "choices": 4, "bias_bytes": bias_bytes}
+    make = functools.partial(SeveralRows, rows=8, visits=32) if several else OneRow
+    assert make(**sizes, limit=7.0)._stage_bytes % 128 == 0
