@@ -12,7 +12,10 @@ import numpy as np
 
 from gpt_oss_jax.kernels.ptx import NEXT
 
-_ALL = 0xFFFFFFFF
+_ALL = np.uint64(0xFFFFFFFF)
+_LANES = np.ones(32, bool)
+_LANES.flags.writeable = False
+_ROW, _COLUMN = np.arange(32) // 4, np.arange(32) % 4
 _NO_STEP = ("bar.warp.sync", "barrier.cluster.arrive")  # Warps go in step; waiting is for both.
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
 
@@ -139,6 +142,7 @@ def piece(text, gives, operands, memory, shared):
 
 @functools.cache
 def _parse(text):
+    """Statements, taken apart once: most of them run very often."""
     program, labels = [], {}
     body = text.strip().removeprefix("{").removesuffix("}")
     for statement in re.sub(r"^(\w+):", r"\1:;", body, flags=re.MULTILINE).split(";"):
@@ -149,8 +153,89 @@ def _parse(text):
             guard = re.match(r"@(!?)(\w+)\s+", statement)
             rest = statement[guard.end() :] if guard else statement
             name, _, arguments = rest.partition(" ")
-            program.append((guard and guard.groups(), name, _OPERAND.findall(arguments)))
+            args = [x.strip() for x in _OPERAND.findall(arguments)]
+            kind = [word for word in name.split(".") if word not in ("relaxed", "gpu")]
+            program.append((guard and guard.groups(), ".".join(kind), kind, args))
     return program, labels
+
+
+@functools.cache
+def _same(value):
+    """All lanes have it; nobody may change it."""
+    lanes = np.full(32, value, np.uint64)
+    lanes.flags.writeable = False
+    return lanes
+
+
+@functools.cache
+def _literal(name):
+    if name.startswith("0f"):
+        return _same(int(name[2:], 16))
+    if re.match(r"-?\d", name):
+        return _same(int(name, 0) % 2**64)
+    return _same(0x7FC07FC0)  # Nobody wrote it.
+
+
+@functools.cache
+def _place(text):
+    """Base and offset of an address."""
+    base, _, offset = text.strip("[] ").partition("+")
+    return base.strip(), int(offset or 0)
+
+
+@functools.cache
+def _names(text):
+    return [name.strip() for name in text.strip("{} ").split(",")]
+
+
+_BITS = {32: _ALL, 64: np.uint64(2**64 - 1)}
+_OF_A_WORD = {size: np.arange(size) for size in (1, 2, 4)}
+_COMPARE = {
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "eq": np.equal,
+    "ne": np.not_equal,
+}
+_FLOATS = {
+    "add": np.add,
+    "sub": np.subtract,
+    "neg": np.negative,
+    "div": np.divide,
+    "rsqrt": lambda a: 1 / np.sqrt(a),
+    "mul": np.multiply,
+    "fma": lambda a, b, c: a * b + c,
+    "min": np.minimum,
+    "max": np.maximum,
+    "ex2": np.exp2,
+    "rcp": lambda a: 1 / a,
+}
+_WIDE = {"mov": lambda a: a, "cvt": lambda a: a, "add": np.add, "sub": np.subtract}
+_INTEGERS = {
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "shl": np.left_shift,
+    "shr": np.right_shift,
+    "shf": lambda a, b, by: (b << np.uint64(32) | a) >> (by & np.uint64(31)),
+    "mul": np.multiply,
+    "mad": lambda a, b, c: a * b + c,
+    "div": np.floor_divide,
+    "rem": np.remainder,
+    "min": np.minimum,
+    "max": np.maximum,
+    "selp": lambda a, b, p: np.where(p.astype(bool), a, b),
+    "popc": lambda a: [int(x).bit_count() for x in a],
+    "match": lambda a, _: [sum(1 << i for i in range(32) if a[i] == x) for x in a],
+    "prmt": lambda a, b, selected: _permuted(a, b, selected),
+}
+
+
+def _voted(how, lanes):
+    if how == "ballot":
+        return sum(1 << i for i in range(32) if lanes[i])
+    return {"any": lanes.any, "all": lanes.all}[how]()
 
 
 def _float(x):
@@ -158,7 +243,7 @@ def _float(x):
 
 
 def _bf16(bits):
-    return np.asarray(bits, np.uint16).view(ml_dtypes.bfloat16).astype(np.float32)
+    return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32)
 
 
 def _to_bf16(x):
@@ -203,30 +288,25 @@ class _Warp:
         self.hasty = False
 
     def value(self, name):
-        name = name.strip()
         if name in self.registers:
             return self.registers[name]
         if name.startswith("$"):
-            return np.full(32, self.operands[int(name[1:])], np.uint64)
-        if name.startswith("0f"):
-            return np.full(32, int(name[2:], 16), np.uint64)
-        if re.match(r"-?\d", name):
-            return np.full(32, int(name, 0) % 2**64, np.uint64)
-        return np.full(32, 0x7FC07FC0, np.uint64)  # Nobody wrote it.
+            return _same(self.operands[int(name[1:])])
+        return _literal(name)
 
     def run(self):
         at = 0
         while at < len(self.program):
-            guard, name, args = self.program[at]
+            guard, name, kind, args = self.program[at]
             at += 1
-            active = np.ones(32, bool)
+            active = _LANES
             if guard:
                 active = self.value(guard[1]).astype(bool) ^ bool(guard[0])
-            kind = name.split(".")
+                active = _LANES if active.all() else active
             if kind[0] == "bra":
                 assert active.all() or not active.any(), f"divergent branch to {args}"
                 if active.all():
-                    at = self.labels[args[0].strip()]
+                    at = self.labels[args[0]]
             elif kind[0] == "nanosleep":
                 yield "looks again"
             elif name == "bar.sync":
@@ -240,17 +320,16 @@ class _Warp:
                 self.write(args[0], np.full(32, done), active)
                 if not done:
                     yield "again"
-            elif active.any():
-                self.step(kind, args, active)
+            elif active is _LANES or active.any():
+                self.step(name, kind, args, active)
 
     def write(self, name, value, active, bits=32):
-        old = self.value(name)
-        value = np.asarray(value).astype(np.uint64) & np.uint64(2**bits - 1)
-        self.registers[name.strip()] = np.where(active, value, old)
+        value = np.asarray(value).astype(np.uint64) & _BITS[bits]
+        if active is not _LANES:
+            value = np.where(active, value, self.value(name))
+        self.registers[name] = value
 
-    def step(self, kind, args, active):
-        kind = [word for word in kind if word not in ("relaxed", "gpu")]
-        name = ".".join(kind)
+    def step(self, name, kind, args, active):
         if kind[0] in ("ld", "st"):
             return self.move(kind, args, active)
         if kind[0] == "mma":
@@ -263,103 +342,67 @@ class _Warp:
             return self.bulk(kind, args, active)
         destination, *sources = args
         v = [self.value(source) for source in sources]
-        if kind[-1] == "f32" and kind[0] != "cvt":
-            f = [_float(x.astype(np.uint32)) for x in v]
+        if kind[-1] == "f32" and kind[0] not in ("cvt", "mov", "selp"):
+            f = [x.astype(np.uint32).view(np.float32) for x in v]
             with np.errstate(all="ignore"):
-                result = {
-                    "mov": lambda: f[0],
-                    "add": lambda: f[0] + f[1],
-                    "sub": lambda: f[0] - f[1],
-                    "neg": lambda: -f[0],
-                    "div": lambda: f[0] / f[1],
-                    "rsqrt": lambda: 1 / np.sqrt(f[0]),
-                    "selp": lambda: np.where(v[2].astype(bool), f[0], f[1]),
-                    "mul": lambda: f[0] * f[1],
-                    "fma": lambda: f[0] * f[1] + f[2],
-                    "min": lambda: np.minimum(f[0], f[1]),
-                    "max": lambda: np.maximum(f[0], f[1]),
-                    "ex2": lambda: np.exp2(f[0]),
-                    "rcp": lambda: 1 / f[0],
-                }[kind[0]]()
-            return self.write(destination, np.asarray(result, np.float32).view(np.uint32), active)
-        u = [x & np.uint64(_ALL) for x in v]
-        if kind[0] == "setp":
-            compare = {"lt": np.less, "ge": np.greater_equal, "eq": np.equal, "ne": np.not_equal}
-            compare |= {"le": np.less_equal, "gt": np.greater}
-            result = compare[kind[1]](u[0], u[1])
-            if kind[2] == "and":
-                result &= v[2].astype(bool)
-            return self.write(destination, result, active)
-        if name == "mul.bf16x2":
-            parts = [
-                _to_bf16(_bf16(u[0] >> shift & 65535) * _bf16(u[1] >> shift & 65535))
-                for shift in (np.uint64(0), np.uint64(16))
-            ]
-            return self.write(
-                destination, parts[0] | parts[1].astype(np.uint64) << np.uint64(16), active
-            )
+                result = _FLOATS[kind[0]](*f)
+            return self.write(destination, result.view(np.uint32), active)
         if name in ("cvt.rn.bf16.f32", "cvt.rn.bf16x2.f32"):
-            parts = [_to_bf16(_float(x.astype(np.uint32))).astype(np.uint32) for x in u]
-            pair = parts[0] if len(parts) == 1 else parts[0] << 16 | parts[1]
-            return self.write(destination, pair, active)
-        result = {
-            "mov": lambda: v[0],
-            "cvt": lambda: v[0],
-            "and": lambda: u[0] & u[1],
-            "or": lambda: u[0] | u[1],
-            "xor": lambda: u[0] ^ u[1],
-            "shl": lambda: u[0] << u[1],
-            "shr": lambda: u[0] >> u[1],
-            "shf": lambda: (u[1] << np.uint64(32) | u[0]) >> (u[2] & np.uint64(31)),
-            "add": lambda: v[0] + v[1],
-            "sub": lambda: v[0] - v[1],
-            "mul": lambda: u[0] * u[1],
-            "mad": lambda: u[0] * u[1] + u[2],
-            "div": lambda: u[0] // u[1],
-            "rem": lambda: u[0] % u[1],
-            "min": lambda: np.minimum(u[0], u[1]),
-            "max": lambda: np.maximum(u[0], u[1]),
-            "selp": lambda: np.where(v[2].astype(bool), u[0], u[1]),
-            "popc": lambda: [int(x).bit_count() for x in u[0]],
-            "match": lambda: [sum(1 << i for i in range(32) if u[0][i] == x) for x in u[0]],
-            "vote": lambda: [
-                {
-                    "ballot": sum(1 << i for i in range(32) if v[0][i]),
-                    "any": v[0].any(),
-                    "all": v[0].all(),
-                }[kind[2]]
-            ]
-            * 32,
-            "redux": lambda: [getattr(u[0], kind[2])()] * 32,
-            "shfl": lambda: u[0][u[1].astype(int) ^ (np.arange(32) * (kind[2] == "bfly"))],
-            "prmt": lambda: _permuted(*u),
-            "mapa": lambda: u[0] + u[1] * np.uint64(self.spaces["shared"].size),
-        }[kind[0]]()
+            parts = [_to_bf16(_float(x.astype(np.uint32))).astype(np.uint32) for x in v]
+            result = parts[0] if len(parts) == 1 else parts[0] << 16 | parts[1]
+        elif kind[0] in _WIDE:
+            result = _WIDE[kind[0]](*v)
+        elif kind[0] == "vote":
+            result = [_voted(kind[2], v[0])] * 32
+        elif kind[0] == "mapa":
+            result = v[0] + v[1] * np.uint64(self.spaces["shared"].size)
+        else:
+            u = [x & _ALL for x in v]
+            if kind[0] == "setp":
+                result = _COMPARE[kind[1]](u[0], u[1])
+                if kind[2] == "and":
+                    result &= v[2].astype(bool)
+            elif name == "mul.bf16x2":
+                low, high = (
+                    _to_bf16(_bf16(u[0] >> shift & 65535) * _bf16(u[1] >> shift & 65535))
+                    for shift in (np.uint64(0), np.uint64(16))
+                )
+                result = low | high.astype(np.uint64) << np.uint64(16)
+            elif kind[0] == "redux":
+                result = [getattr(u[0], kind[2])()] * 32
+            elif kind[0] == "shfl":
+                result = u[0][u[1].astype(int) ^ (np.arange(32) * (kind[2] == "bfly"))]
+            else:
+                result = _INTEGERS[kind[0]](*u)
         wide = kind[-1] == "u64" or (kind[0] == "mul" and kind[1] == "wide")
         return self.write(destination, result, active, 64 if wide else 32)
 
     def address(self, text):
-        base, _, offset = text.strip("[] ").partition("+")
-        return self.value(base).astype(np.int64) + int(offset or 0)
+        base, offset = _place(text)
+        return self.value(base).astype(np.int64) + offset
 
     def move(self, kind, args, active):
         space = self.spaces[kind[1]]
         size = {"u8": 1, "u16": 2, "b16": 2}.get(kind[-1], 4)
         target, address = args if kind[0] == "ld" else args[::-1]
-        names = target.strip("{} ").split(",")
+        names = _names(target)
         at = self.address(address)
-        assert not (at[active] % (size * len(names))).any(), f"misaligned {kind} {args}"
+        if active is not _LANES:
+            at = at[active]
+        assert not (at % (size * len(names))).any(), f"misaligned {kind} {args}"
         if kind[1] == "global":
-            self.check(kind[0], at[active], size * len(names))
+            self.check(kind[0], at, size * len(names))
         for i, register in enumerate(names):
-            where = at[:, None] + size * i + np.arange(size)
+            where = at[:, None] + size * i + _OF_A_WORD[size]
             if kind[0] == "ld":
-                raw = np.zeros((32, 8), np.uint8)
-                raw[active, :size] = space[where[active]]
-                self.write(register, raw.view(np.uint64)[:, 0], active)
+                values = space[where].view(f"u{size}")[:, 0]
+                if active is not _LANES:
+                    own, values = values, np.zeros(32, np.uint64)
+                    values[active] = own
+                self.write(register, values, active)
             else:
                 raw = self.value(register)[:, None].view(np.uint8)
-                space[where[active]] = raw[active, :size]
+                space[where] = raw[active, :size]
 
     def check(self, kind, at, size):
         """Earlier kernels may still write what is not at rest."""
@@ -401,8 +444,8 @@ class _Warp:
 
     def multiply(self, args):
         """m16n8k16: what each lane holds of the matrices is in the PTX manual."""
-        d, a, b, c = (x.strip("{} ").split(",") for x in args)
-        g, q = np.arange(32) // 4, np.arange(32) % 4
+        d, a, b, c = map(_names, args)
+        g, q = _ROW, _COLUMN
         left, right = np.zeros((16, 16), np.float32), np.zeros((16, 8), np.float32)
         for half in range(2):
             shift = np.uint64(16 * half)
@@ -417,7 +460,7 @@ class _Warp:
             for i, (out, start) in enumerate(zip(d, c, strict=True)):
                 value = product[g + 8 * (i // 2), 2 * q + i % 2]
                 value = value + _float(self.value(start).astype(np.uint32))
-                self.write(out, value.astype(np.float32).view(np.uint32), np.ones(32, bool))
+                self.write(out, value.astype(np.float32).view(np.uint32), _LANES)
 
 
 def _permuted(a, b, selected):
