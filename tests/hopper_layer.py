@@ -1,5 +1,5 @@
-"""What the tests of the Hopper kernels share: a random expert layer, lowering for CUDA, and what
-JAX's interpreter of Mosaic GPU lacks."""
+"""What the tests of the Hopper kernels share: a random expert layer and what it must give, lowering
+for CUDA, and what JAX's interpreter of Mosaic GPU lacks."""
 
 import contextlib
 import io
@@ -7,6 +7,7 @@ import io
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import ptx
 
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
@@ -33,6 +34,13 @@ def layer(M, E=5, X=2, D=96, F=64, bias=np.float32, same=False):
     chosen = np.stack([random.permutation(X if same else E)[:X] for _ in range(M)])
     weight = random.random((M, X))
     return x, jnp.asarray(chosen, jnp.int32), jnp.asarray(weight, jnp.float32), w
+
+
+@jax.jit
+def wanted(x, chosen, weight, w):
+    """What the oracle makes of the decoded weights, in float32."""
+    up, down = w.up.dequantize(jnp.float32), w.down.dequantize(jnp.float32)
+    return oracle.expert_mlp(x, chosen, weight, up, w.up_bias, down, w.down_bias, limit=7.0)
 
 
 def launched(program, *arrays, **how):

@@ -1,13 +1,17 @@
 """What every kernel must equal, in a few dense lines of float32 each.
 
 Slow, unbounded in memory and differentiable. Takes what the kernels take, except that expert
-weights come decoded. Knows nothing of the package.
+weights come decoded. Knows nothing of the package. Under `jit`, because a program for every line
+and every shape takes longer to compile than one.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
 
+@functools.partial(jax.jit, static_argnames="window")
 def attention(q_BTKGH, k_BSKH, v_BSKH, sinks_KG, *, q_pos_BT, k_pos_BS, window):
     """Softmax over the visible keys and the sink, whose weight is then dropped: [B, T, K, G, H]."""
     q, k, v, sinks = (x.astype(jnp.float32) for x in (q_BTKGH, k_BSKH, v_BSKH, sinks_KG))
@@ -21,6 +25,7 @@ def attention(q_BTKGH, k_BSKH, v_BSKH, sinks_KG, *, q_pos_BT, k_pos_BS, window):
         return jnp.einsum("BTKGS,BSKH->BTKGH", weights, v)
 
 
+@functools.partial(jax.jit, static_argnames="limit")
 def expert_mlp(
     x_MD, experts_MX, weights_MX, up_EF2D, up_bias_EF2, down_EDF, down_bias_ED, *, limit
 ):

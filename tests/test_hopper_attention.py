@@ -83,10 +83,14 @@ def interpreted(args, where, window, changed=lambda text: text, new=(), how=None
     return (heads, got(places[1], k), got(places[2], v)) if new else heads
 
 
+@functools.partial(jax.jit, static_argnames="window")
+def in_float32(*args, **options):
+    return xla.attention(*(a.astype(jnp.float32) for a in args), **options)
+
+
 def error(got, args, where, window):
     """Largest difference from XLA in float32."""
-    args = [a.astype(jnp.float32) for a in args]
-    return np.abs(got - np.asarray(xla.attention(*args, **where, window=window))).max()
+    return np.abs(got - np.asarray(in_float32(*args, **where, window=window))).max()
 
 
 CASES = {

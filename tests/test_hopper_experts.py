@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import oracle
 import ptx
 import pytest
 from as_tpu import as_on_a_tpu
-from hopper_layer import kernels_for_cuda, launched, layer
+from hopper_layer import kernels_for_cuda, launched, layer, wanted
 
 from gpt_oss_jax.kernels import sharded, target
 from gpt_oss_jax.kernels.dense import mosaic_gpu as dense_kernels
@@ -79,10 +78,7 @@ def interpreted(x, chosen, weight, w, limit, some_elsewhere=False, at_once=True)
 def test_few_rows_equal_the_oracle(M, options):
     x, chosen, weight, w = layer(M, **options)
     got = interpreted(x, chosen, weight, w, 7.0)
-    up, down = w.up.dequantize(jnp.float32), w.down.dequantize(jnp.float32)
-    biases = w.up_bias.astype(jnp.float32), w.down_bias.astype(jnp.float32)
-    args = x.astype(jnp.float32), chosen, weight, up, biases[0], down, biases[1]
-    want = oracle.expert_mlp(*args, limit=7.0)
+    want = wanted(x, chosen, weight, w)
     assert np.linalg.norm(got - want) < 2e-3 * np.linalg.norm(want)
 
 
@@ -93,11 +89,8 @@ def test_ids_past_the_experts_add_nothing(M, own):
     some = jax.tree.map(lambda a: a[: own or 2], w)
     ours = jnp.minimum(chosen, own) if own else jnp.full_like(chosen, 2)
     got = interpreted(x, ours, weight, some, 7.0, some_elsewhere=True)
-    up, down = w.up.dequantize(jnp.float32), w.down.dequantize(jnp.float32)
-    run = lambda weight: oracle.expert_mlp(
-        x, chosen, weight, up, w.up_bias, down, w.down_bias, limit=7.0
-    )
-    want, all_of_it = run(jnp.where(chosen < own, weight, 0)), run(weight)
+    run = functools.partial(wanted, x, chosen, w=w)
+    want, all_of_it = run(weight=jnp.where(chosen < own, weight, 0)), run(weight=weight)
     assert np.linalg.norm(got - want) < 2e-3 * np.linalg.norm(all_of_it)
 
 

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import oracle
 import ptx
 import pytest
 from hopper_layer import (
@@ -20,6 +19,7 @@ from hopper_layer import (
     kernels_for_cuda,
     layer,
     multiply_as_the_interpreter_can,
+    wanted,
 )
 from jax.experimental import pallas as pl
 
@@ -101,11 +101,6 @@ def launch(name, run, outs, inputs):
 def emulated(monkeypatch):
     monkeypatch.setattr(many_rows, "grouped", grouped)
     monkeypatch.setattr(rows, "_launch", launch)
-
-
-def wanted(x, chosen, weight, w):
-    up, down = w.up.dequantize(jnp.float32), w.down.dequantize(jnp.float32)
-    return oracle.expert_mlp(x, chosen, weight, up, w.up_bias, down, w.down_bias, limit=7.0)
 
 
 @pytest.mark.parametrize(

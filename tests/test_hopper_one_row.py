@@ -5,9 +5,8 @@ import functools
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import oracle
 import pytest
-from hopper_layer import launched, layer
+from hopper_layer import launched, layer, wanted
 
 from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import SeveralRows
 from gpt_oss_jax.kernels.expert_matmul.few_rows_tiles_ptx import MAX_BLOCKS, Projection
@@ -38,10 +37,7 @@ def interpreted(x, chosen, weight, w, residual=None, blocks=2, by_chance=None):
 
 
 def error(got, x, chosen, weight, w):
-    up, down = w.up.dequantize(jnp.float32), w.down.dequantize(jnp.float32)
-    biases = w.up_bias.astype(jnp.float32), w.down_bias.astype(jnp.float32)
-    args = x.astype(jnp.float32), chosen, weight, up, biases[0], down, biases[1]
-    want = oracle.expert_mlp(*args, limit=7.0)
+    want = wanted(x, chosen, weight, w)
     return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
