@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -56,6 +57,14 @@ def models(request, tmp_path_factory) -> Models:
         ours={x: load(folder, dtype=jnp.float32) for x, folder in folders.items()},
         references={x: LAYOUTS[x](folder) for x, folder in folders.items()},
     )
+
+
+@pytest.fixture
+def compiles_well():
+    """For a text so long that its programs run for longer than they take to compile."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

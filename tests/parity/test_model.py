@@ -79,6 +79,7 @@ def test_logits(models, check, layout, length):
     check(forward(models.ours[layout], tokens_T[None])[0], theirs)
 
 
+@pytest.mark.usefixtures("compiles_well")
 @pytest.mark.parametrize("models", ["window-128"], indirect=True)
 def test_logits_past_the_initial_context(models, check):
     tokens_T = models.tokens(PAST_INITIAL_CONTEXT)

@@ -41,7 +41,9 @@ def both(source):
     [(name, length) for name, lengths in LENGTHS.items() for length in lengths],
     indirect=["models"],
 )
-def test_nothing_is_reported_on_the_unmodified_model(models, record, length):
+def test_nothing_is_reported_on_the_unmodified_model(models, record, request, length):
+    if length > 1000:
+        request.getfixturevalue("compiles_well")
     source = open_source(models.folders["hf"])
     report = assert_parity(Streamed(source), both(source), models.tokens(length))
     assert {op.name for op in report.ops} >= {f"layers.1{name}" for name in ROTATED}
