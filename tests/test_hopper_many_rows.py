@@ -158,8 +158,8 @@ def test_rows_are_gathered_and_added_up(emulated, M, X, D):
     weight = jnp.asarray(random.random((M, X)), jnp.float32)
     used = np.asarray(sorted_.pairs.reshape(-1)) >= 0
     want = gather_in_jax(x, weight, sorted_)
-    for ours, wanted in zip(rows.gather(x, weight, sorted_), want, strict=True):
-        np.testing.assert_array_equal(ours[used], wanted[used])
+    for ours, right in zip(rows.gather(x, weight, sorted_), want, strict=True):
+        np.testing.assert_array_equal(ours[used], right[used])
         assert np.isnan(np.asarray(ours)[~used].astype(np.float32)).all()
 
     y = np.full((sorted_.pairs.size, D), np.nan, ml_dtypes.bfloat16)
