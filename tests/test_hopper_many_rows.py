@@ -225,9 +225,9 @@ def test_other_widths_are_refused():
 
 if jax.__version_info__ >= target.JAX_FOR_HOPPER:
 
-    @pytest.mark.parametrize("M", [1, 300])
-    def test_many_rows_lower_for_cuda(M):
-        run = functools.partial(many_rows.many_rows, limit=7.0, tile=16)
+    @pytest.mark.parametrize(("M", "tile"), [(1, 16), (300, 16), (300, 128)])
+    def test_many_rows_lower_for_cuda(M, tile):
+        run = functools.partial(many_rows.many_rows, limit=7.0, tile=tile)
         assert kernels_for_cuda(run, *layer(M, D=384, F=192)) == 5
 
     @pytest.mark.parametrize(("blocks", "rows", "tile"), [(1, 3, 8), (2, 3, 8), (2, 72, 64)])
