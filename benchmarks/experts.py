@@ -154,12 +154,14 @@ def measure(kernel: str, model: str, counts: list[int], skews: dict[str, float],
     E, X, D = sizes.num_experts, sizes.experts_per_token, sizes.hidden_size
     size_of_expert = 3 * D * sizes.intermediate_size
     w = weights(sizes, seed)
+    # `fold_in` of the seed's own key would give the keys of the weights again.
+    rows_key = jax.random.fold_in(jax.random.key(seed), 1 << 20)
     # Compiled once, however often the loop has it.
     call = jax.jit(functools.partial(KERNELS[kernel], limit=LIMIT))
     loop, empty_loop = in_a_loop(call), in_a_loop(lambda x, *_: x)
     results = []
     for M in counts:
-        x = jax.random.normal(jax.random.fold_in(jax.random.key(seed), M), (M, D), jnp.bfloat16)
+        x = jax.random.normal(jax.random.fold_in(rows_key, M), (M, D), jnp.bfloat16)
         for name, skew in skews.items():
             args = x, *map(jnp.asarray, routing(sizes, M, skew, seed))
             result = {"kernel": kernel, "model": model, "rows": M, "routing": name}

@@ -406,6 +406,18 @@ def test_a_mesh_that_keeps_a_model_from_few_launches_is_said(launched, caplog):
 
 
 @pytest.mark.parametrize(
+    ("change", "axes"),
+    [({"num_experts": 4}, {"data": 2}), ({"num_attention_heads": 2}, {"expert": 2})],
+    ids=["its rows split", "its heads too narrow"],
+)
+def test_a_model_on_a_mesh_may_name_its_kernels(launched, change, axes):
+    """Whatever keeps it from few launches."""
+    model = outline(dataclasses.replace(SMALL, **change), make_mesh(**axes))
+    model.implementation = "mosaic_gpu"
+    assert not model._can_launch()
+
+
+@pytest.mark.parametrize(
     ("implementation", "tokens", "elsewhere"),
     [("xla", 1, ""), (None, 129, ""), (None, 1, "needs a Hopper GPU")],
     ids=["another implementation", "more rows", "another device"],

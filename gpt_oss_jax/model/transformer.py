@@ -292,12 +292,16 @@ class Transformer(nnx.Module):
         # Elsewhere attention and experts say why, or raise.
         if self.implementation not in (None, "mosaic_gpu") or why_not_hopper():
             return False
-        reason = self._why_no_launches()
-        if reason and self.implementation is not None:
-            raise NotImplementedError(reason)
-        # No error where kernels are named: attention and experts run on theirs, on any mesh.
-        if not reason and self.mesh is not None and not sharded.rows_are_whole(self.mesh):
+        if self.mesh is not None and not sharded.rows_are_whole(self.mesh):
             reason = f"rows, slots or weights are split over the mesh {spelled(self.mesh.shape)}"
+        else:
+            reason = self._why_no_launches()
+        # On a mesh, which may be the reason, the named kernels still run attention and experts.
+        if reason and self.implementation is not None and self.mesh is None:
+            raise NotImplementedError(
+                f"mosaic_gpu, for what is around attention and experts, {reason}; "
+                "implementation=None runs it on xla"
+            )
         if reason:
             say_once(f"what is around attention and experts runs on xla (mosaic_gpu: {reason})")
         return not reason

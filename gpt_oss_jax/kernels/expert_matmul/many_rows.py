@@ -113,14 +113,16 @@ def grouped(
     x_RK: jax.Array,
     weights_R: jax.Array | None = None,
 ) -> jax.Array:
-    """Each tile of rows times its expert: bf16 [R, p.width], unwritten past `tiles.count`.
+    """Each tile of rows times its expert: bf16 [R, p.width].
+
+    Places of no pair hold anything, NaN too; none of them reaches another row.
 
     Args:
       p: What it computes.
       w: Weights of all experts, shuffled.
       bias: Theirs.
       tiles: What expert each tile of rows has.
-      x_RK: bf16 rows, tile by tile, `in_order`.
+      x_RK: bf16 rows, tile by tile, `in_order`; those of no pair may be unwritten.
       weights_R: float32 routing weights for the down projection.
     """
     # Here, because these change from one version of JAX to the next.

@@ -130,13 +130,15 @@ def _many(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit, some_elsewhere,
 
     def through(experts_S, pairs_SP, count, write, *weights_SP1):
         steps = _Steps(experts_S.astype(jnp.int32), count, few=False)
-        x_SPD = x_MD[pairs_SP // X]
+        # Places of no pair take a row whose result nobody reads.
+        x_SPD = x_MD[jnp.maximum(pairs_SP, 0) // X]
         h_SPF = _call(up, "expert_up_many", steps, x_SPD, w.up, w.up_bias, x_MD.dtype)
         args = h_SPF, w.down, w.down_bias, x_MD.dtype, *weights_SP1
         return _call(write, "expert_down_many", steps, *args).reshape(pairs_SP.size, -1)
 
     if not some_elsewhere:
-        weights_TP1 = weights_MX.reshape(-1)[sorted_.pairs][..., None].astype(jnp.float32)
+        weights_TP = weights_MX.reshape(-1)[jnp.maximum(sorted_.pairs, 0)]
+        weights_TP1 = weights_TP[..., None].astype(jnp.float32)
         y_ZD = through(sorted_.expert_of_tile, sorted_.pairs, count, _weigh, weights_TP1)
         y_ZD = y_ZD[sorted_.place_of_pair]
         return y_ZD.reshape(M, X, -1).astype(jnp.float32).sum(axis=1).astype(x_MD.dtype)

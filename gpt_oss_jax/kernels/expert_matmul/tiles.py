@@ -14,7 +14,7 @@ class Tiles:
 
     Attributes:
       expert_of_tile: int32 [tiles].
-      pairs: int32 [tiles, size], the pair of each place, first ones first; -1 where there is none.
+      pairs: int32 [tiles, size], the pair of each place; those without one come last: -1.
       place_of_pair: int32 [pairs], into the places of all tiles.
       count: int32, the tiles that have a pair; they come first.
     """

@@ -94,7 +94,8 @@ def _grouped(x_MD, experts_MX, w: ExpertWeights, limit, *, skip_empty):
     # Recomputed in the backward pass: kept, the decoded experts of all tiles would add up.
     @jax.checkpoint
     def one_tile(expert, pairs):
-        x_PD = x_MD[pairs // X]
+        # Places of no pair take a row whose result nobody reads.
+        x_PD = x_MD[jnp.maximum(pairs, 0) // X]
         up = _decoded(w.up, expert, x_PD.dtype)
         u_PF2 = einsum("PD,FCD->PFC", x_PD, up) + w.up_bias[expert].astype(jnp.float32)
         hidden_PF = swiglu(u_PF2[..., 0], u_PF2[..., 1], limit).astype(x_PD.dtype)
