@@ -2,6 +2,7 @@
 for CUDA, and what JAX's interpreter of Mosaic GPU lacks."""
 
 import contextlib
+import functools
 import io
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import oracle
 import ptx
 
+from gpt_oss_jax.kernels.attention import xla
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.quant import MXArray
 
@@ -41,6 +43,12 @@ def wanted(x, chosen, weight, w):
     """What the oracle makes of the decoded weights, in float32."""
     up, down = w.up.dequantize(jnp.float32), w.down.dequantize(jnp.float32)
     return oracle.expert_mlp(x, chosen, weight, up, w.up_bias, down, w.down_bias, limit=7.0)
+
+
+@functools.partial(jax.jit, static_argnames="window")
+def attention_in_float32(*args, **where):
+    """XLA's."""
+    return xla.attention(*(a.astype(jnp.float32) for a in args), **where)
 
 
 def launched(program, *arrays, **how):

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import ptx
 import pytest
-from hopper_layer import kernels_for_cuda
+from hopper_layer import attention_in_float32, kernels_for_cuda
 
 from gpt_oss_jax.kernels import dispatch, target
 from gpt_oss_jax.kernels.attention import api, few_queries, mosaic_gpu, xla
@@ -83,14 +83,9 @@ def interpreted(args, where, window, changed=lambda text: text, new=(), how=None
     return (heads, got(places[1], k), got(places[2], v)) if new else heads
 
 
-@functools.partial(jax.jit, static_argnames="window")
-def in_float32(*args, **options):
-    return xla.attention(*(a.astype(jnp.float32) for a in args), **options)
-
-
 def error(got, args, where, window):
     """Largest difference from XLA in float32."""
-    return np.abs(got - np.asarray(in_float32(*args, **where, window=window))).max()
+    return np.abs(got - np.asarray(attention_in_float32(*args, **where, window=window))).max()
 
 
 CASES = {

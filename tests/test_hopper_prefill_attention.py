@@ -9,9 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hopper_layer import interpreted, kernels_for_cuda, multiply_as_the_interpreter_can
+from hopper_layer import (
+    attention_in_float32,
+    interpreted,
+    kernels_for_cuda,
+    multiply_as_the_interpreter_can,
+)
 
-from gpt_oss_jax.kernels.attention import many_queries as module, xla
+from gpt_oss_jax.kernels.attention import many_queries as module
 from gpt_oss_jax.kernels.attention.many_queries import many_queries
 
 KEYS, WARPGROUPS = 16, 2
@@ -150,13 +155,9 @@ if jax.__version_info__ >= (0, 11, 2):
         args, where = problem(case)
         check(case, args, where, run(*args, **where))
 
-    @functools.partial(jax.jit, static_argnames="window")
-    def in_float32(*args, **where):
-        return xla.attention(*(x.astype(jnp.float32) for x in args), **where)
-
     def check(case, args, where, got):
         assert got.dtype == jnp.bfloat16
-        want = in_float32(*args, **where)
+        want = attention_in_float32(*args, **where)
         np.testing.assert_allclose(got.astype(jnp.float32), want, atol=1e-2, rtol=1e-2)
         if case == "nothing to see":
             np.testing.assert_array_equal(got.astype(jnp.float32), 0)
@@ -165,7 +166,7 @@ if jax.__version_info__ >= (0, 11, 2):
         (q, k, v, sinks), where = problem("a prompt in a window")
         q, where = q[:, 32:], where | {"q_pos_BT": where["q_pos_BT"][:, 32:]}
         got = run(q, k.at[:, :16].set(jnp.nan), v.at[:, :16].set(jnp.nan), sinks, **where)
-        want = in_float32(q, k, v, sinks, **where)
+        want = attention_in_float32(q, k, v, sinks, **where)
         np.testing.assert_allclose(got.astype(jnp.float32), want, atol=1e-2, rtol=1e-2)
 
     @pytest.mark.parametrize(

@@ -69,7 +69,8 @@ def store_and_attend(
     args = q_BTKGH, k_BTKH, v_BTKH, k_BSL, v_BSL, sinks_KG
     where = {"q_pos_BT": q_pos_BT, "k_pos_BS": k_pos_BS, "slots_BT": slots_BT, "window": window}
     if mesh is None and implementation in (None, "mosaic_gpu"):
-        # Of one position a row `attention` refuses the same, and says why.
+        # What this refuses of one position a row, `attention` refuses too, and says why; of more,
+        # only this does.
         with contextlib.suppress(NotImplementedError):
             return mosaic_gpu.store_and_attend(*args, **where, room=room)
     how = {"attend": functools.partial(attention, implementation=implementation, mesh=mesh)}

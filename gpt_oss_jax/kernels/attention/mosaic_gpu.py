@@ -62,7 +62,7 @@ def store_and_attend(
       NotImplementedError: On other devices and versions of JAX, and for what it does not cover.
     """
     _only_on_hopper()
-    # As where they are written by XLA.
+    # What the cache has, as where XLA writes them.
     new = k_BTKH.astype(k_BSL.dtype), v_BTKH.astype(v_BSL.dtype)
     floats = q_BTKGH, *new, k_BSL, v_BSL, sinks_KG
     where = slots_BT, q_pos_BT, k_pos_BS

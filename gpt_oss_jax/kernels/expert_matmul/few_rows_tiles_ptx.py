@@ -103,7 +103,7 @@ class Layer:
 
     @property
     def _stage_bytes(self) -> int:
-        """A multiple of 128: copies to other places are slower."""
+        """A multiple of 128, so that blocks begin at one: copies to other places are slower."""
         return -(-max(self._tile_bytes(self.up), self._tile_bytes(self.down)) // 128) * 128
 
     @property

@@ -135,11 +135,12 @@ def grouped(
     scale_rows = OUTPUTS * p.blocks // _BLOCK_OUTPUTS
     step_slots, scale_slots = stages(p, P)
     more = () if weights_R is None else (weights_R,)
-    halved = P >= _MIN_HALVED
-    few_T = tiles.pairs[:, P // 2] < 0 if halved else jnp.zeros(1)
+    # An expert's last tile is often half empty. With small ones it is an operand nobody reads.
+    can_halve = P >= _MIN_HALVED
+    halved_T = tiles.pairs[:, P // 2] < 0 if can_halve else jnp.zeros(1, bool)
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
-    def block(experts, few, count, blocks, scales, x, bias, *rest):
+    def block(experts, halved, count, blocks, scales, x, bias, *rest):
         *weights, out, scales_smem, arrived = rest
         first, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         products = count[0] * stripes
@@ -175,7 +176,8 @@ def grouped(
         def pipeline(columns=P, product=None):
             """Multiplies so many rows of a tile with a stripe.
 
-            The copies for the next begin before it ends.
+            The copies for the next begin before it ends. All rows are copied, as the stages of both
+            sizes are the same.
             """
 
             def compute(run):
@@ -233,14 +235,15 @@ def grouped(
 
             @pl.loop(first, products, step=num_blocks)
             def _(product):
-                run = lambda columns: pipeline(columns, product)(blocks, x, allocations=allocations)
-                if not halved:
-                    run(P)
+                def multiply(columns):
+                    pipeline(columns, product)(blocks, x, allocations=allocations)
+
+                if not can_halve:
+                    multiply(P)
                     return
-                half = few[product // stripes] != 0
-                # Of an expert's last tile often the second half is empty.
-                pl.when(half)(lambda: run(P // 2))
-                pl.when(jnp.logical_not(half))(lambda: run(P))
+                half = halved[product // stripes] != 0
+                pl.when(half)(lambda: multiply(P // 2))
+                pl.when(jnp.logical_not(half))(lambda: multiply(P))
 
         shared = pipeline().get_allocations(blocks, x)
         pl.run_scoped(run, shared, collective_axes="warpgroup")
@@ -261,7 +264,7 @@ def grouped(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(
         tiles.expert_of_tile.astype(jnp.int32),
-        few_T.astype(jnp.int32),
+        halved_T.astype(jnp.int32),
         tiles.count.astype(jnp.int32).reshape(1),
         w.blocks.reshape(E * p.outputs, 16 * p.blocks),
         w.scales.reshape(-1, _BLOCK_OUTPUTS),

@@ -125,21 +125,20 @@ def _many(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit, some_elsewhere,
     E = w.up.shape[0]
     size = tile_size(M * X, total)
     sorted_ = sort_into_tiles(experts_MX.reshape(-1), E, size)
+    pairs_TP = jnp.maximum(sorted_.pairs, 0)  # Of no pair: a row whose result nobody reads.
     count = jnp.maximum(sorted_.count.astype(jnp.int32), 1)
     up = functools.partial(_activate, limit=limit)
 
     def through(experts_S, pairs_SP, count, write, *weights_SP1):
         steps = _Steps(experts_S.astype(jnp.int32), count, few=False)
-        # Places of no pair take a row whose result nobody reads.
-        x_SPD = x_MD[jnp.maximum(pairs_SP, 0) // X]
+        x_SPD = x_MD[pairs_SP // X]
         h_SPF = _call(up, "expert_up_many", steps, x_SPD, w.up, w.up_bias, x_MD.dtype)
         args = h_SPF, w.down, w.down_bias, x_MD.dtype, *weights_SP1
         return _call(write, "expert_down_many", steps, *args).reshape(pairs_SP.size, -1)
 
     if not some_elsewhere:
-        weights_TP = weights_MX.reshape(-1)[jnp.maximum(sorted_.pairs, 0)]
-        weights_TP1 = weights_TP[..., None].astype(jnp.float32)
-        y_ZD = through(sorted_.expert_of_tile, sorted_.pairs, count, _weigh, weights_TP1)
+        weights_TP1 = weights_MX.reshape(-1)[pairs_TP][..., None].astype(jnp.float32)
+        y_ZD = through(sorted_.expert_of_tile, pairs_TP, count, _weigh, weights_TP1)
         y_ZD = y_ZD[sorted_.place_of_pair]
         return y_ZD.reshape(M, X, -1).astype(jnp.float32).sum(axis=1).astype(x_MD.dtype)
 
@@ -150,7 +149,7 @@ def _many(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit, some_elsewhere,
     def add_round(i, before_MD):
         tiles_S = i * slots + jnp.arange(slots)  # Past the last they are the last again.
         left = jnp.minimum(count - i * slots, slots)
-        y_ZD = through(sorted_.expert_of_tile[tiles_S], sorted_.pairs[tiles_S], left, _store)
+        y_ZD = through(sorted_.expert_of_tile[tiles_S], pairs_TP[tiles_S], left, _store)
 
         # One by one: side by side the choices of all rows, most of which are others', are larger
         # than all else. Weighted here, as in the kernel the weights take a register a row.

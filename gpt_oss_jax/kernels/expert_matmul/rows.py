@@ -36,10 +36,8 @@ def sort(chosen: jax.Array, num_experts: int, size: int) -> Tiles:
     return Tiles(of_tile, pairs_of, places, count[0])
 
 
-def gather(
-    x_MD: jax.Array, weights_MX: jax.Array, tiles: Tiles
-) -> tuple[jax.Array, jax.Array]:
-    """What `many_rows` has for all places of tiles; for those of no pair nothing is written.
+def gather(x_MD: jax.Array, weights_MX: jax.Array, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
+    """Rows and routing weights of all places of tiles; of those of no pair neither is written.
 
     Args:
       x_MD: bf16 rows, D a multiple of 64.
