@@ -62,10 +62,9 @@ def models(request, tmp_path_factory) -> Models:
 @pytest.fixture
 def compiles_well():
     """For a text so long that its programs run for longer than they take to compile."""
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
