@@ -23,7 +23,9 @@ def script(monkeypatch):
     return importlib.import_module
 
 
-@pytest.mark.parametrize("name", ["attention", "experts", "prefill_attention", "several_gpus"])
+@pytest.mark.parametrize(
+    "name", ["attention", "experts", "hopper_dense", "prefill_attention", "several_gpus"]
+)
 def test_options_are_explained(name, script, monkeypatch, capsys):
     main = script(name).main
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
@@ -73,6 +75,29 @@ def test_a_seed_decides_all_random_inputs(script):
         assert not any(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+def test_a_wrong_expert_of_the_router_is_seen_and_a_near_tie_is_none(script):
+    dense = script("hopper_dense")
+    dense.D = 64
+    key = jax.random.key(0)
+    args = dense.rows(13, key)[0], *dense.weights(key)["router"]
+    want = jax.device_get(jax.tree.leaves(dense.XLA["router"](*args)))
+    right = lambda got: dense.are_small(dense.relative_errors("router", args, got, want))
+    assert right(want)
+    for place, change in (0, np.nan), (2, np.nan), (2, 1.5):
+        wrong = [x.copy() for x in want]
+        wrong[place][3, 1] *= change
+        assert not right(wrong)
+    unlikely = [x.copy() for x in want]
+    unlikely[1][3, 1] = np.setdiff1d(np.arange(32), want[1][3])[0]
+    assert not right(unlikely)
+    x, scale, weight, bias = args
+    twins = x, scale, weight.at[1].set(weight[0]), bias.at[1].set(bias[0])
+    want = jax.device_get(jax.tree.leaves(dense.XLA["router"](*twins)))
+    got = [want[0], np.where(want[1] < 2, 1 - want[1], want[1]), *want[2:]]
+    assert (got[1] != want[1]).any()
+    assert max(dense.relative_errors("router", twins, got, want)) == 0.0
+
+
 def test_the_roofline_is_the_slower_of_memory_and_matrix_unit(script):
     roofline = script("experts").roofline
     slow_memory = roofline(8e6, 1e9, 4e12, 8e14, us=4.0)
@@ -82,7 +107,7 @@ def test_the_roofline_is_the_slower_of_memory_and_matrix_unit(script):
 
 def test_dense_products_cost_what_their_weights_say(script):
     dense = script("hopper_dense")
-    w = jax.eval_shape(dense.weights, 0)
+    w = jax.eval_shape(dense.weights, jax.random.key(0))
     w = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), w)
     size, flops = dense.cost(w, ("qkv", "out"), 8)
     matrices = 5120 * 2880 + 2880 * 4096
@@ -94,6 +119,8 @@ def test_dense_products_are_timed(script, monkeypatch, capsys):
     dense = script("hopper_dense")
     monkeypatch.setattr(dense, "SETS", 1)
     monkeypatch.setattr(dense, "TIMES", 2)
-    dense.timed("router", dense.XLA, *dense.rows(1), reached=(4e12, 8e14), only=("router",))
+    key, reached = jax.random.key(0), (4e12, 8e14)
+    rows = dense.rows(1, key)
+    dense.timed("router", dense.XLA, key, *rows, reached=reached, only=("router",))
     out = capsys.readouterr().out
     assert out.startswith("router ") and "0.05 us" in out and "% of the limit" in out
