@@ -371,7 +371,9 @@ class _Warp:
             elif kind[0] == "redux":
                 result = [getattr(u[0], kind[2])()] * 32
             elif kind[0] == "shfl":
-                result = u[0][u[1].astype(int) ^ (np.arange(32) * (kind[2] == "bfly"))]
+                lanes, by = np.arange(32), u[1].astype(int)
+                of = {"idx": by, "bfly": lanes ^ by, "up": np.where(lanes < by, lanes, lanes - by)}
+                result = u[0][of[kind[2]]]
             else:
                 result = _INTEGERS[kind[0]](*u)
         wide = kind[-1] == "u64" or (kind[0] == "mul" and kind[1] == "wide")

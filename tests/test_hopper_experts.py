@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -31,24 +30,15 @@ OLD = jax.__version_info__ < target.JAX_FOR_HOPPER
 on_hopper = functools.partial(mosaic_gpu.on_hopper, limit=7.0)
 
 
-def visits(chosen, num_experts, count):
-    """Pairs of each expert, eight to a visit, as `rows.sort` has them."""
-    pairs = [np.flatnonzero(chosen == e) for e in range(num_experts)]
-    eights = [p[i : i + 8] for p in pairs for i in range(0, len(p), 8)]
-    padded = [np.pad(p, (0, 8 - len(p)), constant_values=-1) for p in eights]
-    return np.stack(padded + [np.full(8, -1)] * (count - len(padded))).astype(np.int32)
-
-
 def interpreted(x, chosen, weight, w, limit, some_elsewhere=False, at_once=True):
     """`few_rows` with the PTX interpreter in the place of the GPU."""
     M, X = chosen.shape
     # Few blocks, so that each has several tiles.
     program = dataclasses.replace(few_rows.layer(w, M, X, limit), multiprocessors=1)
-    members = visits(chosen.reshape(-1), w.up.shape[0], program.visits)
     up, down = (w.up.blocks, w.up.scales, w.up_bias), (w.down.blocks, w.down.scales, w.down_bias)
     room = np.full(program.room, EMPTY, np.int32)
     y = np.full((M, X, x.shape[1]), np.nan, np.float32)
-    arrays = x, chosen, members, weight, *up, *down, room, y
+    arrays = x, chosen, weight, *up, *down, room, y
     y_MXD = launched(program, *arrays, at_once=at_once)
     here = np.asarray(chosen)[..., None] < w.up.shape[0]
     return np.where(here, y_MXD, 0).sum(axis=1) if some_elsewhere else y_MXD.sum(axis=1)
@@ -64,6 +54,8 @@ def interpreted(x, chosen, weight, w, limit, some_elsewhere=False, at_once=True)
         (1, {"D": 544, "F": 32}),
         (13, {"D": 64, "F": 32}),
         (20, {"D": 32, "F": 32, "same": True}),
+        (70, {"D": 32, "F": 32}),
+        (2, {"E": 130, "D": 32, "F": 32}),
     ],
     ids=[
         "one row",
@@ -73,6 +65,8 @@ def interpreted(x, chosen, weight, w, limit, some_elsewhere=False, at_once=True)
         "two steps and a rest",
         "two visits",
         "visits that are full",
+        "two pairs for a thread",
+        "two experts for a thread",
     ],
 )
 def test_few_rows_equal_the_oracle(M, options):
@@ -103,7 +97,7 @@ def test_blocks_of_several_rows_wait_for_earlier_ones_alone():
 @pytest.mark.parametrize("M", [6, 7])
 def test_more_rows_than_can_be_sorted_go_through_in_parts(monkeypatch, M):
     x, chosen, weight, w = layer(M, D=64, F=32)
-    monkeypatch.setattr(few_rows, "MAX_SORTED", 3 * chosen.shape[1])
+    monkeypatch.setattr(few_rows, "MAX_PAIRS", 3 * chosen.shape[1])
     rows = []
 
     def kernel(x, chosen, weight, w, *, limit, some_elsewhere):
@@ -122,27 +116,27 @@ def test_more_rows_than_can_be_sorted_go_through_in_parts(monkeypatch, M):
 if not OLD:
 
     def test_many_rows_of_other_widths_go_through_as_few(caplog):
-        assert kernels_for_cuda(on_hopper, *layer(600, D=96, F=32)) == 2
+        assert kernels_for_cuda(on_hopper, *layer(600, D=96, F=32)) == 1
         assert "more slowly (takes widths of 192 n" in caplog.text
 
     @pytest.mark.parametrize("M", [1, 8, 25])
     def test_few_rows_lower_for_cuda(M):
-        assert kernels_for_cuda(on_hopper, *layer(M)) == 2
+        assert kernels_for_cuda(on_hopper, *layer(M)) == 1
 
     def test_the_residual_stream_is_added_in_a_launch():
         x, *rest = layer(4)
         run = lambda x, *rest: on_hopper(x, *rest, residual=x)
-        assert kernels_for_cuda(run, x, *rest) == 3
+        assert kernels_for_cuda(run, x, *rest) == 2
 
     def test_few_rows_lower_for_cuda_under_vmap():
         x, chosen, weight, w = layer(4)
         rows = [a.reshape(2, 2, -1) for a in (x, chosen, weight)]
-        assert kernels_for_cuda(jax.vmap(lambda *rows: on_hopper(*rows, w)), *rows) == 2
+        assert kernels_for_cuda(jax.vmap(lambda *rows: on_hopper(*rows, w)), *rows) == 1
 
     def test_few_rows_lower_for_cuda_on_a_mesh():
         kernel = functools.partial(on_hopper, some_elsewhere=True)
         run = functools.partial(sharded.expert_mlp, make_mesh(expert=4), kernel)
-        assert kernels_for_cuda(run, *layer(4, E=8)) == 2
+        assert kernels_for_cuda(run, *layer(4, E=8)) == 1
 
     @pytest.mark.parametrize("M", [1, 2])
     def test_the_router_makes_the_room_that_few_rows_take(M):
@@ -155,9 +149,9 @@ if not OLD:
 
         x, *_, w = layer(M, E=8, D=64, F=32)
         more = (jnp.zeros(shape, jnp.bfloat16) for shape in (64, (8, 64), 8))
-        # Router, sort, experts and their sum, or for one row router and experts; nothing else
-        # writes what the experts wait for.
-        assert kernels_for_cuda(run, x, w, *more) == (2 if M == 1 else 4)
+        # Router and experts, and for several rows their sum; nothing else writes what the experts
+        # wait for.
+        assert kernels_for_cuda(run, x, w, *more) == (2 if M == 1 else 3)
         assert mosaic_gpu.room_of(2, 2, in_checkpoint_order(w)) == 0
 
 
@@ -247,7 +241,6 @@ def test_few_rows_add_what_they_have_to_the_residual_stream(monkeypatch):
     numbers = np.random.default_rng(1)
     parts = numbers.normal(size=(*chosen.shape, 64)).astype(np.float32)
     residual = jnp.asarray(numbers.normal(size=x.shape), jnp.bfloat16)
-    monkeypatch.setattr(few_rows, "sort", lambda *args: types.SimpleNamespace(pairs=None))
     monkeypatch.setattr(few_rows, "_launch", lambda *args: jnp.asarray(parts).reshape(-1, 64))
     monkeypatch.setattr(few_rows, "add_parts", lambda r, y: added(rows_ptx.Add(3, 64, 2), r, y))
     got = few_rows.few_rows(x, chosen, weight, w, limit=7.0, residual_MD=residual)

@@ -11,6 +11,7 @@ from hopper_layer import launched, layer, wanted
 from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import SeveralRows
 from gpt_oss_jax.kernels.expert_matmul.few_rows_tiles_ptx import MAX_BLOCKS, Projection
 from gpt_oss_jax.kernels.expert_matmul.one_row_ptx import MAX_CHOICES, OneRow
+from gpt_oss_jax.kernels.expert_matmul.rows import most_tiles
 from gpt_oss_jax.kernels.ptx import EMPTY
 from gpt_oss_jax.quant import MXArray
 
@@ -129,6 +130,15 @@ def test_a_multiprocessor_has_room_for_its_block(width, choices):
     program = OneRow(**sizes, bias_bytes=4, limit=7.0)
     assert program.grid <= program.multiprocessors
     assert program.shared_bytes <= 227 * 1024
+
+
+@pytest.mark.parametrize("experts", [32, 128])
+def test_a_multiprocessor_has_room_for_three_blocks_of_several_rows(experts):
+    """A block has a kilobyte more than it asks for."""
+    sizes = {"inputs": 2880, "hidden": 2880, "experts": experts, "choices": 4, "rows": 128}
+    visits = most_tiles(512, experts, 8)
+    program = SeveralRows(**sizes, visits=visits, bias_bytes=4, limit=7.0)
+    assert 3 * (program.shared_bytes + 1024) <= 228 * 1024
 
 
 @pytest.mark.parametrize("several", [False, True])

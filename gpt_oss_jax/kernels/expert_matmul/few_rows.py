@@ -13,11 +13,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import SeveralRows
+from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import (
+    MAX_EXPERTS,
+    MAX_PAIRS,
+    SeveralRows,
+)
 from gpt_oss_jax.kernels.expert_matmul.few_rows_tiles_ptx import COLUMNS, MAX_BLOCKS, Layer
 from gpt_oss_jax.kernels.expert_matmul.one_row_ptx import MAX_CHOICES, OneRow
-from gpt_oss_jax.kernels.expert_matmul.rows import add_parts, can_sort, most_tiles, sort
-from gpt_oss_jax.kernels.expert_matmul.rows_ptx import MAX_SORTED
+from gpt_oss_jax.kernels.expert_matmul.rows import add_parts, most_tiles
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.kernels.launch import launch
 from gpt_oss_jax.kernels.ptx import EMPTY
@@ -41,15 +44,15 @@ def few_rows(
       NotImplementedError: For experts that are too wide, and for too many.
     """
     M, X = experts_MX.shape
-    if M * X > MAX_SORTED >= X:
+    if M * X > MAX_PAIRS >= X:
         y_MD = _in_parts(x_MD, experts_MX, weights_MX, w, limit)
         return y_MD if residual_MD is None else residual_MD + y_MD
     # Whoever brings the room is a model, whose launches wait for each other.
     program = layer(w, M, X, limit, alone=room is not None and not some_elsewhere)
-    if not can_sort(M * X, program.experts):
+    if isinstance(program, SeveralRows) and (M * X > MAX_PAIRS or program.experts > MAX_EXPERTS):
         raise NotImplementedError(
-            f"takes up to {MAX_SORTED:,} pairs of row and expert and as many experts, got "
-            f"{M * X:,} and {program.experts:,}"
+            f"takes up to {MAX_PAIRS} pairs of row and expert and {MAX_EXPERTS:,} experts, "
+            f"got {M * X:,} and {program.experts:,}"
         )
     if max(program.up.blocks, program.down.blocks) > MAX_BLOCKS:
         raise NotImplementedError(f"takes widths up to {32 * MAX_BLOCKS}, got experts {w.up.shape}")
@@ -63,9 +66,8 @@ def few_rows(
         program = dataclasses.replace(program, adds=bool(residual))
         out = jax.ShapeDtypeStruct(x_MD.shape, jnp.bfloat16)
         return _launch(program, out, x_MD, experts, weights, *up, *down, *residual, room)
-    members = sort(experts, program.experts, COLUMNS).pairs
     out = jax.ShapeDtypeStruct((M, X, program.inputs), jnp.float32)
-    y_MXD = _launch(program, out, x_MD, experts, members, weights, *up, *down, room)
+    y_MXD = _launch(program, out, x_MD, experts, weights, *up, *down, room)
     if some_elsewhere:
         # What no visit has was never written.
         y_MXD = jnp.where(experts_MX[..., None] < program.experts, y_MXD, 0)
@@ -77,7 +79,7 @@ def few_rows(
 def _in_parts(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit: float) -> jax.Array:
     """Of more rows than can be sorted, so many at a time."""
     M, X = experts_MX.shape
-    rows = MAX_SORTED // X
+    rows = MAX_PAIRS // X
     rest = -M % rows
 
     def parts(x, nothing):

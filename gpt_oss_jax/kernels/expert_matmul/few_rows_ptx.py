@@ -2,7 +2,8 @@
 
 A thread block takes a run of tiles of one of the projections, one after the other, for up to 8
 rows; copies are some tiles ahead. Each of its warps keeps its part of x in registers for as long as
-the expert stays the same. The warps take turns at ending a tile, while the others go on.
+the expert stays the same. The warps take turns at ending a tile, while the others go on. Which rows
+an expert has each block finds out by itself, sooner than a launch before this one could tell it.
 
 Blocks of the down projection come after those of the up projection, as multiprocessors become free,
 and begin with their weights. For hidden values they wait: they read them again until none is
@@ -22,12 +23,15 @@ from gpt_oss_jax.kernels.expert_matmul.few_rows_tiles_ptx import (
     wait,
     with_operands,
 )
+from gpt_oss_jax.kernels.expert_matmul.sort_ptx import BlockSort
 from gpt_oss_jax.kernels.ptx import NEXT, WAIT
 
+# That a block sorts, and experts these can be of.
+MAX_PAIRS, MAX_EXPERTS = 512, 1024
 _MAX_STAGES = 8
 # Thread blocks that a multiprocessor holds, bytes of shared memory for each.
 _BLOCKS, _SHARED_BYTES = 3, 75_000
-_OPERANDS = """block x experts members weights up_blocks up_scales up_bias down_blocks down_scales
+_OPERANDS = """block x experts weights up_blocks up_scales up_bias down_blocks down_scales
 down_bias hidden out shared""".split()
 
 
@@ -54,32 +58,58 @@ class SeveralRows(Layer):
     @property
     def _stages(self) -> int:
         """Tiles in shared memory or on their way."""
-        room = _SHARED_BYTES - 2 * self._sum_bytes - 64 * self.warps
-        return min(_MAX_STAGES, room // (self._stage_bytes + 8))
+        beside = 2 * self._sum_bytes + 64 * self.warps + self._visit_bytes + self._sort.shared_bytes
+        most = min(_MAX_STAGES, (_SHARED_BYTES - beside) // (self._stage_bytes + 8))
+        return max(2, most)
 
     @property
-    def _members(self) -> int:
+    def _kept(self) -> int:
         return self._sums + 2 * self._sum_bytes
 
     @property
     def _barriers(self) -> int:
-        return self._members + 64 * self.warps
+        return self._kept + 64 * self.warps
+
+    @property
+    def _members(self) -> int:
+        return self._barriers + 8 * (self._stages + 4)
+
+    @property
+    def _experts(self) -> int:
+        return self._members + 4 * COLUMNS * self.visits
+
+    @property
+    def _sort(self) -> BlockSort:
+        return BlockSort(self.rows * self.choices, self.experts, COLUMNS, self.warps)
+
+    @property
+    def _visit_bytes(self) -> int:
+        """Of the members and experts of all visits."""
+        return 4 * (COLUMNS + 1) * self.visits
+
+    @property
+    def _sorting(self) -> int:
+        return self._members + self._visit_bytes
 
     @property
     def shared_bytes(self) -> int:
-        """Tiles, two places for sums, barriers: one a tile, then full and free of each place."""
-        return self._barriers + 8 * (self._stages + 4)
+        """Tiles, two places for sums, what warps keep, barriers (a tile's, places full, places free),
+        members and experts of the visits, and what sorting takes.
+        """
+        return self._sorting + self._sort.shared_bytes
 
     def ptx(self) -> str:
         """The thread program.
 
-        Its operands: the thread block; pointers to x, experts, members of the visits and routing
-        weights; of either projection packed blocks, scales and bias; hidden values, `EMPTY`
-        before; the result and shared memory.
+        Its operands: the thread block; pointers to x, experts and routing weights; of either
+        projection packed blocks, scales and bias; hidden values, `EMPTY` before; the result and
+        shared memory.
         """
         inits = [(self._barriers + 8 * i, 1) for i in range(self._stages)]
         inits += [(at, self.warps) for at in self._full] + [(at, 1) for at in self._free]
         text = f"""{self._registers()}
+{self._sort.registers()}
+.reg .b32 sorting;
 {NEXT}
 mov.u32 warp, %tid.x; and.b32 lane, warp, 31; shr.u32 warp, warp, 5; setp.eq.u32 leads, lane, 0;
 setp.lt.u32 leads_quad, lane, 4;
@@ -88,7 +118,7 @@ or.b32 t0, warp, lane; setp.eq.u32 p, t0, 0;
 {"".join(f"@p mbarrier.init.shared.b64 [<shared> + {at}], {n};" for at, n in inits)}
 @p fence.mbarrier_init.release.cluster; bar.sync 1, {32 * self.warps};
 {WAIT}
-{self._count()}
+{self._sort_pairs()}
 setp.ge.u32 p, <block>, {self._blocks(self.up)}; @p bra DOWN;
 {self._run(self.up)}
 bra DONE;
@@ -134,7 +164,7 @@ bar.warp.sync -1; add.u32 n, unit, {self._stages};
 bar.warp.sync -1; mad.lo.u32 bar, turn, 8, <shared>;
 @leads mbarrier.arrive.shared.b64 _, [bar + {self._free[0]}];
 mad.lo.u32 t0, warp, 64, <shared>; mad.lo.u32 t0, q, 16, t0;
-ld.shared.v4.u32 {{y0, y1, y2, y3}}, [t0 + {self._members}];
+ld.shared.v4.u32 {{y0, y1, y2, y3}}, [t0 + {self._kept}];
 {self._finish(p, 0)}
 {self._finish(p, 1)}
 {label("NEXT")}:
@@ -145,16 +175,22 @@ add.u32 unit, unit, 1; setp.ge.u32 p, unit, last; @p bra DONE;
 add.u32 tile, tile, 1; setp.lt.u32 p, tile, {p.tiles}; @p bra {label("UNIT")};
 mov.u32 tile, 0; add.u32 visit, visit, 1; bra {label("VISIT")};"""
 
-    def _count(self) -> str:
-        """How many visits there are. Those that are empty come last."""
-        text = "mov.u32 total, 0;\n"
-        for first in range(0, self.visits, 32):
-            text += f"mov.u32 t0, -1; setp.lt.u32 p, lane, {self.visits - first};"
-            text += f"mul.wide.u32 at, lane, {4 * COLUMNS}; add.u64 at, at, <members>;"
-            text += f"@p ld.global.u32 t0, [at + {4 * COLUMNS * first}];"
-            text += "setp.ne.u32 p, t0, -1; vote.sync.ballot.b32 t0, p, -1;"
-            text += "popc.b32 t0, t0; add.u32 total, total, t0;\n"
-        return text
+    def _sort_pairs(self) -> str:
+        """Members and expert of each visit, and `total`, how many visits there are."""
+        sort = self._sort
+        text = "mov.u32 i, %tid.x; mov.u32 t0, -1; mad.lo.u32 own, i, 4, <shared>;\n"
+        for first in range(0, COLUMNS * self.visits, sort.threads):
+            text += f"setp.lt.u32 p, i, {COLUMNS * self.visits - first};"
+            text += f"@p st.shared.u32 [own + {self._members + 4 * first}], t0;\n"
+        text += f"add.u32 sorting, <shared>, {self._sorting};\n{sort.ptx('<experts>', 'sorting')}"
+        for k in range(sort.pairs_each):
+            text += f"""setp.lt.u32 p, e{k}, {self.experts}; mad.lo.u32 t0, place{k}, 4, <shared>;
+add.u32 t1, i, {sort.threads * k}; @p st.shared.u32 [t0 + {self._members}], t1;
+shr.u32 t0, place{k}, {COLUMNS.bit_length() - 1}; mad.lo.u32 t0, t0, 4, <shared>;
+and.b32 t1, place{k}, {COLUMNS - 1}; setp.eq.and.u32 p, t1, 0, p;
+@p st.shared.u32 [t0 + {self._experts}], e{k};
+"""
+        return f"{text}mov.u32 total, tiles; bar.sync 1, {sort.threads};"
 
     def _keep_members(self) -> str:
         """Pairs (-1: none) and weights of two columns, for the end of a warp's tiles."""
@@ -165,14 +201,13 @@ mov.u32 tile, 0; add.u32 visit, visit, 1; bra {label("VISIT")};"""
             text += f"@p ld.global.u32 row, [at]; selp.b32 y{column}, pair, -1, p;"
             text += f"mov.u32 y{2 + column}, row;\n"
         return f"""{text}mad.lo.u32 t0, warp, 64, <shared>; mad.lo.u32 t0, q, 16, t0;
-bar.warp.sync -1; @leads_quad st.shared.v4.u32 [t0 + {self._members}], {{y0, y1, y2, y3}};
+bar.warp.sync -1; @leads_quad st.shared.v4.u32 [t0 + {self._kept}], {{y0, y1, y2, y3}};
 bar.warp.sync -1;"""
 
     def _member(self, column: str) -> str:
         """`pair` of a column, the first one's if it has none; in `p` whether it has."""
-        return f"""mul.lo.u32 t0, visit, {COLUMNS}; mul.wide.u32 more, t0, 4;
-add.u64 more, more, <members>; mul.wide.u32 at, {column}, 4; add.u64 at, at, more;
-ld.global.u32 pair, [at]; ld.global.u32 t0, [more];
+        return f"""mad.lo.u32 t0, visit, {4 * COLUMNS}, <shared>; mad.lo.u32 t1, {column}, 4, t0;
+ld.shared.u32 pair, [t1 + {self._members}]; ld.shared.u32 t0, [t0 + {self._members}];
 setp.ne.u32 p, pair, -1; selp.u32 pair, pair, t0, p;"""
 
     def _fetch(self, p: Projection) -> str:
@@ -181,10 +216,8 @@ setp.ne.u32 p, pair, -1; selp.u32 pair, pair, t0, p;"""
         text += f"mad.lo.u32 bar, slot, 8, <shared>; add.u32 bar, bar, {self._barriers};\n"
         text += f"setp.lt.and.u32 p, n, last, leads; div.u32 t0, n, {p.tiles};"
         text += f"mul.lo.u32 t1, t0, {p.tiles}; sub.u32 t1, n, t1;"
-        text += f"mul.wide.u32 at, t0, {4 * COLUMNS}; add.u64 at, at, <members>;"
-        text += "mov.u32 t0, 0; @p ld.global.u32 t0, [at];"
-        text += "mul.wide.u32 at, t0, 4; add.u64 at, at, <experts>;"
-        text += "@p ld.global.u32 t0, [at];"
+        text += f"min.u32 t0, t0, {self.visits - 1}; mad.lo.u32 t0, t0, 4, <shared>;"
+        text += f"ld.shared.u32 t0, [t0 + {self._experts}];"
         text += f"min.u32 t0, t0, {self.experts - 1}; mad.lo.u32 n, t0, {p.tiles}, t1;\n"
         return text + self._copy(p, "@p")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+from gpt_oss_jax.kernels.expert_matmul.sort_ptx import BlockSort
 from gpt_oss_jax.kernels.ptx import NEXT, WAIT
 
 MAX_SORTED = 1024
@@ -46,9 +47,13 @@ class Sort:
         return 4 * -(-max(self.pairs, self.experts) // 128)
 
     @property
+    def _sort(self) -> BlockSort:
+        return BlockSort(self.pairs, self.experts, self.tile, self.warps)
+
+    @property
     def shared_bytes(self) -> int:
-        """A count for each warp and expert, and the others' too; tiles of each; its first one."""
-        return 4 * (self.warps * (self.experts + 1) + 2 * self.experts)
+        """What sorting takes."""
+        return self._sort.shared_bytes
 
     def ptx(self) -> str:
         """The thread program.
@@ -57,50 +62,24 @@ class Sort:
         tile, the pair of each place (-1 for none), the place of each pair (likewise), how many
         tiles are in use, and shared memory.
         """
-        E, threads, everyone = self.experts, 32 * self.warps, f"bar.sync 1, {32 * self.warps};\n"
-        tiles_at = 4 * self.warps * (E + 1)
-        first_at = tiles_at + 4 * E
         text = f"""{{
-.reg .pred p, in, is; .reg .b32 t0, i, warp, lane, e, rank, cell, own, count, tiles, first, place;
-.reg .b64 at, at_i;
+.reg .pred p, in; .reg .b32 t0, lane; .reg .b64 at;
+{self._sort.registers()}
 {NEXT} {WAIT}
-mov.u32 i, %tid.x; shr.u32 warp, i, 5; and.b32 lane, i, 31; mul.wide.u32 at_i, i, 4;
-setp.lt.u32 in, i, {self.pairs}; setp.lt.u32 is, i, {E};
-add.u64 at, at_i, $1; mov.u32 e, {E}; @in ld.global.u32 e, [at]; min.u32 e, e, {E};
-mad.lo.u32 own, i, 4, $6; mov.u32 t0, 0;
+mov.u32 i, %tid.x; and.b32 lane, i, 31; mul.wide.u32 at, i, 4; add.u64 at, at, $3; mov.u32 t0, -1;
 """
-        for first in range(0, self.warps * (E + 1), threads):
-            text += f"setp.lt.u32 p, i, {self.warps * (E + 1) - first};"
-            text += f"@p st.shared.u32 [own + {4 * first}], t0;\n"
-        text += "add.u64 at, at_i, $3; mov.u32 t0, -1;\n"
-        for first in range(0, self.tiles * self.tile, threads):
+        for first in range(0, self.tiles * self.tile, self._sort.threads):
             text += f"setp.lt.u32 p, i, {self.tiles * self.tile - first};"
             text += f"@p st.global.u32 [at + {4 * first}], t0;\n"
-        text += f"""{everyone}match.any.sync.b32 count, e, -1;
-mov.u32 t0, 1; shl.b32 t0, t0, lane; sub.u32 t0, t0, 1; and.b32 t0, t0, count;
-popc.b32 rank, t0; popc.b32 count, count; setp.eq.u32 p, rank, 0;
-mad.lo.u32 cell, warp, {E + 1}, e; mad.lo.u32 cell, cell, 4, $6; @p st.shared.u32 [cell], count;
-{everyone}mov.u32 count, 0;
-"""
-        for warp in range(self.warps):
-            at = 4 * (E + 1) * warp
-            text += f"@is ld.shared.u32 t0, [own + {at}]; @is st.shared.u32 [own + {at}], count;"
-            text += "add.u32 count, count, t0;\n"
-        text += f"add.u32 t0, count, {self.tile - 1}; div.u32 tiles, t0, {self.tile};"
-        text += f"@is st.shared.u32 [own + {tiles_at}], tiles;\n{everyone}mov.u32 first, 0;"
-        for e in range(E):
-            text += f"ld.shared.u32 t0, [$6 + {tiles_at + 4 * e}]; setp.gt.u32 p, i, {e};"
-            text += "@p add.u32 first, first, t0;\n"
-        return f"""{text}@is st.shared.u32 [own + {first_at}], first;
-setp.eq.u32 p, i, {E - 1}; add.u32 t0, first, tiles; @p st.global.u32 [$5], t0;
-{everyone}setp.lt.and.u32 p, e, {E}, in; mad.lo.u32 t0, e, 4, $6;
-@p ld.shared.u32 first, [t0 + {first_at}]; ld.shared.u32 t0, [cell]; add.u32 rank, rank, t0;
-mad.lo.u32 place, first, {self.tile}, rank; selp.b32 place, place, -1, p;
-add.u64 at, at_i, $4; @in st.global.u32 [at], place;
-mul.wide.u32 at, place, 4; add.u64 at, at, $3; @p st.global.u32 [at], i;
-div.u32 t0, rank, {self.tile}; add.u32 first, first, t0; mul.lo.u32 t0, t0, {self.tile};
-setp.eq.and.u32 p, t0, rank, p; mul.wide.u32 at, first, 4; add.u64 at, at, $2;
-@p st.global.u32 [at], e;
+        return f"""{text}{self._sort.ptx("$1", "$6")}
+setp.eq.u32 p, i, 0; @p st.global.u32 [$5], tiles;
+setp.lt.u32 p, i, {self.pairs}; mul.wide.u32 at, i, 4; add.u64 at, at, $4;
+@p st.global.u32 [at], place0;
+setp.lt.u32 p, e0, {self.experts}; mul.wide.u32 at, place0, 4; add.u64 at, at, $3;
+@p st.global.u32 [at], i;
+div.u32 first, place0, {self.tile}; mul.lo.u32 t0, first, {self.tile};
+setp.eq.and.u32 p, t0, place0, p; mul.wide.u32 at, first, 4; add.u64 at, at, $2;
+@p st.global.u32 [at], e0;
 }}"""
 
 

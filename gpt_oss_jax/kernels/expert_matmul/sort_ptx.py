@@ -1,0 +1,155 @@
+"""A thread block sorts pairs by expert, as PTX for compute capability 9.0. Knows no JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSort:
+    """Gives pairs their places in tiles, of one expert each; those of an expert keep their order.
+
+    Thread i has the pairs i, i + `threads` and so on; of the experts it has a few neighbours.
+
+    Attributes:
+      pairs: Pairs.
+      experts: Experts there are; pairs of others get no place.
+      tile: Places of a tile.
+      warps: Of the block.
+    """
+
+    pairs: int
+    experts: int
+    tile: int
+    warps: int
+
+    @property
+    def threads(self) -> int:
+        """Of the block."""
+        return 32 * self.warps
+
+    @property
+    def pairs_each(self) -> int:
+        """Pairs of a thread."""
+        return -(-self.pairs // self.threads)
+
+    @property
+    def _experts_each(self) -> int:
+        return -(-self.experts // self.threads)
+
+    @property
+    def _row_bytes(self) -> int:
+        """Of what 32 pairs count: one number an expert, and one for all others."""
+        return 4 * (self.experts + 1)
+
+    @property
+    def _firsts(self) -> int:
+        return self.pairs_each * self.warps * self._row_bytes
+
+    @property
+    def _sums(self) -> int:
+        return self._firsts + 4 * self.experts
+
+    @property
+    def shared_bytes(self) -> int:
+        """Counts, the first tile of each expert, the tiles of each warp's experts."""
+        return self._sums + 4 * self.warps
+
+    def registers(self) -> str:
+        """What it gives and uses, beside p, in, t0 and lane, which it wants to be there."""
+        pairs = ", ".join(f"{name}<{self.pairs_each}>" for name in ("e", "rank", "place", "cell"))
+        return f""".reg .b64 pairs_at; .reg .b32 {pairs};
+.reg .b32 i, warp_of_all, own, same, count, first, tiles, tiles_of<{self._experts_each}>;"""
+
+    def ptx(self, experts: str, shared: str) -> str:
+        """The program, in which all threads meet four times.
+
+        It gives the thread `i`, of its pairs the experts `e0` and so on (`experts` for one that is
+        not there) and the places `place0` (-1 for none), and how many `tiles` are in use.
+
+        Args:
+          experts: Register of a pointer to the experts of all pairs.
+          shared: Register of a pointer to so much shared memory.
+        """
+        everyone = f"bar.sync 1, {self.threads};\n"
+        return f"""mov.u32 i, %tid.x; shr.u32 warp_of_all, i, 5;
+{self._load(experts)}{self._clear(shared)}{everyone}
+{self._count(shared)}{everyone}
+{self._add_counts(shared)}
+{self._add_tiles(shared, everyone)}{everyone}
+{self._place(shared)}"""
+
+    def _load(self, experts: str) -> str:
+        text = f"mul.wide.u32 pairs_at, i, 4; add.u64 pairs_at, pairs_at, {experts};\n"
+        for k in range(self.pairs_each):
+            text += f"setp.lt.u32 p, i, {self.pairs - self.threads * k};"
+            text += f"mov.u32 e{k}, {self.experts};"
+            text += f"@p ld.global.u32 e{k}, [pairs_at + {4 * self.threads * k}];\n"
+        return text
+
+    def _clear(self, shared: str) -> str:
+        text = f"mad.lo.u32 own, i, 4, {shared}; mov.u32 t0, 0;\n"
+        for at in range(0, self._firsts, 4 * self.threads):
+            text += f"setp.lt.u32 p, i, {(self._firsts - at) // 4};"
+            text += f"@p st.shared.u32 [own + {at}], t0;\n"
+        return text
+
+    def _row(self, k: int) -> int:
+        """Of the counts of a warp's pairs number k, from those of its first."""
+        return self.warps * self._row_bytes * k
+
+    def _count(self, shared: str) -> str:
+        """Ranks among the 32 pairs of a warp, and how many of each expert these are."""
+        text = ""
+        for k in range(self.pairs_each):
+            text += f"""min.u32 e{k}, e{k}, {self.experts}; match.any.sync.b32 same, e{k}, -1;
+mov.u32 t0, 1; shl.b32 t0, t0, lane; sub.u32 t0, t0, 1; and.b32 t0, t0, same; popc.b32 rank{k}, t0;
+mul.lo.u32 cell{k}, warp_of_all, {self._row_bytes}; mad.lo.u32 cell{k}, e{k}, 4, cell{k};
+add.u32 cell{k}, cell{k}, {shared};
+popc.b32 count, same; setp.eq.u32 p, rank{k}, 0; @p st.shared.u32 [cell{k} + {self._row(k)}], count;
+"""
+        return text
+
+    def _add_counts(self, shared: str) -> str:
+        """Of a thread's experts: counts become sums of those before them, of all come tiles."""
+        each = self._experts_each
+        text = f"mad.lo.u32 own, i, {4 * each}, {shared}; mul.lo.u32 same, i, {each};"
+        text += "mov.u32 tiles, 0;\n"
+        for j in range(each):
+            text += f"setp.lt.u32 in, same, {self.experts - j}; mov.u32 count, 0; mov.u32 t0, 0;\n"
+            for row in range(self.pairs_each * self.warps):
+                at = f"[own + {self._row_bytes * row + 4 * j}]"
+                text += f"@in ld.shared.u32 t0, {at}; @in st.shared.u32 {at}, count;"
+                text += "add.u32 count, count, t0;\n"
+            text += f"add.u32 count, count, {self.tile - 1};"
+            text += f"div.u32 tiles_of{j}, count, {self.tile}; add.u32 tiles, tiles, tiles_of{j};\n"
+        return text
+
+    def _add_tiles(self, shared: str, everyone: str) -> str:
+        """The first tile of each expert, which is how many all before it have."""
+        text = "mov.u32 first, tiles;\n"
+        for distance in (1, 2, 4, 8, 16):
+            text += f"shfl.sync.up.b32 t0, first, {distance}, 0, -1;"
+            text += f"setp.ge.u32 p, lane, {distance}; @p add.u32 first, first, t0;\n"
+        text += f"""mad.lo.u32 t0, warp_of_all, 4, {shared}; setp.eq.u32 p, lane, 31;
+@p st.shared.u32 [t0 + {self._sums}], first; sub.u32 first, first, tiles; mov.u32 tiles, 0;
+{everyone}"""
+        for warp in range(self.warps):
+            text += f"ld.shared.u32 t0, [{shared} + {self._sums + 4 * warp}];"
+            text += f"setp.gt.u32 p, warp_of_all, {warp}; @p add.u32 first, first, t0;"
+            text += "add.u32 tiles, tiles, t0;\n"
+        for j in range(self._experts_each):
+            text += f"setp.lt.u32 p, same, {self.experts - j};"
+            text += f"@p st.shared.u32 [own + {self._firsts + 4 * j}], first;"
+            text += f"add.u32 first, first, tiles_of{j};\n"
+        return text
+
+    def _place(self, shared: str) -> str:
+        text = ""
+        for k in range(self.pairs_each):
+            text += f"""setp.lt.u32 p, e{k}, {self.experts}; mad.lo.u32 t0, e{k}, 4, {shared};
+mov.u32 first, 0; @p ld.shared.u32 first, [t0 + {self._firsts}];
+ld.shared.u32 t0, [cell{k} + {self._row(k)}]; add.u32 rank{k}, rank{k}, t0;
+mad.lo.u32 place{k}, first, {self.tile}, rank{k}; selp.b32 place{k}, place{k}, -1, p;
+"""
+        return text
