@@ -93,8 +93,9 @@ class SeveralRows(Layer):
 
     @property
     def shared_bytes(self) -> int:
-        """Tiles, two places for sums, what warps keep, barriers (a tile's, places full, places free),
-        members and experts of the visits, and what sorting takes.
+        """Tiles, two places for sums, what warps keep, barriers, visits, and what sorting takes.
+
+        Barriers: one a tile, then full and free of each place.
         """
         return self._sorting + self._sort.shared_bytes
 
