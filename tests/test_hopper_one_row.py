@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from hopper_layer import launched, layer, wanted
 
+from gpt_oss_jax.kernels.dense.ptx import Product
 from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import SeveralRows
 from gpt_oss_jax.kernels.expert_matmul.few_rows_tiles_ptx import MAX_BLOCKS, Projection
 from gpt_oss_jax.kernels.expert_matmul.one_row_ptx import MAX_CHOICES, OneRow
 from gpt_oss_jax.kernels.expert_matmul.rows import most_tiles
-from gpt_oss_jax.kernels.ptx import EMPTY
+from gpt_oss_jax.kernels.ptx import COPY, COPY_WEIGHTS, EMPTY
 from gpt_oss_jax.quant import MXArray
 
 
@@ -139,6 +140,19 @@ def test_a_multiprocessor_has_room_for_three_blocks_of_several_rows(experts):
     visits = most_tiles(512, experts, 8)
     program = SeveralRows(**sizes, visits=visits, bias_bytes=4, limit=7.0)
     assert 3 * (program.shared_bytes + 1024) <= 228 * 1024
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_weights_do_not_drive_out_what_is_read_again(rows):
+    """Their copies say so; those of hidden values, which other blocks read, do not."""
+    sizes = {"inputs": 64, "hidden": 64, "experts": 4, "choices": 2, "bias_bytes": 2, "limit": 7.0}
+    experts = OneRow(**sizes) if rows == 1 else SeveralRows(**sizes, rows=rows, visits=4)
+    programs = experts, Product(rows, 64, 64, "add", multiprocessors=132)
+    for program in programs:
+        copies = [line for line in program.ptx().split(";") if COPY in line]
+        of_weights = [line for line in copies if COPY_WEIGHTS in line and line.endswith(", once")]
+        assert of_weights and all("hint" not in line for line in set(copies) - set(of_weights))
+        assert len(copies) - len(of_weights) == isinstance(program, OneRow)
 
 
 @pytest.mark.parametrize("several", [False, True])

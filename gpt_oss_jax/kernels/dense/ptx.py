@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from gpt_oss_jax.kernels.ptx import EMPTY, NEXT, WAIT, literal
+from gpt_oss_jax.kernels.ptx import COPY_WEIGHTS, EMPTY, NEXT, ONCE, WAIT, literal
 
 MAX_INPUTS = 4096  # Rows are held in registers.
 TILE = 8
@@ -214,7 +214,7 @@ add.u32 unit, unit, {self._blocks}; setp.lt.u32 p, unit, {self._tiles}; @p bra U
             f"x{n}_{s}_{i}" for n in self._halves for s in range(self._steps) for i in range(4)
         ]
         names += [f"n{s}_{i}" for s in range(self._steps) for i in range(4)]
-        return f"{_REGISTERS}\n.reg .b32 {', '.join(names)}, key<{-(-self.outputs // 32)}>;"
+        return f"{_REGISTERS}\n{ONCE}\n.reg .b32 {', '.join(names)}, key<{-(-self.outputs // 32)}>;"
 
     def _empty_room(self) -> str:
         """16 bytes a thread at a time."""
@@ -235,7 +235,6 @@ add.u32 unit, unit, {self._blocks}; setp.lt.u32 p, unit, {self._tiles}; @p bra U
     def _fetch(self, label: str) -> str:
         """Starts to copy tile `ahead` to `slot`, if there is one, a row by each of eight lanes."""
         size = 2 * self.inputs
-        bulk = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
         row = f"mad.lo.u32 t0, ahead, {TILE}, lane;"
         if self.ending == "rotate":
             # The two numbers that a rotation mixes lie in columns side by side.
@@ -248,7 +247,7 @@ mad.lo.u32 bar, slot, 8, bars; setp.eq.u32 p, lane, 0;
 {row}
 mul.wide.u32 at, t0, {size}; add.u64 at, at, <matrix>;
 mad.lo.u32 t1, slot, {TILE * self._stride}, <shared>; mad.lo.u32 t1, lane, {self._stride}, t1;
-setp.lt.u32 p, lane, {TILE}; @p {bulk} [t1], [at], {size}, [bar];
+setp.lt.u32 p, lane, {TILE}; @p {COPY_WEIGHTS} [t1], [at], {size}, [bar], once;
 add.u32 ahead, ahead, {self._blocks};
 {label}:"""
 

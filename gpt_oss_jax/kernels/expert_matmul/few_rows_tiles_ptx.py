@@ -22,12 +22,11 @@ from gpt_oss_jax.kernels.expert_matmul.mxfp4_ptx import (
     scale,
     swiglu,
 )
-from gpt_oss_jax.kernels.ptx import EMPTY
+from gpt_oss_jax.kernels.ptx import COPY_WEIGHTS, EMPTY, ONCE
 
 COLUMNS = 8
 MAX_BLOCKS = 128  # On an input axis.
 TILE = 16
-BULK = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +130,8 @@ class Layer:
 .reg .b32 bar, visit, tile, pair, row, aw, as, w0_<4>, w1_<4>, s<2>, k<2>, v0_<4>, v1_<4>;
 .reg .b32 x<{16 * steps}>, y<4>;
 .reg .f32 c<8>, d<4>, b<2>, bias<2>, f<2>;
-.reg .b64 at, more;"""
+.reg .b64 at, more;
+{ONCE}"""
 
     def _copy(self, p: Projection, guard: str) -> str:
         """Of tile `n` of all experts' to `row`; `bar` tells when it is there."""
@@ -144,7 +144,7 @@ class Layer:
         ):
             size *= TILE
             text += f"mul.wide.u32 at, n, {size}; add.u64 at, at, <{p.name}_{name}>;"
-            text += f"{guard} {BULK} [row + {place}], [at], {size}, [bar];\n"
+            text += f"{guard} {COPY_WEIGHTS} [row + {place}], [at], {size}, [bar], once;\n"
             place += size
         return text
 

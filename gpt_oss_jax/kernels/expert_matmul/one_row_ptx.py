@@ -23,7 +23,6 @@ import dataclasses
 from typing import ClassVar
 
 from gpt_oss_jax.kernels.expert_matmul.few_rows_tiles_ptx import (
-    BULK,
     Layer,
     Projection,
     largest,
@@ -31,7 +30,7 @@ from gpt_oss_jax.kernels.expert_matmul.few_rows_tiles_ptx import (
     with_operands,
 )
 from gpt_oss_jax.kernels.expert_matmul.mxfp4_ptx import LAST_FACTOR
-from gpt_oss_jax.kernels.ptx import EMPTY, NEXT, WAIT, literal
+from gpt_oss_jax.kernels.ptx import COPY, EMPTY, NEXT, WAIT, literal
 
 MAX_CHOICES = 8  # Hidden values of so many experts, 4,096 wide, fit beside the tiles.
 _OPERANDS = """block x experts weights up_blocks up_scales up_bias down_blocks down_scales down_bias
@@ -266,7 +265,7 @@ mad.lo.u32 bar, asked, 8, <shared>; add.u32 bar, bar, {self._here};
 mad.lo.u32 row, asked, {size}, <shared>; add.u32 row, row, {self._hidden};
 mul.wide.u32 at, asked, {size}; add.u64 at, at, <hidden>;
 @leads mbarrier.arrive.expect_tx.shared.b64 _, [bar], {size};
-@leads {BULK} [row], [at], {size}, [bar];
+@leads {COPY} [row], [at], {size}, [bar];
 add.u32 asked, asked, 1; bra ASK;
 ASKED:"""
 
