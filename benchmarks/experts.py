@@ -56,6 +56,8 @@ def seeded(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The arguments, and the seed of all random inputs: drawn if none is given, and printed."""
     parser.add_argument("--seed", type=int, default=secrets.randbits(31), help="drawn without it")
     args = parser.parse_args()
+    if args.seed < 0:
+        parser.error(f"argument --seed: wanted 0 or more, got {args.seed}")
     print(f"seed {args.seed}", flush=True)
     return args
 

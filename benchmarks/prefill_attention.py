@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import json
 import statistics
+import sys
 import time
 
 import jax
@@ -23,6 +24,7 @@ from experts import device_limits, roofline, rounded, say, seeded
 
 from gpt_oss_jax.kernels.attention import xla
 from gpt_oss_jax.kernels.attention.many_queries import many_queries
+from gpt_oss_jax.kernels.target import why_not_hopper
 
 H = 64
 LARGEST_ERROR = 1e-2
@@ -196,6 +198,8 @@ def main():
     )
     parser.add_argument("--xla", action="store_true", help="XLA is timed too")
     args = seeded(parser)
+    if reason := why_not_hopper():
+        sys.exit(f"there is nothing to measure: {reason}")
     started = time.perf_counter()
     kernels = {form: form_of(form) for form in args.forms}
     if args.xla:

@@ -36,7 +36,13 @@ def test_options_are_explained(name, script, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("name", "model"),
-    [("hopper_dense", []), ("precision", ["tiny"]), ("timeline", ["tiny"]), ("tokens", [])],
+    [
+        ("hopper_dense", []),
+        ("precision", ["tiny"]),
+        ("prefill_attention", []),
+        ("timeline", ["tiny"]),
+        ("tokens", []),
+    ],
 )
 def test_without_a_hopper_they_end_with_a_line(name, model, script, monkeypatch):
     main = script(name).main
@@ -56,6 +62,10 @@ def test_inputs_differ_from_run_to_run_unless_their_seed_is_named(script, monkey
     *printed, of_all = (x.removeprefix("seed ") for x in capsys.readouterr().out.splitlines())
     assert printed == list(map(str, seeds)) and seeds[0] != seeds[1] and seeds[2] == 7
     assert [command[-2:] for command in commands] == 2 * [["--seed", of_all]]
+    monkeypatch.setattr(sys, "argv", ["experts.py", "--seed", "-1"])
+    with pytest.raises(SystemExit):
+        experts.main()
+    assert "--seed: wanted 0 or more, got -1" in capsys.readouterr().err
 
 
 def test_a_seed_decides_all_random_inputs(script):
