@@ -37,6 +37,7 @@ def test_options_are_explained(name, script, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("name", "model"),
     [
+        ("attention", []),
         ("hopper_dense", []),
         ("precision", ["tiny"]),
         ("prefill_attention", []),

@@ -97,7 +97,7 @@ def test_blocks_of_several_rows_wait_for_earlier_ones_alone():
 @pytest.mark.parametrize("M", [6, 7])
 def test_more_rows_than_can_be_sorted_go_through_in_parts(monkeypatch, M):
     x, chosen, weight, w = layer(M, D=64, F=32)
-    monkeypatch.setattr(few_rows, "MAX_PAIRS", 3 * chosen.shape[1])
+    monkeypatch.setattr(few_rows, "MAX_SORTED", 3 * chosen.shape[1])
     rows = []
 
     def kernel(x, chosen, weight, w, *, limit, some_elsewhere):

@@ -137,8 +137,8 @@ def test_a_multiprocessor_has_room_for_its_block(width, choices):
 @pytest.mark.parametrize("experts", [32, 128])
 def test_a_multiprocessor_has_room_for_three_blocks_of_several_rows(experts):
     """A block has a kilobyte more than it asks for."""
-    sizes = {"inputs": 2880, "hidden": 2880, "experts": experts, "choices": 4, "rows": 128}
-    visits = most_tiles(512, experts, 8)
+    sizes = {"inputs": 2880, "hidden": 2880, "experts": experts, "choices": 4, "rows": 256}
+    visits = most_tiles(1024, experts, 8)
     program = SeveralRows(**sizes, visits=visits, bias_bytes=4, limit=7.0)
     assert 3 * (program.shared_bytes + 1024) <= 228 * 1024
 

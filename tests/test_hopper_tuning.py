@@ -69,5 +69,5 @@ def test_the_table_decides(monkeypatch, table, tile):
 
 
 def test_few_rows_are_no_more_than_can_be_sorted():
-    assert tuning.default_tile(32, 256, 16) is None
-    assert tuning.default_tile(64, 256, 16) is not None
+    assert tuning.default_tile(64, 256, 16) is None
+    assert tuning.default_tile(128, 256, 16) is not None

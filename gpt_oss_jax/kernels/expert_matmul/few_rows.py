@@ -13,14 +13,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import (
-    MAX_EXPERTS,
-    MAX_PAIRS,
-    SeveralRows,
-)
+from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import SeveralRows
 from gpt_oss_jax.kernels.expert_matmul.few_rows_tiles_ptx import COLUMNS, MAX_BLOCKS, Layer
 from gpt_oss_jax.kernels.expert_matmul.one_row_ptx import MAX_CHOICES, OneRow
-from gpt_oss_jax.kernels.expert_matmul.rows import add_parts, most_tiles
+from gpt_oss_jax.kernels.expert_matmul.rows import add_parts, can_sort, most_tiles
+from gpt_oss_jax.kernels.expert_matmul.rows_ptx import MAX_SORTED
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.kernels.launch import launch
 from gpt_oss_jax.kernels.ptx import EMPTY
@@ -44,15 +41,15 @@ def few_rows(
       NotImplementedError: For experts that are too wide, and for too many.
     """
     M, X = experts_MX.shape
-    if M * X > MAX_PAIRS >= X:
+    if M * X > MAX_SORTED >= X:
         y_MD = _in_parts(x_MD, experts_MX, weights_MX, w, limit)
         return y_MD if residual_MD is None else residual_MD + y_MD
     # Whoever brings the room is a model, whose launches wait for each other.
     program = layer(w, M, X, limit, alone=room is not None and not some_elsewhere)
-    if isinstance(program, SeveralRows) and (M * X > MAX_PAIRS or program.experts > MAX_EXPERTS):
+    if not can_sort(M * X, program.experts):
         raise NotImplementedError(
-            f"takes up to {MAX_PAIRS} pairs of row and expert and {MAX_EXPERTS:,} experts, "
-            f"got {M * X:,} and {program.experts:,}"
+            f"takes up to {MAX_SORTED:,} pairs of row and expert and as many experts, got "
+            f"{M * X:,} and {program.experts:,}"
         )
     if max(program.up.blocks, program.down.blocks) > MAX_BLOCKS:
         raise NotImplementedError(f"takes widths up to {32 * MAX_BLOCKS}, got experts {w.up.shape}")
@@ -79,7 +76,7 @@ def few_rows(
 def _in_parts(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit: float) -> jax.Array:
     """Of more rows than can be sorted, so many at a time."""
     M, X = experts_MX.shape
-    rows = MAX_PAIRS // X
+    rows = MAX_SORTED // X
     rest = -M % rows
 
     def parts(x, nothing):

@@ -26,8 +26,6 @@ from gpt_oss_jax.kernels.expert_matmul.few_rows_tiles_ptx import (
 from gpt_oss_jax.kernels.expert_matmul.sort_ptx import BlockSort
 from gpt_oss_jax.kernels.ptx import NEXT, WAIT
 
-# That a block sorts, and experts these can be of.
-MAX_PAIRS, MAX_EXPERTS = 512, 1024
 _MAX_STAGES = 8
 # Thread blocks that a multiprocessor holds, bytes of shared memory for each.
 _BLOCKS, _SHARED_BYTES = 3, 75_000

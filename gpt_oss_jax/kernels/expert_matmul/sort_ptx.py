@@ -39,12 +39,12 @@ class BlockSort:
 
     @property
     def _row_bytes(self) -> int:
-        """Of what 32 pairs count: one number an expert, and one for all others."""
-        return 4 * (self.experts + 1)
+        """Of what 32 pairs count: 16 bits an expert, and as many for all others."""
+        return 2 * (self.experts + 1)
 
     @property
     def _firsts(self) -> int:
-        return self.pairs_each * self.warps * self._row_bytes
+        return -(-self.pairs_each * self.warps * self._row_bytes // 4) * 4
 
     @property
     def _sums(self) -> int:
@@ -104,22 +104,22 @@ class BlockSort:
         for k in range(self.pairs_each):
             text += f"""min.u32 e{k}, e{k}, {self.experts}; match.any.sync.b32 same, e{k}, -1;
 mov.u32 t0, 1; shl.b32 t0, t0, lane; sub.u32 t0, t0, 1; and.b32 t0, t0, same; popc.b32 rank{k}, t0;
-mul.lo.u32 cell{k}, warp_of_all, {self._row_bytes}; mad.lo.u32 cell{k}, e{k}, 4, cell{k};
+mul.lo.u32 cell{k}, warp_of_all, {self._row_bytes}; mad.lo.u32 cell{k}, e{k}, 2, cell{k};
 add.u32 cell{k}, cell{k}, {shared};
-popc.b32 count, same; setp.eq.u32 p, rank{k}, 0; @p st.shared.u32 [cell{k} + {self._row(k)}], count;
+popc.b32 count, same; setp.eq.u32 p, rank{k}, 0; @p st.shared.u16 [cell{k} + {self._row(k)}], count;
 """
         return text
 
     def _add_counts(self, shared: str) -> str:
         """Of a thread's experts: counts become sums of those before them, of all come tiles."""
         each = self._experts_each
-        text = f"mad.lo.u32 own, i, {4 * each}, {shared}; mul.lo.u32 same, i, {each};"
+        text = f"mad.lo.u32 own, i, {2 * each}, {shared}; mul.lo.u32 same, i, {each};"
         text += "mov.u32 tiles, 0;\n"
         for j in range(each):
             text += f"setp.lt.u32 in, same, {self.experts - j}; mov.u32 count, 0; mov.u32 t0, 0;\n"
             for row in range(self.pairs_each * self.warps):
-                at = f"[own + {self._row_bytes * row + 4 * j}]"
-                text += f"@in ld.shared.u32 t0, {at}; @in st.shared.u32 {at}, count;"
+                at = f"[own + {self._row_bytes * row + 2 * j}]"
+                text += f"@in ld.shared.u16 t0, {at}; @in st.shared.u16 {at}, count;"
                 text += "add.u32 count, count, t0;\n"
             text += f"add.u32 count, count, {self.tile - 1};"
             text += f"div.u32 tiles_of{j}, count, {self.tile}; add.u32 tiles, tiles, tiles_of{j};\n"
@@ -138,6 +138,7 @@ popc.b32 count, same; setp.eq.u32 p, rank{k}, 0; @p st.shared.u32 [cell{k} + {se
             text += f"ld.shared.u32 t0, [{shared} + {self._sums + 4 * warp}];"
             text += f"setp.gt.u32 p, warp_of_all, {warp}; @p add.u32 first, first, t0;"
             text += "add.u32 tiles, tiles, t0;\n"
+        text += f"mad.lo.u32 own, same, 4, {shared};\n"
         for j in range(self._experts_each):
             text += f"setp.lt.u32 p, same, {self.experts - j};"
             text += f"@p st.shared.u32 [own + {self._firsts + 4 * j}], first;"
@@ -149,7 +150,7 @@ popc.b32 count, same; setp.eq.u32 p, rank{k}, 0; @p st.shared.u32 [cell{k} + {se
         for k in range(self.pairs_each):
             text += f"""setp.lt.u32 p, e{k}, {self.experts}; mad.lo.u32 t0, e{k}, 4, {shared};
 mov.u32 first, 0; @p ld.shared.u32 first, [t0 + {self._firsts}];
-ld.shared.u32 t0, [cell{k} + {self._row(k)}]; add.u32 rank{k}, rank{k}, t0;
+ld.shared.u16 t0, [cell{k} + {self._row(k)}]; add.u32 rank{k}, rank{k}, t0;
 mad.lo.u32 place{k}, first, {self.tile}, rank{k}; selp.b32 place{k}, place{k}, -1, p;
 """
         return text

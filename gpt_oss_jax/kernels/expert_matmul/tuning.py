@@ -10,7 +10,7 @@ import functools
 import json
 from pathlib import Path
 
-from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import MAX_PAIRS
+from gpt_oss_jax.kernels.expert_matmul.rows_ptx import MAX_SORTED
 
 TABLE = Path(__file__).with_name("tuning.json")
 MAX_FEW_ROWS = 128
@@ -41,7 +41,7 @@ def expert_tile(
 def default_tile(rows: int, experts: int, choices: int) -> int | None:
     """`expert_tile` of a device and shape that nobody measured."""
     pairs = rows * choices
-    few = rows <= MAX_FEW_ROWS and pairs <= min(_FEW_PAIRS * experts, MAX_PAIRS)
+    few = rows <= MAX_FEW_ROWS and pairs <= min(_FEW_PAIRS * experts, MAX_SORTED)
     return None if few else tile_rows(pairs, experts)
 
 
