@@ -30,7 +30,7 @@ OLD = jax.__version_info__ < target.JAX_FOR_HOPPER
 on_hopper = functools.partial(mosaic_gpu.on_hopper, limit=7.0)
 
 
-def interpreted(x, chosen, weight, w, limit, some_elsewhere=False, at_once=True):
+def interpreted(x, chosen, weight, w, limit, some_elsewhere=False, at_once=True, **how):
     """`few_rows` with the PTX interpreter in the place of the GPU."""
     M, X = chosen.shape
     # Few blocks, so that each has several tiles.
@@ -39,7 +39,7 @@ def interpreted(x, chosen, weight, w, limit, some_elsewhere=False, at_once=True)
     room = np.full(program.room, EMPTY, np.int32)
     y = np.full((M, X, x.shape[1]), np.nan, np.float32)
     arrays = x, chosen, weight, *up, *down, room, y
-    y_MXD = launched(program, *arrays, at_once=at_once)
+    y_MXD = launched(program, *arrays, at_once=at_once, **how)
     here = np.asarray(chosen)[..., None] < w.up.shape[0]
     return np.where(here, y_MXD, 0).sum(axis=1) if some_elsewhere else y_MXD.sum(axis=1)
 
@@ -55,7 +55,7 @@ def interpreted(x, chosen, weight, w, limit, some_elsewhere=False, at_once=True)
         (13, {"D": 64, "F": 32}),
         (20, {"D": 32, "F": 32, "same": True}),
         (70, {"D": 32, "F": 32}),
-        (2, {"E": 130, "D": 32, "F": 32}),
+        (20, {"E": 130, "D": 32, "F": 32}),
     ],
     ids=[
         "one row",
@@ -81,7 +81,8 @@ def test_ids_past_the_experts_add_nothing(M, own):
     """As on a device of a mesh; `own` 0: of several experts, which no row chose."""
     x, chosen, weight, w = layer(M, D=64, F=32)
     some = jax.tree.map(lambda a: a[: own or 2], w)
-    ours = jnp.minimum(chosen, own) if own else jnp.full_like(chosen, 2)
+    past = jnp.resize(jnp.asarray([own or 2, (own or 2) + 1, 2**31 - 1]), chosen.shape)
+    ours = jnp.where(chosen < own, chosen, past)
     got = interpreted(x, ours, weight, some, 7.0, some_elsewhere=True)
     run = functools.partial(wanted, x, chosen, w=w)
     want, all_of_it = run(weight=jnp.where(chosen < own, weight, 0)), run(weight=weight)
@@ -92,6 +93,12 @@ def test_blocks_of_several_rows_wait_for_earlier_ones_alone():
     """Or a device that has no room for all of them at once would wait for ever."""
     args = *layer(2), 7.0
     np.testing.assert_array_equal(interpreted(*args, at_once=False), interpreted(*args))
+
+
+def test_the_order_of_warps_changes_nothing():
+    args = *layer(13, D=64, F=32), 7.0
+    by_chance = np.random.default_rng(0)
+    np.testing.assert_array_equal(interpreted(*args, by_chance=by_chance), interpreted(*args))
 
 
 @pytest.mark.parametrize("M", [6, 7])
@@ -177,6 +184,11 @@ if not OLD:
 def test_what_it_does_not_cover_is_refused(change, reason):
     with pytest.raises(NotImplementedError, match=reason):
         on_hopper(*change(*layer(1)))
+
+
+def test_more_experts_than_can_be_sorted_are_refused():
+    with pytest.raises(NotImplementedError, match="takes up to 1,024 pairs .*, got 4 and 1,025"):
+        on_hopper(*layer(2, E=1025, D=32, F=32))
 
 
 def dense(w):

@@ -135,7 +135,8 @@ def test_pairs_are_sorted_alike_in_every_way(emulated, monkeypatch, pairs, size,
     used = slice(int(compared.count))
     assert compared.count == by_sorting.count
     np.testing.assert_array_equal(compared.expert_of_tile[used], by_sorting.expert_of_tile[used])
-    by_kernel = rows.sort(chosen, E, size)
+    past = jnp.resize(jnp.asarray([E, E + 1, 2**31 - 1]), pairs)
+    by_kernel = rows.sort(jnp.where(here, chosen, past), E, size)
     np.testing.assert_array_equal(
         by_kernel.place_of_pair, jnp.where(here, compared.place_of_pair, -1)
     )

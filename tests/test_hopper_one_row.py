@@ -14,7 +14,8 @@ from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import SeveralRows
 from gpt_oss_jax.kernels.expert_matmul.few_rows_tiles_ptx import MAX_BLOCKS, Projection
 from gpt_oss_jax.kernels.expert_matmul.one_row_ptx import MAX_CHOICES, OneRow
 from gpt_oss_jax.kernels.expert_matmul.rows import most_tiles
-from gpt_oss_jax.kernels.ptx import COPY, COPY_WEIGHTS, EMPTY
+from gpt_oss_jax.kernels.expert_matmul.rows_ptx import MAX_SORTED
+from gpt_oss_jax.kernels.ptx import COPY, COPY_WEIGHTS, EMPTY, ONCE
 from gpt_oss_jax.quant import MXArray
 
 
@@ -143,6 +144,14 @@ def test_a_multiprocessor_has_room_for_three_blocks_of_several_rows(experts):
     assert 3 * (program.shared_bytes + 1024) <= 228 * 1024
 
 
+def test_the_largest_block_of_several_rows_fits():
+    width, most = 32 * MAX_BLOCKS, MAX_SORTED
+    sizes = {"inputs": width, "hidden": width, "experts": most, "choices": 4, "rows": most // 4}
+    visits = most_tiles(most, most, 8)
+    program = SeveralRows(**sizes, visits=visits, bias_bytes=4, limit=7.0)
+    assert program._stages == 2 and program.shared_bytes <= 227 * 1024
+
+
 @pytest.mark.parametrize("rows", [1, 8])
 def test_weights_do_not_drive_out_what_is_read_again(rows):
     """Their copies say so; those of hidden values, which other blocks read, do not."""
@@ -150,6 +159,7 @@ def test_weights_do_not_drive_out_what_is_read_again(rows):
     experts = OneRow(**sizes) if rows == 1 else SeveralRows(**sizes, rows=rows, visits=4)
     programs = experts, Product(rows, 64, 64, "add", multiprocessors=132)
     for program in programs:
+        assert program.ptx().count(ONCE) == 1 and "evict_first" in ONCE
         copies = [line for line in program.ptx().split(";") if COPY in line]
         of_weights = [line for line in copies if COPY_WEIGHTS in line and line.endswith(", once")]
         assert of_weights and all("hint" not in line for line in set(copies) - set(of_weights))

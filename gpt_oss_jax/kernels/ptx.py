@@ -17,8 +17,9 @@ WAIT = "griddepcontrol.wait;"  # Until those before it have ended.
 # and as float32 a NaN that no arithmetic gives (0x7FFF, 0x7FFFFFFF).
 EMPTY = -1
 
-# Copies between memory and shared memory. A step reads every weight once, and more of them than L2
-# holds: they make room for each other, not in the place of what is read again. It takes `ONCE`.
+# Copies between memory and shared memory. A step reads more weights than L2 holds, most of them
+# once: with the policy `ONCE` these make room for each other and leave the rest in place. Those
+# that two blocks read at about the same time have it, too: with 32 rows that was faster.
 COPY = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
 COPY_WEIGHTS = f"{COPY}.L2::cache_hint"
 ONCE = ".reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once, 1.0;"

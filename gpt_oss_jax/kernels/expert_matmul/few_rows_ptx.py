@@ -27,7 +27,8 @@ from gpt_oss_jax.kernels.expert_matmul.sort_ptx import BlockSort
 from gpt_oss_jax.kernels.ptx import NEXT, WAIT
 
 _MAX_STAGES = 8
-# Thread blocks that a multiprocessor holds, bytes of shared memory for each.
+# Thread blocks that a multiprocessor holds, bytes of shared memory for each; fewer than these where
+# a block takes more, as with rows wider than those of the released models.
 _BLOCKS, _SHARED_BYTES = 3, 75_000
 _OPERANDS = """block x experts weights up_blocks up_scales up_bias down_blocks down_scales
 down_bias hidden out shared""".split()
@@ -215,9 +216,8 @@ setp.ne.u32 p, pair, -1; selp.u32 pair, pair, t0, p;"""
         text += f"mad.lo.u32 bar, slot, 8, <shared>; add.u32 bar, bar, {self._barriers};\n"
         text += f"setp.lt.and.u32 p, n, last, leads; div.u32 t0, n, {p.tiles};"
         text += f"mul.lo.u32 t1, t0, {p.tiles}; sub.u32 t1, n, t1;"
-        text += f"min.u32 t0, t0, {self.visits - 1}; mad.lo.u32 t0, t0, 4, <shared>;"
-        text += f"ld.shared.u32 t0, [t0 + {self._experts}];"
-        text += f"min.u32 t0, t0, {self.experts - 1}; mad.lo.u32 n, t0, {p.tiles}, t1;\n"
+        text += f"mad.lo.u32 t0, t0, 4, <shared>; @p ld.shared.u32 t0, [t0 + {self._experts}];"
+        text += f"mad.lo.u32 n, t0, {p.tiles}, t1;\n"
         return text + self._copy(p, "@p")
 
     def _load_rows(self, p: Projection) -> str:

@@ -19,7 +19,7 @@ def can_sort(pairs: int, num_experts: int) -> bool:
 
 
 def most_tiles(pairs: int, num_experts: int, size: int) -> int:
-    """Tiles that `sort` makes room for: an expert may leave one part empty, none all of it."""
+    """Tiles that pairs can take: an expert may leave one part empty, none all of it."""
     return min(pairs, pairs // size + num_experts)
 
 

@@ -63,10 +63,10 @@ class Sort:
         tiles are in use, and shared memory.
         """
         text = f"""{{
-.reg .pred p, in; .reg .b32 t0, lane; .reg .b64 at;
+.reg .pred p, in; .reg .b32 t0; .reg .b64 at;
 {self._sort.registers()}
 {NEXT} {WAIT}
-mov.u32 i, %tid.x; and.b32 lane, i, 31; mul.wide.u32 at, i, 4; add.u64 at, at, $3; mov.u32 t0, -1;
+mov.u32 i, %tid.x; mul.wide.u32 at, i, 4; add.u64 at, at, $3; mov.u32 t0, -1;
 """
         for first in range(0, self.tiles * self.tile, self._sort.threads):
             text += f"setp.lt.u32 p, i, {self.tiles * self.tile - first};"

@@ -9,10 +9,10 @@ import dataclasses
 class BlockSort:
     """Gives pairs their places in tiles, of one expert each; those of an expert keep their order.
 
-    Thread i has the pairs i, i + `threads` and so on; of the experts it has a few neighbours.
+    Thread i has the pairs i, i + `threads` and so on, and of the experts a few neighbours.
 
     Attributes:
-      pairs: Pairs.
+      pairs: How many there are.
       experts: Experts there are; pairs of others get no place.
       tile: Places of a tile.
       warps: Of the block.
@@ -56,10 +56,11 @@ class BlockSort:
         return self._sums + 4 * self.warps
 
     def registers(self) -> str:
-        """What it gives and uses, beside p, in, t0 and lane, which it wants to be there."""
+        """What it gives and uses, beside the predicates p and in and the word t0 of its user."""
         pairs = ", ".join(f"{name}<{self.pairs_each}>" for name in ("e", "rank", "place", "cell"))
         return f""".reg .b64 pairs_at; .reg .b32 {pairs};
-.reg .b32 i, warp_of_all, own, same, count, first, tiles, tiles_of<{self._experts_each}>;"""
+.reg .b32 i, in_warp, of_warp, own, own_expert, own_tiles, tiles_of<{self._experts_each}>;
+.reg .b32 same, count, first, tiles;"""
 
     def ptx(self, experts: str, shared: str) -> str:
         """The program, in which all threads meet four times.
@@ -69,10 +70,10 @@ class BlockSort:
 
         Args:
           experts: Register of a pointer to the experts of all pairs.
-          shared: Register of a pointer to so much shared memory.
+          shared: Register of a pointer to `shared_bytes` of shared memory.
         """
         everyone = f"bar.sync 1, {self.threads};\n"
-        return f"""mov.u32 i, %tid.x; shr.u32 warp_of_all, i, 5;
+        return f"""mov.u32 i, %tid.x; shr.u32 of_warp, i, 5; and.b32 in_warp, i, 31;
 {self._load(experts)}{self._clear(shared)}{everyone}
 {self._count(shared)}{everyone}
 {self._add_counts(shared)}
@@ -103,45 +104,48 @@ class BlockSort:
         text = ""
         for k in range(self.pairs_each):
             text += f"""min.u32 e{k}, e{k}, {self.experts}; match.any.sync.b32 same, e{k}, -1;
-mov.u32 t0, 1; shl.b32 t0, t0, lane; sub.u32 t0, t0, 1; and.b32 t0, t0, same; popc.b32 rank{k}, t0;
-mul.lo.u32 cell{k}, warp_of_all, {self._row_bytes}; mad.lo.u32 cell{k}, e{k}, 2, cell{k};
+mov.u32 t0, 1; shl.b32 t0, t0, in_warp; sub.u32 t0, t0, 1; and.b32 t0, t0, same;
+popc.b32 rank{k}, t0;
+mul.lo.u32 cell{k}, of_warp, {self._row_bytes}; mad.lo.u32 cell{k}, e{k}, 2, cell{k};
 add.u32 cell{k}, cell{k}, {shared};
 popc.b32 count, same; setp.eq.u32 p, rank{k}, 0; @p st.shared.u16 [cell{k} + {self._row(k)}], count;
 """
         return text
 
     def _add_counts(self, shared: str) -> str:
-        """Of a thread's experts: counts become sums of those before them, of all come tiles."""
+        """Of a thread's experts: each count becomes the sum of those before it, all give tiles."""
         each = self._experts_each
-        text = f"mad.lo.u32 own, i, {2 * each}, {shared}; mul.lo.u32 same, i, {each};"
-        text += "mov.u32 tiles, 0;\n"
+        text = f"mul.lo.u32 own_expert, i, {each}; mad.lo.u32 own, own_expert, 2, {shared};"
+        text += "mov.u32 own_tiles, 0;\n"
         for j in range(each):
-            text += f"setp.lt.u32 in, same, {self.experts - j}; mov.u32 count, 0; mov.u32 t0, 0;\n"
+            text += f"setp.lt.u32 in, own_expert, {self.experts - j};"
+            text += "mov.u32 count, 0; mov.u32 t0, 0;\n"
             for row in range(self.pairs_each * self.warps):
                 at = f"[own + {self._row_bytes * row + 2 * j}]"
                 text += f"@in ld.shared.u16 t0, {at}; @in st.shared.u16 {at}, count;"
                 text += "add.u32 count, count, t0;\n"
             text += f"add.u32 count, count, {self.tile - 1};"
-            text += f"div.u32 tiles_of{j}, count, {self.tile}; add.u32 tiles, tiles, tiles_of{j};\n"
+            text += f"div.u32 tiles_of{j}, count, {self.tile};"
+            text += f"add.u32 own_tiles, own_tiles, tiles_of{j};\n"
         return text
 
     def _add_tiles(self, shared: str, everyone: str) -> str:
         """The first tile of each expert, which is how many all before it have."""
-        text = "mov.u32 first, tiles;\n"
+        text = "mov.u32 first, own_tiles;\n"
         for distance in (1, 2, 4, 8, 16):
             text += f"shfl.sync.up.b32 t0, first, {distance}, 0, -1;"
-            text += f"setp.ge.u32 p, lane, {distance}; @p add.u32 first, first, t0;\n"
-        text += f"""mad.lo.u32 t0, warp_of_all, 4, {shared}; setp.eq.u32 p, lane, 31;
-@p st.shared.u32 [t0 + {self._sums}], first; sub.u32 first, first, tiles; mov.u32 tiles, 0;
+            text += f"setp.ge.u32 p, in_warp, {distance}; @p add.u32 first, first, t0;\n"
+        text += f"""mad.lo.u32 t0, of_warp, 4, {shared}; setp.eq.u32 p, in_warp, 31;
+@p st.shared.u32 [t0 + {self._sums}], first; sub.u32 first, first, own_tiles; mov.u32 tiles, 0;
 {everyone}"""
         for warp in range(self.warps):
             text += f"ld.shared.u32 t0, [{shared} + {self._sums + 4 * warp}];"
-            text += f"setp.gt.u32 p, warp_of_all, {warp}; @p add.u32 first, first, t0;"
+            text += f"setp.gt.u32 p, of_warp, {warp}; @p add.u32 first, first, t0;"
             text += "add.u32 tiles, tiles, t0;\n"
-        text += f"mad.lo.u32 own, same, 4, {shared};\n"
+        text += f"mad.lo.u32 t0, own_expert, 4, {shared};\n"
         for j in range(self._experts_each):
-            text += f"setp.lt.u32 p, same, {self.experts - j};"
-            text += f"@p st.shared.u32 [own + {self._firsts + 4 * j}], first;"
+            text += f"setp.lt.u32 p, own_expert, {self.experts - j};"
+            text += f"@p st.shared.u32 [t0 + {self._firsts + 4 * j}], first;"
             text += f"add.u32 first, first, tiles_of{j};\n"
         return text
 
