@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -24,7 +25,7 @@ def script(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["attention", "experts", "hopper_dense", "prefill_attention", "several_gpus"]
+    "name", ["attention", "experts", "goals", "hopper_dense", "prefill_attention", "several_gpus"]
 )
 def test_options_are_explained(name, script, monkeypatch, capsys):
     main = script(name).main
@@ -84,6 +85,24 @@ def test_a_seed_decides_all_random_inputs(script):
         first, again, other = (jax.tree.leaves(drawn(seed)) for seed in (1, 1, 2))
         assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
         assert not any(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_goals_stand_beside_what_comes(script, monkeypatch, capsys):
+    goals = script("goals")
+    found = types.SimpleNamespace(decode_tokens_per_second=400, prefill_tokens_per_second=3000)
+    monkeypatch.setattr(goals, "load", lambda name: name)
+    measure = lambda model, shapes, **how: [found] * len(shapes)
+    monkeypatch.setattr(goals.bench, "measure", measure)
+    for name in "_head", "_line":
+        monkeypatch.setattr(goals, name, lambda *_, name=name: f"{name}\n")
+    monkeypatch.setattr(sys, "argv", ["goals.py", "120b"])
+    goals.main()
+    assert [line.strip() for line in capsys.readouterr().out.splitlines()] == [
+        *("_head", "_line", "decoding 62.5% of 640 tokens/s"),
+        *("_line", "decoding 27.6% of 1,450 tokens/s"),
+        *("_line", "decoding 6.7% of 6,000 tokens/s"),
+        *("_line", "prompts 4.6% of 65,000 tokens/s"),
+    ]
 
 
 def test_a_wrong_expert_of_the_router_is_seen_and_a_near_tie_is_none(script):
