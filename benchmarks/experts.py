@@ -28,6 +28,7 @@ from gpt_oss_jax.kernels.expert_matmul.few_rows import few_rows, words_of_room
 from gpt_oss_jax.kernels.expert_matmul.many_rows import many_rows
 from gpt_oss_jax.kernels.expert_matmul.tuning import MAX_FEW_ROWS, tile_rows
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
+from gpt_oss_jax.kernels.target import why_not_hopper
 from gpt_oss_jax.quant import MXArray
 
 LIMIT, LARGEST_ERROR = 7.0, 1e-2
@@ -224,6 +225,8 @@ def main():
     parser.add_argument("--kernels", choices=tuple(KERNELS), nargs="+", default=list(KERNELS))
     parser.add_argument("--seconds", type=float, default=180, help="for each kernel; then the next")
     args = seeded(parser)
+    if args.kernels != ["xla"] and (reason := why_not_hopper()):
+        sys.exit(f"there is nothing to measure but --kernels xla: {reason}")
     if len(args.kernels) == 1:
         (kernel,) = args.kernels
         counts = [M for M in args.rows if M <= MAX_FEW_ROWS or kernel != "few_rows"]

@@ -11,6 +11,7 @@ numbers, and one of 64 MB, times their sizes.
 import argparse
 import functools
 import math
+import sys
 import time
 
 import jax
@@ -117,6 +118,10 @@ def main():
     parser.add_argument("--new-tokens", type=int, default=64)
     args = parser.parse_args()
     shapes = [tuple(map(int, x.split("x"))) for x in args.shapes.split(",")]
+    try:  # Before anything takes its time.
+        meshes = [make_mesh(**sizes) for sizes in args.mesh]
+    except ValueError as error:
+        sys.exit(str(error))
     model = load(args.model)
 
     def report(name):
@@ -128,8 +133,7 @@ def main():
     exact = logits(in_float32(calmed(model)), AFTER)
     report_logits(model, exact, of_one := {})
     report(args.model)
-    for sizes in args.mesh:
-        mesh = make_mesh(**sizes)
+    for sizes, mesh in zip(args.mesh, meshes, strict=True):
         spread(model, mesh)
         print(f"\nspread over {spelled(sizes)}")
         report_logits(model, exact, of_one)

@@ -39,6 +39,7 @@ def test_options_are_explained(name, script, monkeypatch, capsys):
     ("name", "model"),
     [
         ("attention", []),
+        ("experts", []),
         ("hopper_dense", []),
         ("precision", ["tiny"]),
         ("prefill_attention", []),
@@ -57,6 +58,7 @@ def test_inputs_differ_from_run_to_run_unless_their_seed_is_named(script, monkey
     """It is printed, and the processes of all kernels get the same."""
     experts, seeds, commands = script("experts"), [], []
     monkeypatch.setattr(experts, "measure", lambda *args: seeds.append(args[-1]))
+    monkeypatch.setattr(experts, "why_not_hopper", lambda: "")
     monkeypatch.setattr(experts.subprocess, "run", lambda command, **how: commands.append(command))
     for options in ["xla"], ["xla"], ["xla", "--seed", "7"], ["xla", "few_rows"]:
         monkeypatch.setattr(sys, "argv", ["experts.py", "--kernels", *options])

@@ -45,7 +45,7 @@ def why_not_hopper() -> str:
     """Why kernels for Hopper cannot run here; "" if they can."""
     if jax.__version_info__ < JAX_FOR_HOPPER:
         wanted = ".".join(map(str, JAX_FOR_HOPPER))
-        return f"needs JAX {wanted}, this is {jax.__version__}"
+        return f"needs JAX {wanted} or newer, this is {jax.__version__}"
     if platform() != "gpu" or default_device().compute_capability != "9.0":
         return f"needs a Hopper GPU, this is {device_kind()}"
     return ""

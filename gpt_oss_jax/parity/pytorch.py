@@ -21,7 +21,10 @@ from gpt_oss_jax.parity.ops import stages
 # The official experts gather the weights of every chosen expert of every token: 0.4 GB a token.
 _TOKENS_AT_ONCE = 4
 _MISSING = {
-    "official": ("torch, gpt_oss.torch.model", "torch and, with --no-deps, gpt-oss==0.0.9"),
+    "official": (
+        "torch, gpt_oss.torch.model",
+        "torch and, with --no-deps --ignore-requires-python, gpt-oss==0.0.9",
+    ),
     "hf": ("torch, transformers", "torch and transformers>=5"),
 }
 
