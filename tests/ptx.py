@@ -20,6 +20,11 @@ _NO_STEP = ("bar.warp.sync", "barrier.cluster.arrive")  # Warps go in step; wait
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
 
 
+def _poison(size):
+    """So many bytes: NaN as bf16 and as float32, and no -1, which means something."""
+    return np.resize(np.frombuffer(b"\xc0\x7f", np.uint8), size)
+
+
 class Memory:
     """Bytes with arrays in them; addresses start at 4096."""
 
@@ -70,9 +75,7 @@ def launch(
     bulks, all_warps = ([], []), []
     for first in range(0, grid, grid if at_once else cluster):
         group = range(grid if at_once else cluster)
-        # NaN as bf16 and as float32, and no -1, which means something.
-        poison = np.resize(np.frombuffer(b"\xc0\x7f", np.uint8), shared_bytes)
-        shared = np.tile(poison, (len(group), 1))
+        shared = np.tile(_poison(shared_bytes), (len(group), 1))
         threads = []
         for n in group:
             values, barriers = [first + n, *operands, 0], {}
@@ -436,7 +439,7 @@ class _Warp:
             self.check("ld", source, size)
             assert to % 16 == 0 and source % 16 == 0 and size % 16 == 0, f"misaligned {args}"
             memory, shared = self.spaces["global"], self.spaces["shared"]
-            shared[to : to + size] = 255
+            shared[to : to + size] = _poison(size)
 
             def land():
                 shared[to : to + size] = memory[source : source + size]
