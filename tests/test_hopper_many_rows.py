@@ -121,11 +121,15 @@ def test_many_rows_equal_the_oracle(emulated, M, tile, options):
     assert np.linalg.norm(got.astype(jnp.float32) - want) < 6e-3 * np.linalg.norm(want)
 
 
-@pytest.mark.parametrize(("pairs", "size", "E"), [(1, 8, 5), (40, 4, 5), (200, 16, 5), (9, 8, 130)])
+@pytest.mark.parametrize(
+    ("pairs", "size", "E"),
+    [(1, 8, 5), (40, 4, 5), (200, 16, 5), (9, 8, 130), (1025, 64, 3), (3000, 128, 40)],
+)
 def test_pairs_are_sorted_alike_in_every_way(emulated, monkeypatch, pairs, size, E):
     """Pairs of the last expert are elsewhere; one expert has none."""
     chosen = jnp.asarray(np.random.default_rng(pairs).integers(0, E + 1, pairs), jnp.int32)
     chosen = jnp.where(chosen == 2, 3, chosen)
+    monkeypatch.setattr(tiles, "_FEW", pairs)
     compared = tiles.sort_into_tiles(chosen, E, size)
     monkeypatch.setattr(tiles, "_FEW", 0)
     by_sorting = tiles.sort_into_tiles(chosen, E, size)
@@ -169,7 +173,15 @@ def test_rows_are_gathered_and_added_up(emulated, M, X, D):
         if here is not None:
             y[sorted_.place_of_pair[np.asarray(chosen.reshape(-1)) >= here]] = np.nan
         args = jnp.asarray(y), sorted_.place_of_pair, chosen, here
-        np.testing.assert_array_equal(rows.add_up(*args), add_up_in_jax(*args))
+        for more in ((), (x,)):
+            np.testing.assert_array_equal(rows.add_up(*args, *more), add_up_in_jax(*args, *more))
+
+
+def test_the_residual_stream_comes_on_top(emulated):
+    *arrays, w = layer(5, E=3, D=192, F=192)
+    residual = jnp.asarray(np.random.default_rng(1).normal(size=arrays[0].shape), jnp.bfloat16)
+    run = functools.partial(many_rows.many_rows, *arrays, w, limit=7.0, tile=8)
+    np.testing.assert_array_equal(run(residual_MD=residual), residual + run())
 
 
 @pytest.mark.parametrize("own", [2, 1])
@@ -261,11 +273,12 @@ def gather_in_jax(x_MD, weights_MX, sorted_):
     return x_RD, jnp.where(pairs < 0, jnp.nan, weights_MX.reshape(-1)[pairs])
 
 
-def add_up_in_jax(y_RD, place_of_pair, experts_MX, num_experts):
+def add_up_in_jax(y_RD, place_of_pair, experts_MX, num_experts, residual_MD=None):
     y_MXD = y_RD[place_of_pair].reshape(*experts_MX.shape, -1).astype(jnp.float32)
     if num_experts is not None:
         y_MXD = jnp.where(experts_MX[..., None] < num_experts, y_MXD, 0)
-    return y_MXD.sum(axis=1).astype(jnp.bfloat16)
+    y_MD = y_MXD.sum(axis=1).astype(jnp.bfloat16)
+    return y_MD if residual_MD is None else residual_MD + y_MD
 
 
 def decode_in_jax(p, i):

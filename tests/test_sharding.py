@@ -293,3 +293,13 @@ def test_what_heads_give_is_added_in_bfloat16_where_devices_share_them(axes, cou
     tokens = jnp.zeros((2, 8), jnp.int32)
     program = str(jax.make_jaxpr(lambda model, tokens: model(tokens))(model, tokens))
     assert program.count("preferred_element_type=bfloat16") == count
+
+
+@pytest.mark.parametrize(("kind", "count"), [("gpu", 2), ("tpu", 0)])
+def test_what_attention_multiplies_comes_in_bfloat16_on_a_gpu(monkeypatch, kind, count):
+    """Two products of a layer; the router's, and logits, stay float32."""
+    monkeypatch.setattr("gpt_oss_jax.model.attention.platform", lambda: kind)
+    model = random_model(SHARDABLE, dtype=jnp.bfloat16)
+    program = str(jax.make_jaxpr(model)(jnp.zeros((2, 8), jnp.int32)))
+    count *= SHARDABLE.num_hidden_layers
+    assert program.count("preferred_element_type=bfloat16") == count

@@ -8,6 +8,7 @@ from gpt_oss_jax.kernels.attention.api import (
 from gpt_oss_jax.kernels.contract import einsum as einsum
 from gpt_oss_jax.kernels.expert_matmul import api as _expert_matmul
 from gpt_oss_jax.kernels.expert_matmul.api import expert_mlp as expert_mlp
+from gpt_oss_jax.kernels.routing.api import choose as choose
 
 # What a whole model can be asked to run on: what every operation has.
 IMPLEMENTATIONS = tuple(

@@ -40,6 +40,12 @@ def on_all(mesh: Mesh, kernel: Callable) -> Callable:
     return jax.shard_map(kernel, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
 
 
+def by_rows(mesh: Mesh, kernel: Callable, x: jax.Array):
+    """A kernel that every device runs on its own rows; whatever it returns has rows as well."""
+    of_rows = named_sharding(mesh, (*_ROWS[: x.ndim - 1], None), x.shape).spec
+    return jax.shard_map(kernel, mesh=mesh, in_specs=of_rows, out_specs=of_rows, check_vma=False)(x)
+
+
 def rows_are_whole(mesh: Mesh) -> bool:
     """Whether all devices have all rows, tokens and slots, and weights where they are used."""
     return not any(named_sharding(mesh, ("batch", "tokens", "slots", "embed")).spec)

@@ -14,6 +14,7 @@ from gpt_oss_jax.kernels import attention, store_and_attend
 from gpt_oss_jax.kernels.attention import few_queries
 from gpt_oss_jax.kernels.attention.xla import scores
 from gpt_oss_jax.kernels.sharded import own_heads
+from gpt_oss_jax.kernels.target import platform
 from gpt_oss_jax.model.cache import Cache, full_slots, ring_slots, write
 from gpt_oss_jax.model.layers import Linear, normal
 from gpt_oss_jax.model.rope import apply_rope
@@ -82,7 +83,9 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         """Returns the output [B, T, D] and this layer's new keys and values for the cache."""
         tap, name = context.tap, f"layers.{self.layer}.attention"
-        qkv_BTKCH = self.qkv(x_BTD).astype(x_BTD.dtype)
+        # Not float32, which a GPU would write and read again.
+        dtype = x_BTD.dtype if platform() == "gpu" else jnp.float32
+        qkv_BTKCH = self.qkv(x_BTD, dtype=dtype).astype(x_BTD.dtype)
         q_BTKGH = tap(f"{name}.q", qkv_BTKCH[:, :, :, :-2])
         k_BTKH = tap(f"{name}.k", qkv_BTKCH[:, :, :, -2])
         v_BTKH = tap(f"{name}.v", qkv_BTKCH[:, :, :, -1])
@@ -91,8 +94,7 @@ class Attention(nnx.Module):
         heads_BTKGH, k_new, v_new = self.attend(q_BTKGH, k_BTKH, v_BTKH, context)
         # Where devices add what their heads give, as experts are added: half the bytes of a prompt.
         split = own_heads(context.mesh, k_BTKH.shape[2]) < k_BTKH.shape[2]
-        sum_dtype = x_BTD.dtype if split else jnp.float32
-        out_BTD = self.out(heads_BTKGH, sum_dtype=sum_dtype)
+        out_BTD = self.out(heads_BTKGH, dtype=x_BTD.dtype if split else dtype)
         out_BTD = tap(f"{name}.out", out_BTD.astype(x_BTD.dtype))
         return out_BTD, k_new, v_new
 

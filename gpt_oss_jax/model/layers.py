@@ -107,7 +107,7 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """A matrix between two groups of axes, and a bias; float32 out, to be rounded by the caller.
+    """A matrix between two groups of axes, and a bias.
 
     Weights are stored [out, in], the order of the checkpoints and the fast one for a single row.
     """
@@ -135,10 +135,12 @@ class Linear(nnx.Module):
         weight = self.weight[...]  # Of which a device may have a part.
         return weight.reshape(math.prod(weight.shape[: len(self.out_shape)]), -1)
 
-    def __call__(self, x: jax.Array, *, sum_dtype=jnp.float32) -> jax.Array:
-        """[..., *in_shape] -> float32 [..., *out_shape].
+    def __call__(self, x: jax.Array, *, dtype=jnp.float32) -> jax.Array:
+        """[..., *in_shape] -> [..., *out_shape] in `dtype`.
 
-        Devices add their parts of several rows, and those of gradients, in `sum_dtype`.
+        Products of several rows come in it, before the bias is added; devices add their parts of
+        them, and those of gradients, in it. On a GPU product and bias are one kernel, which rounds
+        once; elsewhere only float32, rounded by the caller, is.
         """
         # As one matrix: a contraction over several axes makes XLA transpose the weight each time.
         rows = x.reshape(*x.shape[: x.ndim - len(self.in_shape)], -1)
@@ -148,6 +150,7 @@ class Linear(nnx.Module):
             # product at a quarter of the bandwidth.
             y = (weight_OI.astype(jnp.float32) * rows.astype(jnp.float32).reshape(-1)).sum(axis=-1)
         else:
-            y = einsum("...I,OI->...O", rows, weight_OI, dtype=sum_dtype).astype(jnp.float32)
+            y = einsum("...I,OI->...O", rows, weight_OI, dtype=dtype)
         y = y.reshape(*rows.shape[:-1], *self.out_shape)
-        return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
+        y = y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        return y.astype(dtype)

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from gpt_oss_jax.config import Config
-from gpt_oss_jax.kernels import expert_mlp
+from gpt_oss_jax.kernels import choose, expert_mlp
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.model.attention import Context
 from gpt_oss_jax.model.layers import Linear, Packed, normal
@@ -20,17 +20,6 @@ from gpt_oss_jax.sharding import named_sharding
 EXPERT_FORMATS = ("mxfp4", "dense")
 # Of MXFP4, for the kernels for TPU.
 EXPERT_FORMS = {"packed": MXArray.in_words, "folded": MXArray.folded}
-
-
-def route(logits_BTE: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
-    """Picks the experts of each token, then weighs them: a softmax over the chosen logits only.
-
-    Returns:
-      int32 experts [B, T, X], highest logit first and lower id first on a tie, and float32 weights
-      [B, T, X] that sum to one.
-    """
-    logits_BTX, experts_BTX = jax.lax.top_k(logits_BTE, num_experts)
-    return experts_BTX, jax.nn.softmax(logits_BTX, axis=-1)
 
 
 class Projection(nnx.Module):
@@ -155,14 +144,18 @@ class MoE(nnx.Module):
         up, down = self.up, self.down
         return ExpertWeights(up.matrix, up.bias[...], down.matrix, down.bias[...])
 
-    def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
-        """Output of the mixture, [B, T, D]."""
+    def __call__(self, x_BTD: jax.Array, context: Context, residual_BTD: jax.Array) -> jax.Array:
+        """The residual stream plus the output of the mixture for x, [B, T, D]."""
         tap, name = context.tap, f"layers.{self.layer}.mlp"
         logits_BTE = tap(f"{name}.router_logits", self.router(x_BTD))
-        experts_BTX, weights_BTX = route(logits_BTE, self.experts_per_token)
+        where = {"implementation": context.implementation, "mesh": context.mesh}
+        experts_BTX, weights_BTX = choose(logits_BTE, self.experts_per_token, **where)
         experts_BTX = tap(f"{name}.experts", experts_BTX)
         weights_BTX = tap(f"{name}.expert_weights", weights_BTX)
-        return tap(f"{name}.out", self.through(x_BTD, experts_BTX, weights_BTX, context))
+        run = functools.partial(self.through, x_BTD, experts_BTX, weights_BTX, context)
+        if tap.idle and context.mesh is None:
+            return run(residual=residual_BTD)
+        return residual_BTD + tap(f"{name}.out", run())
 
     def through(
         self,

@@ -57,7 +57,7 @@ class Block(nnx.Module):
         if context.one_router:
             return self._experts_in_few_launches(x_BTD, context), k_new, v_new
         h_BTD = tap(f"{name}.mlp_norm", self.mlp_norm(x_BTD))
-        return tap(f"{name}.output", x_BTD + self.mlp(h_BTD, context)), k_new, v_new
+        return tap(f"{name}.output", self.mlp(h_BTD, context, x_BTD)), k_new, v_new
 
     def _attend_in_few_launches(self, x_BTD, context: Context):
         own = self.attention_norm, self.attention

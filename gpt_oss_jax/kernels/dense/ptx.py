@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 
 from gpt_oss_jax.kernels.ptx import COPY_WEIGHTS, EMPTY, NEXT, ONCE, WAIT, literal
+from gpt_oss_jax.kernels.routing.ptx import choose
 
 MAX_INPUTS = 4096  # Rows are held in registers.
 TILE = 8
@@ -448,44 +449,22 @@ mul.wide.u32 at, t1, 4; add.u64 at, at, <out>;
         return text
 
     def _route(self) -> str:
-        """A warp to a row: takes the largest logit so many times, of equal ones the lower id.
-
-        As integers that are ordered as the floats are; what has been taken becomes 0.
-        """
-        keys = range(-(-self.outputs // 32))
+        """A warp to a row."""
         text = f"""barrier.cluster.arrive; barrier.cluster.wait;
 rem.u32 unit, <block>, {self._blocks}; setp.ne.u32 p, unit, 0; @p bra DONE; mov.u32 unit, warp;
 ROW:
 add.u32 row, first, unit; setp.lt.u32 p, unit, {self._own_rows};
 setp.lt.and.u32 p, row, {self.rows}, p; @!p bra DONE;
 mad.lo.u32 aw, unit, {4 * self.outputs}, <shared>; add.u32 aw, aw, {self._logits};
+mov.b32 head, 0;
 """
-        for j in keys:
+        for j in range(-(-self.outputs // 32)):
             text += f"add.u32 t0, lane, {32 * j}; setp.lt.u32 in, t0, {self.outputs};"
             text += f"mad.lo.u32 t0, t0, 4, aw; mov.b32 key{j}, 0; @in ld.shared.b32 key{j}, [t0];"
-            text += f"setp.lt.u32 p, key{j}, {1 << 31}; selp.b32 t1, {1 << 31}, {(1 << 32) - 1}, p;"
-            text += f"@in xor.b32 key{j}, key{j}, t1;\n"
-        for choice in range(self.choices):
-            text += "mov.b32 t0, key0;" + "".join(f"max.u32 t0, t0, key{j};" for j in keys[1:])
-            text += "redux.sync.max.u32 t0, t0, -1; mov.b32 t1, -1;"
-            for j in reversed(keys):
-                text += f"setp.eq.u32 p, key{j}, t0; add.u32 w0, lane, {32 * j};"
-                text += "selp.b32 t1, w0, t1, p;"
-            text += "redux.sync.min.u32 t1, t1, -1;\n"
-            text += f"setp.eq.u32 p, lane, {choice}; @p mov.b32 place, t1;"
-            text += "mov.b32 head, t1;" if choice == 0 else ""
-            for j in keys:
-                text += f"add.u32 w0, lane, {32 * j}; setp.eq.u32 p, w0, t1; @p mov.b32 key{j}, 0;"
-        text += f"""
-setp.lt.u32 p, lane, {self.choices}; mad.lo.u32 t0, head, 4, aw; ld.shared.f32 f0, [t0];
-mov.f32 f1, 0f00000000; mad.lo.u32 t0, place, 4, aw; @p ld.shared.f32 f1, [t0];
-sub.f32 f1, f1, f0; mul.f32 f1, f1, {literal(1.4426950408889634)}; ex2.approx.f32 f1, f1;
-@!p mov.f32 f1, 0f00000000; mov.f32 f0, f1;
-"""
-        for distance in (d for d in (16, 8, 4, 2, 1) if d < self.choices):
-            text += f"shfl.sync.bfly.b32 f2, f0, {distance}, 31, -1; add.f32 f0, f0, f2;"
         return f"""{text}
-div.rn.f32 f1, f1, f0; mad.lo.u32 t0, row, {self.choices}, lane; mul.wide.u32 at, t0, 4;
+{choose(self.outputs, self.choices)}
+mad.lo.u32 t0, row, {self.choices}, lane; mul.wide.u32 at, t0, 4;
+setp.lt.u32 p, lane, {self.choices};
 add.u64 more, at, <experts>; @p st.global.b32 [more], place;
 add.u64 more, at, <weights>; @p st.global.f32 [more], f1;
 add.u32 unit, unit, {WARPS}; bra ROW;

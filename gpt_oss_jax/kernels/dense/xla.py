@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from gpt_oss_jax.kernels.contract import einsum
 from gpt_oss_jax.kernels.ptx import EMPTY
+from gpt_oss_jax.kernels.routing.xla import choose
 
 
 def queries_keys_values(
@@ -38,9 +39,8 @@ def part_of_product(x_MI, weight_OI, *, early=False):
 def route(x_MD, scale_D, weight_ED, bias_E, *, epsilon, choices, room, early=False):
     """See `mosaic_gpu.route`."""
     h_MD = _normalised(x_MD, scale_D, epsilon)
-    logits_MX, experts_MX = jax.lax.top_k(_product(h_MD, weight_ED, bias_E), choices)
-    weights_MX = jax.nn.softmax(logits_MX, axis=-1)
-    return h_MD, experts_MX.astype(jnp.int32), weights_MX, _empty(room)
+    logits_ME = _product(h_MD, weight_ED, bias_E)
+    return h_MD, *choose(logits_ME, choices=choices), _empty(room)
 
 
 def _empty(room):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from gpt_oss_jax.kernels.expert_matmul.few_rows_ptx import SeveralRows
 from gpt_oss_jax.kernels.expert_matmul.few_rows_tiles_ptx import COLUMNS, MAX_BLOCKS, Layer
 from gpt_oss_jax.kernels.expert_matmul.one_row_ptx import MAX_CHOICES, OneRow
-from gpt_oss_jax.kernels.expert_matmul.rows import add_parts, can_sort, most_tiles
+from gpt_oss_jax.kernels.expert_matmul.rows import add_parts, most_tiles
 from gpt_oss_jax.kernels.expert_matmul.rows_ptx import MAX_SORTED
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
 from gpt_oss_jax.kernels.launch import launch
@@ -46,7 +46,7 @@ def few_rows(
         return y_MD if residual_MD is None else residual_MD + y_MD
     # Whoever brings the room is a model, whose launches wait for each other.
     program = layer(w, M, X, limit, alone=room is not None and not some_elsewhere)
-    if not can_sort(M * X, program.experts):
+    if max(M * X, program.experts) > MAX_SORTED:
         raise NotImplementedError(
             f"takes up to {MAX_SORTED:,} pairs of row and expert and as many experts, got "
             f"{M * X:,} and {program.experts:,}"

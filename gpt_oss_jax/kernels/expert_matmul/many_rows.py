@@ -44,6 +44,7 @@ def many_rows(
     *,
     limit: float,
     some_elsewhere: bool = False,
+    residual_MD: jax.Array | None = None,
     tile: int,
 ) -> jax.Array:
     """See `mosaic_gpu.on_hopper`; for any number of rows, of bf16.
@@ -55,6 +56,7 @@ def many_rows(
       w: Weights of all experts.
       limit: Clamp of gate and linear part.
       some_elsewhere: Ids past the experts add nothing.
+      residual_MD: bf16 rows that the result is added to.
       tile: Rows that are multiplied at a time, 8 to 128 in powers of two.
 
     Raises:
@@ -65,12 +67,13 @@ def many_rows(
     if reason := why_not_many(w):
         raise NotImplementedError(reason)
     up, down = projections(w, limit, tile)
-    by_expert = sort if can_sort(M * X, E) else sort_into_tiles
+    by_expert = sort if can_sort(E) else sort_into_tiles
     tiles = by_expert(experts_MX.reshape(-1), E, tile)
     x_RD, weights_R = gather(x_MD, weights_MX, tiles)
     h_RF = grouped(up, w.up, w.up_bias, tiles, x_RD)
     y_RD = grouped(down, w.down, w.down_bias, tiles, h_RF, weights_R)
-    return add_up(y_RD, tiles.place_of_pair, experts_MX, E if some_elsewhere else None)
+    here = E if some_elsewhere else None
+    return add_up(y_RD, tiles.place_of_pair, experts_MX, here, residual_MD)
 
 
 def why_not_many(w: ExpertWeights) -> str:

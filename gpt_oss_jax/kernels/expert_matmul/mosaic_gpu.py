@@ -107,14 +107,13 @@ def on_hopper(
     (M, X), (E, F, _, D) = experts_MX.shape, w.up.shape
     tile = expert_tile(M, (E, D, F), X, multiprocessors())
     arrays = x_MD, experts_MX, weights_MX, w
-    more = {"limit": limit, "some_elsewhere": some_elsewhere}
+    more = {"limit": limit, "some_elsewhere": some_elsewhere, "residual_MD": residual}
     if tile is not None and (reason := why_not_many(w)):
         say_once(f"many rows go through the experts as few at a time, more slowly ({reason})")
         tile = None
     if tile is None:
-        return few_rows(*arrays, **more, room=room, residual_MD=residual)
-    y_MD = many_rows(*arrays, **more, tile=tile)
-    return y_MD if residual is None else residual + y_MD
+        return few_rows(*arrays, **more, room=room)
+    return many_rows(*arrays, **more, tile=tile)
 
 
 def _why_not(dtype, w: ExpertWeights) -> str:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from gpt_oss_jax.kernels.expert_matmul.rows_ptx import MAX_SORTED, Add, Gather, Sort, Sum
+from gpt_oss_jax.kernels.expert_matmul.rows_ptx import MAX_SORTED, Add, Count, Gather, Sort, Sum
 from gpt_oss_jax.kernels.expert_matmul.tiles import Tiles
 from gpt_oss_jax.kernels.launch import launch
 
 
-def can_sort(pairs: int, num_experts: int) -> bool:
+def can_sort(num_experts: int) -> bool:
     """Whether `sort` takes so many."""
-    return max(pairs, num_experts) <= MAX_SORTED
+    return num_experts <= MAX_SORTED
 
 
 def most_tiles(pairs: int, num_experts: int, size: int) -> int:
@@ -26,13 +26,16 @@ def most_tiles(pairs: int, num_experts: int, size: int) -> int:
 def sort(chosen: jax.Array, num_experts: int, size: int) -> Tiles:
     """`tiles.sort_into_tiles`, of no more tiles than pairs; pairs of no expert have place -1.
 
-    Tiles past `count` have no expert.
+    Tiles past `count` have no expert, and anything for pairs.
     """
     (pairs,) = chosen.shape
-    run = Sort(pairs, num_experts, size, most_tiles(pairs, num_experts, size))
+    tiles, run = most_tiles(pairs, num_experts, size), Sort(pairs, num_experts, size)
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.int32)
-    outs = shape(run.tiles), shape(run.tiles, size), shape(pairs), shape(1)
-    of_tile, pairs_of, places, count = _launch("sort_pairs", run, outs, (chosen.astype(jnp.int32),))
+    inputs = (chosen.astype(jnp.int32),)
+    if run.grid > 1:
+        inputs += (_launch("count_pairs", Count(run), shape(run.grid, num_experts), inputs),)
+    outs = shape(tiles), shape(tiles, size), shape(pairs), shape(1)
+    of_tile, pairs_of, places, count = _launch("sort_pairs", run, outs, inputs)
     return Tiles(of_tile, pairs_of, places, count[0])
 
 
@@ -56,7 +59,11 @@ def gather(x_MD: jax.Array, weights_MX: jax.Array, tiles: Tiles) -> tuple[jax.Ar
 
 
 def add_up(
-    y_RD: jax.Array, place_of_pair: jax.Array, experts_MX: jax.Array, num_experts: int | None
+    y_RD: jax.Array,
+    place_of_pair: jax.Array,
+    experts_MX: jax.Array,
+    num_experts: int | None,
+    residual_MD: jax.Array | None = None,
 ) -> jax.Array:
     """The sum over X of the rows of each pair, bf16 [M, D], added in float32.
 
@@ -65,10 +72,13 @@ def add_up(
       place_of_pair: int32 [M X], which row.
       experts_MX: int32 expert of each pair.
       num_experts: Pairs of experts past these are left out; None: there are none.
+      residual_MD: bf16 rows that the sum, rounded, is added to.
     """
     (M, X), D = experts_MX.shape, y_RD.shape[1]
+    run = Sum(M, D, X, num_experts, adds=residual_MD is not None)
     inputs = y_RD, place_of_pair.astype(jnp.int32), experts_MX.astype(jnp.int32)
-    return _launch("add_rows", Sum(M, D, X, num_experts), _rows(M, D), inputs)
+    inputs += () if residual_MD is None else (residual_MD,)
+    return _launch("add_rows", run, _rows(M, D), inputs)
 
 
 def add_parts(residual_MD: jax.Array, y_MXD: jax.Array) -> jax.Array:

@@ -26,60 +26,128 @@ setp.ge.u32 p, row, {rows}; @p bra DONE;
 
 @dataclasses.dataclass(frozen=True)
 class Sort:
-    """Pairs sorted by expert into `tiles.Tiles`, by one thread block.
+    """Pairs sorted by expert into `tiles.Tiles`, a pair a thread.
 
     Attributes:
-      pairs: Pairs, up to `MAX_SORTED`.
-      experts: Experts there are, likewise; pairs of others come to no tile.
+      pairs: Pairs. A thread block has `MAX_SORTED`; several know from `Count` what there is.
+      experts: Experts there are, up to `MAX_SORTED`; pairs of others come to no tile.
       tile: Places of a tile.
-      tiles: How many there can be.
     """
 
     pairs: int
     experts: int
     tile: int
-    tiles: int
-    grid: ClassVar[int] = 1
+
+    @property
+    def grid(self) -> int:
+        """Thread blocks."""
+        return -(-self.pairs // MAX_SORTED)
 
     @property
     def warps(self) -> int:
         """A multiple of four."""
-        return 4 * -(-max(self.pairs, self.experts) // 128)
+        return min(MAX_SORTED // 32, 4 * -(-max(self.pairs, self.experts) // 128))
 
     @property
-    def _sort(self) -> BlockSort:
-        return BlockSort(self.pairs, self.experts, self.tile, self.warps)
+    def in_blocks(self) -> BlockSort:
+        """What each thread block does."""
+        return BlockSort(self.pairs, self.experts, self.tile, self.warps, self.grid)
+
+    @property
+    def shared_bytes(self) -> int:
+        """What sorting takes, and the end of each expert's pairs."""
+        return self.in_blocks.shared_bytes + 4 * self.experts
+
+    def ptx(self) -> str:
+        """The thread program. Under vmap there are several grids, one after the other.
+
+        Its operands: the thread block; pointers to the experts of all pairs, where there are
+        several blocks to what `Count` gives, to the expert of each tile, the pair of each place (-1
+        for none), the place of each pair (likewise), how many tiles are in use, and shared memory.
+        What is in no tile that is in use stays as it was.
+        """
+        sort, tile = self.in_blocks, self.tile
+        names = ("<chosen>", *(("<counts>",) if self.grid > 1 else ()))
+        names += ("<of_tile>", "<pairs>", "<places>", "<count>", "<shared>")
+        text = f"""{{
+.reg .pred p, in; .reg .b32 t0, block, end, place; .reg .b64 at;
+{sort.registers()}
+{NEXT} {WAIT}
+rem.u32 block, <block>, {self.grid};
+{sort.ptx("<chosen>", "<shared>", "<counts>")}
+setp.eq.u32 p, i, 0; setp.eq.and.u32 p, block, 0, p; @p st.global.u32 [<count>], tiles;
+setp.lt.u32 p, first_pair, {self.pairs}; mul.wide.u32 at, first_pair, 4; add.u64 at, at, <places>;
+@p st.global.u32 [at], place0;
+setp.lt.u32 p, e0, {self.experts}; mul.wide.u32 at, place0, 4; add.u64 at, at, <pairs>;
+@p st.global.u32 [at], first_pair;
+div.u32 first, place0, {tile}; mul.lo.u32 t0, first, {tile}; setp.eq.and.u32 p, t0, place0, p;
+mul.wide.u32 at, first, 4; add.u64 at, at, <of_tile>; @p st.global.u32 [at], e0;
+{self._fill()}
+DONE:
+}}"""
+        for i, name in enumerate(("<block>", *names)):
+            text = text.replace(name, f"${i}")
+        return text
+
+    def _fill(self) -> str:
+        """The last block marks what the last tile of each expert has no pair for."""
+        sort, ends = self.in_blocks, self.in_blocks.shared_bytes
+        text = f"setp.ne.u32 p, block, {self.grid - 1}; @p bra DONE;\n"
+        text += sort.ends("<shared>", ends) + f"bar.sync 1, {sort.threads}; mov.u32 t0, -1;\n"
+        for expert in range(0, self.experts, self.warps):
+            text += f"add.u32 own_expert, of_warp, {expert};"
+            text += f"setp.lt.u32 in, own_expert, {self.experts};"
+            text += "mad.lo.u32 own, own_expert, 4, <shared>; mov.u32 end, 0;"
+            text += f"@in ld.shared.u32 end, [own + {ends}]; add.u32 place, end, in_warp;"
+            text += f"add.u32 end, end, {self.tile - 1}; div.u32 end, end, {self.tile};"
+            text += f"mul.lo.u32 end, end, {self.tile};\n"
+            for _ in range(0, self.tile, 32):
+                text += "setp.lt.u32 p, place, end; mul.wide.u32 at, place, 4;"
+                text += "add.u64 at, at, <pairs>; @p st.global.u32 [at], t0;"
+                text += "add.u32 place, place, 32;\n"
+        return text
+
+
+@dataclasses.dataclass(frozen=True)
+class Count:
+    """How many pairs of each expert every thread block of a `Sort` has.
+
+    Attributes:
+      sort: It.
+    """
+
+    sort: Sort
+
+    @property
+    def grid(self) -> int:
+        """Thread blocks."""
+        return self.sort.grid
+
+    @property
+    def warps(self) -> int:
+        """A multiple of four."""
+        return self.sort.warps
 
     @property
     def shared_bytes(self) -> int:
         """What sorting takes."""
-        return self._sort.shared_bytes
+        return self.sort.shared_bytes
 
     def ptx(self) -> str:
-        """The thread program.
+        """The thread program. Under vmap there are several grids, one after the other.
 
-        Its operands: the thread block; pointers to the experts of all pairs, the expert of each
-        tile, the pair of each place (-1 for none), the place of each pair (likewise), how many
-        tiles are in use, and shared memory.
+        Its operands: the thread block; pointers to the experts of all pairs, the counts, int32
+        [grid, experts], and shared memory.
         """
-        text = f"""{{
-.reg .pred p, in; .reg .b32 t0; .reg .b64 at;
-{self._sort.registers()}
+        sort, experts = self.sort.in_blocks, self.sort.experts
+        return f"""{{
+.reg .pred p, in; .reg .b32 t0, block; .reg .b64 at;
+{sort.registers()}
 {NEXT} {WAIT}
-mov.u32 i, %tid.x; mul.wide.u32 at, i, 4; add.u64 at, at, $3; mov.u32 t0, -1;
-"""
-        for first in range(0, self.tiles * self.tile, self._sort.threads):
-            text += f"setp.lt.u32 p, i, {self.tiles * self.tile - first};"
-            text += f"@p st.global.u32 [at + {4 * first}], t0;\n"
-        return f"""{text}{self._sort.ptx("$1", "$6")}
-setp.eq.u32 p, i, 0; @p st.global.u32 [$5], tiles;
-setp.lt.u32 p, i, {self.pairs}; mul.wide.u32 at, i, 4; add.u64 at, at, $4;
-@p st.global.u32 [at], place0;
-setp.lt.u32 p, e0, {self.experts}; mul.wide.u32 at, place0, 4; add.u64 at, at, $3;
-@p st.global.u32 [at], i;
-div.u32 first, place0, {self.tile}; mul.lo.u32 t0, first, {self.tile};
-setp.eq.and.u32 p, t0, place0, p; mul.wide.u32 at, first, 4; add.u64 at, at, $2;
-@p st.global.u32 [at], e0;
+rem.u32 block, $0, {self.grid};
+{sort.count("$1", "$3")}
+setp.lt.u32 p, own_expert, {experts}; mad.lo.u32 t0, block, {experts}, own_expert;
+mul.wide.u32 at, t0, 4; add.u64 at, at, $2; @p st.global.u32 [at], own_count0;
 }}"""
 
 
@@ -113,36 +181,57 @@ class Gather:
         places, how many tiles are in use, both results and shared memory, which is not used. Places
         of no pair stay as they are.
         """
+        pieces = self.width // 8
+        steps = range(-(-pieces // 32))
+        names = ", ".join(f"w{s}_<4>" for s in range(_AT_ONCE))
         text = f"""{{
-.reg .pred p; .reg .b32 t0, t1, lane, row, w<4>, v<16>; .reg .b64 at, from, more;
+.reg .pred p, turns<2>; .reg .b32 t<2>, lane, row, {names}, v<4>; .reg .b64 at, from, more;
 {_START.format(grid=self.grid, warps=_WARPS, rows=self.rows)}
-ld.global.u32 t0, [$4]; mul.lo.u32 t0, t0, {self.tile};
-setp.ge.u32 p, row, t0; @p bra DONE;
-mul.wide.u32 more, row, 4; add.u64 at, more, $3; ld.global.u32 t0, [at];
-setp.eq.u32 p, t0, -1; @p bra DONE;
-mul.wide.u32 at, t0, 4; add.u64 at, at, $2; setp.eq.u32 p, lane, 0; @p ld.global.u32 t1, [at];
-add.u64 more, more, $6; @p st.global.u32 [more], t1;
-div.u32 t0, t0, {self.choices}; mul.wide.u32 from, t0, {2 * self.width}; add.u64 from, from, $1;
+mul.wide.u32 more, row, 4; add.u64 at, more, $3; ld.global.u32 t0, [$4]; ld.global.u32 t1, [at];
+mul.lo.u32 t0, t0, {self.tile}; setp.ge.u32 p, row, t0; @p bra DONE;
+setp.eq.u32 p, t1, -1; @p bra DONE;
+mul.wide.u32 at, t1, 4; add.u64 at, at, $2; div.u32 t1, t1, {self.choices};
+setp.eq.u32 p, lane, 0; @p ld.global.u32 t0, [at];
+add.u64 more, more, $6; @p st.global.u32 [more], t0;
+mul.wide.u32 from, t1, {2 * self.width}; add.u64 from, from, $1;
+mul.wide.u32 more, lane, 16; add.u64 from, from, more;
 mul.wide.u32 at, row, {2 * self.width}; add.u64 at, at, $5;
-mul.wide.u32 more, lane, 64; add.u64 at, at, more;
-and.b32 t0, lane, 1; mul.lo.u32 t0, t0, 16; shr.u32 row, lane, 1; mad.lo.u32 t0, row, 128, t0;
-cvt.u64.u32 more, t0; add.u64 from, from, more;
+and.b32 t0, lane, 24; and.b32 t1, lane, 1; mad.lo.u32 t0, t1, 4, t0;
+shr.u32 t1, lane, 1; and.b32 t1, t1, 3; add.u32 t0, t0, t1;
+mul.wide.u32 more, t0, 16; add.u64 at, at, more;
+and.b32 t0, lane, 2; setp.ne.u32 turns0, t0, 0; and.b32 t0, lane, 4; setp.ne.u32 turns1, t0, 0;
 """
-        blocks = self.width // 32
-        for first in range(0, blocks, 32):
-            text += f"setp.lt.u32 p, lane, {blocks - first};\n"
-            for q in range(4):
-                words = ", ".join(f"w{i}" for i in range(4))
-                text += f"@p ld.global.v4.u32 {{{words}}}, [from + {64 * first + 32 * q}];"
-                # Values four apart come together: 0 and 4, 1 and 5, 2 and 6, 3 and 7.
-                for v in range(4):
-                    halves = (0x5410, 0x7632)[v % 2]
-                    text += f"prmt.b32 v{4 * v + q}, w{v // 2}, w{v // 2 + 2}, {halves};"
-                text += "\n"
-            for v in range(4):
-                words = ", ".join(f"v{4 * v + q}" for q in range(4))
-                text += f"@p st.global.v4.u32 [at + {64 * first + 16 * v}], {{{words}}};\n"
+        for first in range(0, len(steps), _AT_ONCE):
+            group = [s for s in steps if first <= s < first + _AT_ONCE]
+            for s in group:
+                words = ", ".join(f"w{s - first}_{i}" for i in range(4))
+                text += f"setp.lt.u32 p, lane, {pieces - 32 * s};"
+                text += f"@p ld.global.v4.u32 {{{words}}}, [from + {512 * s}];\n"
+            for s in group:
+                text += self._in_order([f"w{s - first}_{i}" for i in range(4)])
+                text += f"setp.lt.u32 p, lane, {pieces - 32 * s};"
+                text += f"@p st.global.v4.u32 [at + {512 * s}], {{v0, v1, v2, v3}};\n"
         return _named(text)
+
+    def _in_order(self, words: list[str]) -> str:
+        """Of 64 values that eight lanes have, eight each: `v0` to `v3` of where they belong.
+
+        Lane 2 q + t has 16 q + 8 t on, and is to have what comes to place 32 t + 8 q: two values
+        four apart of the lane 2 v + t for each v. So a word is put together, then words and lanes
+        change places, first neighbours of q, then pairs of neighbours.
+        """
+        text = ""
+        for v in range(4):
+            halves = (0x5410, 0x7632)[v % 2]
+            text += f"prmt.b32 v{v}, {words[v // 2]}, {words[v // 2 + 2]}, {halves};"
+        for bit in range(2):
+            text += "\n"
+            for low in ((0, 2), (0, 1))[bit]:
+                a, b = f"v{low}", f"v{low + 1 + bit}"
+                text += f"selp.b32 t0, {a}, {b}, turns{bit};"
+                text += f"shfl.sync.bfly.b32 t0, t0, {2 << bit}, 31, -1;"
+                text += f"selp.b32 {a}, t0, {a}, turns{bit}; selp.b32 {b}, {b}, t0, turns{bit};"
+        return text + "\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,12 +297,14 @@ class Sum:
       width: Of a row, a multiple of 8.
       choices: Rows to add.
       experts: Experts there are: a row of an expert past them is not there. None: all are.
+      adds: Whether it is added to the residual stream, rounded first.
     """
 
     rows: int
     width: int
     choices: int
     experts: int | None = None
+    adds: bool = False
     warps: ClassVar[int] = _WARPS
     shared_bytes: ClassVar[int] = 16
 
@@ -226,13 +317,14 @@ class Sum:
         """The thread program. Under vmap there are several grids, one after the other.
 
         Its operands: the thread block; pointers to the rows, which of them to add, the experts of
-        those, the result and shared memory, which is not used.
+        those, the residual stream if it is added, the result and shared memory, which is not used.
         """
         X, pieces = self.choices, self.width // 8
+        kept = [f"kept{s}_{i}" for s in range(_AT_ONCE) for i in range(4)] if self.adds else []
         names = [f"y{x}_{s}_{i}" for x in range(X) for s in range(_AT_ONCE) for i in range(4)]
         text = f"""{{
-.reg .pred p, in, has<{X}>; .reg .b32 t0, lane, row, {", ".join(names)};
-.reg .f32 f<2>, sum<2>; .reg .b64 at, from<{X}>, more;
+.reg .pred p, in, has<{X}>; .reg .b32 t0, lane, row, {", ".join(names + kept)};
+.reg .f32 f<2>, sum<2>; .reg .b64 at, from<{X}>, more, residual;
 {_START.format(grid=self.grid, warps=_WARPS, rows=self.rows)}
 mul.wide.u32 more, lane, 16; mul.lo.u32 t0, row, {X}; mul.wide.u32 at, t0, 4;
 """
@@ -248,8 +340,9 @@ mul.wide.u32 more, lane, 16; mul.lo.u32 t0, row, {X}; mul.wide.u32 at, t0, 4;
             text += f"ld.global.u32 t0, [at + {4 * x}]; mul.wide.u32 from{x}, t0, "
             text += f"{2 * self.width}; add.u64 from{x}, from{x}, $1;"
             text += f"add.u64 from{x}, from{x}, more;\n"
-        text += f"mul.wide.u32 at, row, {2 * self.width}; add.u64 at, at, $4;"
-        text += "add.u64 at, at, more;\n"
+        text += f"mul.wide.u32 at, row, {2 * self.width}; add.u64 more, at, more;"
+        text += "add.u64 residual, more, $4;" if self.adds else ""
+        text += f"add.u64 at, more, ${5 if self.adds else 4};\n"
         steps = range(-(-pieces // 32))
         for first in range(0, len(steps), _AT_ONCE):
             group = [s for s in steps if first <= s < first + _AT_ONCE]
@@ -261,6 +354,9 @@ mul.wide.u32 more, lane, 16; mul.lo.u32 t0, row, {X}; mul.wide.u32 at, t0, 4;
                     text += f"and.pred in, p, has{x};"
                     text += f"@in ld.global.v4.u32 {{{', '.join(words)}}}, "
                     text += f"[from{x} + {512 * s}];\n"
+                if self.adds:
+                    words = ", ".join(f"kept{s - first}_{i}" for i in range(4))
+                    text += f"@p ld.global.v4.u32 {{{words}}}, [residual + {512 * s}];\n"
             for s in group:
                 words = [f"y0_{s - first}_{i}" for i in range(4)]
                 for i, word in enumerate(words):
@@ -268,7 +364,13 @@ mul.wide.u32 more, lane, 16; mul.lo.u32 t0, row, {X}; mul.wide.u32 at, t0, 4;
                     for x in range(1, X):
                         text += _apart(f"y{x}_{s - first}_{i}", "f0", "f1")
                         text += "add.f32 sum0, sum0, f0; add.f32 sum1, sum1, f1;"
-                    text += f"cvt.rn.bf16x2.f32 {word}, sum1, sum0;\n"
+                    text += f"cvt.rn.bf16x2.f32 {word}, sum1, sum0;"
+                    if self.adds:
+                        text += _apart(word, "sum0", "sum1")
+                        text += _apart(f"kept{s - first}_{i}", "f0", "f1")
+                        text += "add.f32 sum0, sum0, f0; add.f32 sum1, sum1, f1;"
+                        text += f"cvt.rn.bf16x2.f32 {word}, sum1, sum0;"
+                    text += "\n"
                 text += f"setp.lt.u32 p, lane, {pieces - 32 * s};"
                 text += f"@p st.global.v4.u32 [at + {512 * s}], {{{', '.join(words)}}};\n"
         return _named(text)

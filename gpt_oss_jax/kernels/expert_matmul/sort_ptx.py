@@ -1,4 +1,4 @@
-"""A thread block sorts pairs by expert, as PTX for compute capability 9.0. Knows no JAX."""
+"""Thread blocks sort pairs by expert, as PTX for compute capability 9.0. Knows no JAX."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ import dataclasses
 class BlockSort:
     """Gives pairs their places in tiles, of one expert each; those of an expert keep their order.
 
-    Thread i has the pairs i, i + `threads` and so on, and of the experts a few neighbours.
+    Thread i has the pairs i, i + `threads` and so on, and of the experts a few neighbours. Where
+    there are several blocks, a thread has one pair, and each block is told what all of them
+    `count`.
 
     Attributes:
       pairs: How many there are.
       experts: Experts there are; pairs of others get no place.
       tile: Places of a tile.
-      warps: Of the block.
+      warps: Of a block.
+      blocks: How many share the pairs: `threads` each, the last one what is left.
     """
 
     pairs: int
     experts: int
     tile: int
     warps: int
+    blocks: int = 1
 
     @property
     def threads(self) -> int:
@@ -31,7 +35,7 @@ class BlockSort:
     @property
     def pairs_each(self) -> int:
         """Pairs of a thread."""
-        return -(-self.pairs // self.threads)
+        return -(-self.pairs // (self.threads * self.blocks))
 
     @property
     def _experts_each(self) -> int:
@@ -52,38 +56,56 @@ class BlockSort:
 
     @property
     def shared_bytes(self) -> int:
-        """Counts, the first tile of each expert, the tiles of each warp's experts."""
+        """Counts, the first place of each expert, the tiles of each warp's experts."""
         return self._sums + 4 * self.warps
 
     def registers(self) -> str:
         """What it gives and uses, beside the predicates p and in and the word t0 of its user."""
         pairs = ", ".join(f"{name}<{self.pairs_each}>" for name in ("e", "rank", "place", "cell"))
-        return f""".reg .b64 pairs_at; .reg .b32 {pairs};
-.reg .b32 i, in_warp, of_warp, own, own_expert, own_tiles, tiles_of<{self._experts_each}>;
-.reg .b32 same, count, first, tiles;"""
+        own = ", ".join(f"{name}<{self._experts_each}>" for name in ("own_count", "tiles_of"))
+        return f""".reg .b64 pairs_at; .reg .b32 {pairs}, {own};
+.reg .b32 i, first_pair, in_warp, of_warp, own, own_expert, own_tiles, same, count, before;
+.reg .b32 first, tiles;"""
 
-    def ptx(self, experts: str, shared: str) -> str:
-        """The program, in which all threads meet four times.
+    def ptx(self, experts: str, shared: str, counts: str = "") -> str:
+        """The program, in which all threads of a block meet four times.
 
-        It gives the thread `i`, of its pairs the experts `e0` and so on (`experts` for one that is
-        not there) and the places `place0` (-1 for none), and how many `tiles` are in use.
+        It gives the thread `i`, the number of its `first_pair`, of its pairs the experts `e0` and
+        so on (`experts` for one that is not there) and the places `place0` (-1 for none), and how
+        many `tiles` are in use.
 
         Args:
           experts: Register of a pointer to the experts of all pairs.
           shared: Register of a pointer to `shared_bytes` of shared memory.
+          counts: Of several blocks: register of a pointer to what they `count`, row by row. The
+            register `block` says which one this is.
         """
         everyone = f"bar.sync 1, {self.threads};\n"
-        return f"""mov.u32 i, %tid.x; shr.u32 of_warp, i, 5; and.b32 in_warp, i, 31;
-{self._load(experts)}{self._clear(shared)}{everyone}
-{self._count(shared)}{everyone}
-{self._add_counts(shared)}
+        return f"""{self.count(experts, shared)}
+{self._count_tiles(counts)}
 {self._add_tiles(shared, everyone)}{everyone}
 {self._place(shared)}"""
 
+    def count(self, experts: str, shared: str) -> str:
+        """The first part of it, in which threads meet twice.
+
+        It gives the number of the first of a thread's experts, `own_expert`, and how many pairs of
+        it the block has, `own_count0`; of the next one `own_count1`.
+        """
+        everyone = f"bar.sync 1, {self.threads};\n"
+        start = "mov.u32 i, %tid.x; shr.u32 of_warp, i, 5; and.b32 in_warp, i, 31;"
+        pair = "mov.u32 first_pair, i;"
+        if self.blocks > 1:
+            pair = f"mad.lo.u32 first_pair, block, {self.threads}, i;"
+        return f"""{start} {pair}
+{self._load(experts)}{self._clear(shared)}{everyone}
+{self._count(shared)}{everyone}
+{self._add_counts(shared)}"""
+
     def _load(self, experts: str) -> str:
-        text = f"mul.wide.u32 pairs_at, i, 4; add.u64 pairs_at, pairs_at, {experts};\n"
+        text = f"mul.wide.u32 pairs_at, first_pair, 4; add.u64 pairs_at, pairs_at, {experts};\n"
         for k in range(self.pairs_each):
-            text += f"setp.lt.u32 p, i, {self.pairs - self.threads * k};"
+            text += f"setp.lt.u32 p, first_pair, {self.pairs - self.threads * k};"
             text += f"mov.u32 e{k}, {self.experts};"
             text += f"@p ld.global.u32 e{k}, [pairs_at + {4 * self.threads * k}];\n"
         return text
@@ -113,10 +135,9 @@ popc.b32 count, same; setp.eq.u32 p, rank{k}, 0; @p st.shared.u16 [cell{k} + {se
         return text
 
     def _add_counts(self, shared: str) -> str:
-        """Of a thread's experts: each count becomes the sum of those before it, all give tiles."""
+        """Of a thread's experts: each count becomes the sum of those before it."""
         each = self._experts_each
-        text = f"mul.lo.u32 own_expert, i, {each}; mad.lo.u32 own, own_expert, 2, {shared};"
-        text += "mov.u32 own_tiles, 0;\n"
+        text = f"mul.lo.u32 own_expert, i, {each}; mad.lo.u32 own, own_expert, 2, {shared};\n"
         for j in range(each):
             text += f"setp.lt.u32 in, own_expert, {self.experts - j};"
             text += "mov.u32 count, 0; mov.u32 t0, 0;\n"
@@ -124,13 +145,28 @@ popc.b32 count, same; setp.eq.u32 p, rank{k}, 0; @p st.shared.u16 [cell{k} + {se
                 at = f"[own + {self._row_bytes * row + 2 * j}]"
                 text += f"@in ld.shared.u16 t0, {at}; @in st.shared.u16 {at}, count;"
                 text += "add.u32 count, count, t0;\n"
+            text += f"mov.u32 own_count{j}, count;\n"
+        return text
+
+    def _count_tiles(self, counts: str) -> str:
+        """Of a thread's experts; of its only one, where there are several blocks, also `before`."""
+        text = "mov.u32 before, 0; mov.u32 own_tiles, 0; mov.u32 count, own_count0;\n"
+        if self.blocks > 1:
+            text += f"mul.wide.u32 pairs_at, own_expert, 4; add.u64 pairs_at, pairs_at, {counts};"
+            text += f"setp.lt.u32 in, own_expert, {self.experts}; mov.u32 count, 0;\n"
+            for row in range(self.blocks):
+                at = f"[pairs_at + {4 * self.experts * row}]"
+                text += f"mov.u32 t0, 0; @in ld.global.u32 t0, {at}; add.u32 count, count, t0;"
+                text += f"setp.gt.u32 p, block, {row}; @p add.u32 before, before, t0;\n"
+        for j in range(self._experts_each):
+            text += f"mov.u32 count, own_count{j};" if j else ""
             text += f"add.u32 count, count, {self.tile - 1};"
             text += f"div.u32 tiles_of{j}, count, {self.tile};"
             text += f"add.u32 own_tiles, own_tiles, tiles_of{j};\n"
         return text
 
     def _add_tiles(self, shared: str, everyone: str) -> str:
-        """The first tile of each expert, which is how many all before it have."""
+        """The block's first place of each expert: all tiles of those before it, and `before`."""
         text = "mov.u32 first, own_tiles;\n"
         for distance in (1, 2, 4, 8, 16):
             text += f"shfl.sync.up.b32 t0, first, {distance}, 0, -1;"
@@ -145,7 +181,8 @@ popc.b32 count, same; setp.eq.u32 p, rank{k}, 0; @p st.shared.u16 [cell{k} + {se
         text += f"mad.lo.u32 t0, own_expert, 4, {shared};\n"
         for j in range(self._experts_each):
             text += f"setp.lt.u32 p, own_expert, {self.experts - j};"
-            text += f"@p st.shared.u32 [t0 + {self._firsts + 4 * j}], first;"
+            text += f"mad.lo.u32 own, first, {self.tile}, before;"
+            text += f"@p st.shared.u32 [t0 + {self._firsts + 4 * j}], own;"
             text += f"add.u32 first, first, tiles_of{j};\n"
         return text
 
@@ -155,6 +192,20 @@ popc.b32 count, same; setp.eq.u32 p, rank{k}, 0; @p st.shared.u16 [cell{k} + {se
             text += f"""setp.lt.u32 p, e{k}, {self.experts}; mad.lo.u32 t0, e{k}, 4, {shared};
 mov.u32 first, 0; @p ld.shared.u32 first, [t0 + {self._firsts}];
 ld.shared.u16 t0, [cell{k} + {self._row(k)}]; add.u32 rank{k}, rank{k}, t0;
-mad.lo.u32 place{k}, first, {self.tile}, rank{k}; selp.b32 place{k}, place{k}, -1, p;
+add.u32 place{k}, first, rank{k}; selp.b32 place{k}, place{k}, -1, p;
 """
+        return text
+
+    def ends(self, shared: str, to: int) -> str:
+        """After the program: for each expert the place behind its pairs of this block.
+
+        Args:
+          shared: As in `ptx`.
+          to: Where in it they go, 4 bytes each.
+        """
+        text = f"mad.lo.u32 own, own_expert, 4, {shared};\n"
+        for j in range(self._experts_each):
+            text += f"setp.lt.u32 p, own_expert, {self.experts - j};"
+            text += f"@p ld.shared.u32 t0, [own + {self._firsts + 4 * j}];"
+            text += f"add.u32 t0, t0, own_count{j}; @p st.shared.u32 [own + {to + 4 * j}], t0;\n"
         return text

@@ -1,0 +1,107 @@
+"""The choice of experts on Hopper, without the GPU: interpreted, and lowered."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ptx
+import pytest
+from hopper_layer import kernels_for_cuda
+
+from gpt_oss_jax.kernels import choose, target
+from gpt_oss_jax.kernels.routing import api, mosaic_gpu, xla
+from gpt_oss_jax.sharding import make_mesh
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The PTX interpreter in the place of the GPU; the rows of every launch."""
+    rows = []
+
+    def run(program, outs, logits):
+        memory = ptx.Memory()
+        at = memory.put(np.asarray(logits))
+        results = [memory.put(np.full(o.shape, -2, o.dtype)) for o in outs]
+        size = {"grid": program.grid, "shared_bytes": 16, "warps": program.warps}
+        ptx.launch(program.ptx(), [at, *results], memory, **size)
+        return tuple(memory.get(at, o.shape, o.dtype) for at, o in zip(results, outs, strict=True))
+
+    def launch(program, outs, logits):
+        rows.append(program.rows)
+        return jax.pure_callback(functools.partial(run, program, outs), outs, logits)
+
+    monkeypatch.setattr(mosaic_gpu, "_launch", launch)
+    monkeypatch.setattr(api, "why_not_hopper", lambda: "")
+    return rows
+
+
+def logits_of(shape, seed=0):
+    """Of every size and sign, some of a row the same."""
+    numbers = np.random.default_rng(seed)
+    scale = 10.0 ** numbers.integers(-3, 3, shape[:-1])
+    logits = numbers.normal(size=shape).round(1) * scale[..., None]
+    return jnp.asarray(logits, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("shape", "X"), [((7, 32), 4), ((2, 5, 128), 4), ((4, 3), 3), ((3, 40), 32), ((1, 200), 1)]
+)
+def test_experts_are_chosen_as_by_xla(launched, shape, X):
+    logits = logits_of(shape)
+    experts, weights = choose(logits, X)
+    wanted, of_wanted = xla.choose(logits, choices=X)
+    assert (experts.dtype, weights.dtype) == (jnp.int32, jnp.float32)
+    np.testing.assert_array_equal(experts, wanted)
+    np.testing.assert_allclose(weights, of_wanted, rtol=1e-5, atol=1e-30)
+    assert launched == [np.prod(shape[:-1])]
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["large", "small"])
+def test_all_logits_of_a_row_may_be_the_same(launched, sign):
+    """The lower ids; infinite ones too, but of those there must not be two."""
+    logits = jnp.full((2, 40), sign * 3e38, jnp.float32).at[1, 39].set(jnp.inf)
+    experts, weights = choose(logits, 4)
+    np.testing.assert_array_equal(experts, [[0, 1, 2, 3], [39, 0, 1, 2]])
+    np.testing.assert_allclose(weights[0], 0.25)
+
+
+def test_gradients_are_those_of_xla(launched):
+    logits, factors = logits_of((6, 32)), jnp.arange(24.0).reshape(6, 4)
+    gradient = lambda f: jax.grad(lambda x: (f(x)[1] * factors).sum())(logits)
+    got, want = gradient(lambda x: choose(x, 4)), gradient(lambda x: xla.choose(x, choices=4))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    assert launched == [6]
+
+
+@pytest.mark.parametrize(
+    ("axes", "rows"), [({"data": 2}, 8), ({"expert": 2}, 16), ({"context": 2}, 8)]
+)
+def test_devices_of_a_mesh_choose_for_their_rows(launched, axes, rows):
+    logits = logits_of((2, 8, 32))
+    got = jax.jit(lambda x: choose(x, 4, mesh=make_mesh(**axes)))(logits)
+    for ours, wanted in zip(got, xla.choose(logits, choices=4), strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-30)
+    assert launched == [rows]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"implementation": "xla"}, {"dtype": jnp.bfloat16}, {"choices": 33}],
+    ids=["another implementation", "another type", "more than lanes"],
+)
+def test_xla_chooses_where_the_kernel_does_not(launched, change):
+    logits = logits_of((2, 40)).astype(change.pop("dtype", jnp.float32))
+    choices = change.pop("choices", 4)
+    experts, _ = choose(logits, choices, **change)
+    np.testing.assert_array_equal(experts, jax.lax.top_k(logits, choices)[1])
+    assert not launched
+
+
+if jax.__version_info__ >= target.JAX_FOR_HOPPER:
+
+    def test_it_lowers_for_cuda():
+        run = functools.partial(mosaic_gpu.choose, choices=4)
+        assert kernels_for_cuda(run, logits_of((300, 128))) == 1
+        run = jax.vmap(run)
+        assert kernels_for_cuda(run, logits_of((2, 300, 128))) == 1
