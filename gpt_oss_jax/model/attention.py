@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from gpt_oss_jax.config import Config
 from gpt_oss_jax.kernels import attention, store_and_attend
 from gpt_oss_jax.kernels.attention import few_queries
-from gpt_oss_jax.kernels.attention.xla import scores
+from gpt_oss_jax.kernels.attention.xla import scores, write_some
 from gpt_oss_jax.kernels.sharded import own_heads
 from gpt_oss_jax.kernels.target import platform
 from gpt_oss_jax.model.cache import Cache, full_slots, ring_slots, write
@@ -160,7 +160,8 @@ class Attention(nnx.Module):
         )
         how["k_pos_BS"] = jnp.concatenate([positions_BS, positions_BT], axis=1)
         self._show_scores(q_BTKGH, k, how["k_pos_BS"], context)
-        k_new, v_new = write(k_old, slots_BT, k_BTL), write(v_old, slots_BT, v_BTL)
+        put = write_some if context.mesh is None and T > k_old.shape[1] else write
+        k_new, v_new = put(k_old, slots_BT, k_BTL), put(v_old, slots_BT, v_BTL)
         return attention(q_BTKGH, k, v, sinks, **how), k_new, v_new
 
     def _show_scores(self, q_BTKGH, k_BSKH, k_pos_BS, context: Context):
