@@ -187,14 +187,14 @@ def microseconds(loop, args) -> float:
 def form_of(text: str):
     """The kernel with the options that a form like "2,128" names."""
     warpgroups, keys = map(int, text.split(","))
-    return functools.partial(many_queries, warpgroups=warpgroups, keys=keys or None)
+    return functools.partial(many_queries, warpgroups=warpgroups or None, keys=keys or None)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="+", help="parts of names; without it all")
     parser.add_argument(
-        "--forms", nargs="+", default=["3,0"], help='"warpgroups,keys", 0 keys: the default'
+        "--forms", nargs="+", default=["0,0"], help='"warpgroups,keys", 0 for the default'
     )
     parser.add_argument("--xla", action="store_true", help="XLA is timed too")
     args = seeded(parser)

@@ -1,11 +1,12 @@
 """Attention with sinks on Hopper for many queries: prefill, whole or in chunks, any kind of cache.
 
 A thread block has three warpgroups that multiply, each 64 rows: some tokens with all queries of one
-key head. A fourth copies keys, values and positions, tile after tile, some ahead. Scores, softmax
-and values of a warpgroup stay in registers; softmax runs along the keys and starts from the sink,
-whose weight is one and whose value is zero. Which tiles of keys a block has to see at all, and
-which of them without a mask, follows from the positions alone: the others are neither copied nor
-computed. Knows no device; `mosaic_gpu` chooses.
+key head. A fourth copies keys, values and positions, tile after tile, some ahead. A window has few
+tiles, and a block mostly waits: there it has two warpgroups, the first of which copies too, and a
+multiprocessor two blocks. Scores, softmax and values of a warpgroup stay in registers; softmax runs
+along the keys and starts from the sink, whose weight is one and whose value is zero. Which tiles of
+keys a block has to see at all, and which of them without a mask, follows from the positions alone:
+the others are neither copied nor computed. Knows no device; `mosaic_gpu` chooses.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def many_queries(
     q_pos_BT: jax.Array,
     k_pos_BS: jax.Array,
     window: int | None,
-    warpgroups: int = 3,
+    warpgroups: int | None = None,
     keys: int | None = None,
 ) -> jax.Array:
     """See `api.attention`; compiles for Hopper on any machine.
@@ -54,8 +55,8 @@ def many_queries(
       q_pos_BT: int32 positions of the queries.
       k_pos_BS: int32 positions of the keys.
       window: Keys visible to a query, itself included; None for all.
-      warpgroups: That multiply, of a thread block; 1 to 3, beside one that copies.
-      keys: Of a tile, a multiple of 64; None for what suits the window.
+      warpgroups: That multiply, of a thread block, 1 to 3; None for what suits the window.
+      keys: Of a tile, a multiple of 64; None likewise.
 
     Raises:
       NotImplementedError: For sizes and types that it does not cover.
@@ -69,6 +70,7 @@ def many_queries(
             f"takes heads of {_HEAD} and 1, 2, 4 or 8 queries of a key head, got {H} and {G}"
         )
     tokens = _ROWS // G
+    warpgroups = warpgroups or (3 if window is None else 2)
     keys = keys or (128 if window is None else 64)
 
     q_BTNH = _padded(q_BTKGH.reshape(B, T, K * G, H), _EIGHT)
@@ -98,6 +100,7 @@ def _kernel(shape, K: int, warpgroups: int, keys: int, window: int | None):
     tokens = _ROWS // G
     blocks = -(-T // (warpgroups * tokens))
     stages = min(_MAX_STAGES, _SHARED_BYTES // (4 * keys * H + 4 * keys))
+    copies = window is None  # A warpgroup that does nothing else.
     free = _REGISTERS // 128 - _COPY_REGISTERS
     registers = min(240, free // warpgroups // 8 * 8)
     scale = H**-0.5 * math.log2(math.e)
@@ -113,31 +116,41 @@ def _kernel(shape, K: int, warpgroups: int, keys: int, window: int | None):
         def slot_of(step):
             return lax.rem(step, jnp.int32(stages))
 
-        @pl.when(warpgroup == warpgroups)
-        def _copy():
-            plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
+        def copy(step):
+            """A tile of keys and values, if there is one, once all have read what its slot had."""
+            slot = slot_of(step)
 
-            @pl.loop(0, count + stages)
-            def _(step):
-                slot = slot_of(step)
-
+            @pl.when(step < count)
+            def _():
                 @pl.when(step >= stages)
                 def _():
                     plgpu.barrier_wait(done.at[slot])
 
-                @pl.when(step < count)
-                def _():
-                    own = pl.ds(tiles[b, i, step] * keys, keys)
-                    for source, target, here in (
-                        (k.at[b, own, head], k_smem, k_here),
-                        (k_pos.at[b, own], pos_smem, k_here),
-                        (v.at[b, own, head], v_smem, v_here),
-                    ):
-                        plgpu.copy_gmem_to_smem(source, target.at[slot], here.at[slot])
+                own = pl.ds(tiles[b, i, step] * keys, keys)
+                for source, target, here in (
+                    (k.at[b, own, head], k_smem, k_here),
+                    (k_pos.at[b, own], pos_smem, k_here),
+                    (v.at[b, own, head], v_smem, v_here),
+                ):
+                    plgpu.copy_gmem_to_smem(source, target.at[slot], here.at[slot])
+
+        if copies:
+
+            @pl.when(warpgroup == warpgroups)
+            def _copy():
+                plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
+                pl.loop(0, count)(copy)
 
         @pl.when(warpgroup < warpgroups)
         def _compute():
-            plgpu.set_max_registers(registers, action="increase")
+            if copies:
+                plgpu.set_max_registers(registers, action="increase")
+            else:
+
+                @pl.when(warpgroup == 0)
+                def _():
+                    pl.loop(0, stages)(copy)
+
             tile = i * warpgroups + warpgroup
             own, here = q_smem.at[warpgroup], q_here.at[warpgroup]
 
@@ -189,6 +202,12 @@ def _kernel(shape, K: int, warpgroups: int, keys: int, window: int | None):
                 more = product(weights, v_smem.at[slot])
                 values = values * over(kept, values.shape) + more
                 plgpu.barrier_arrive(done.at[slot])
+                if not copies:
+
+                    @pl.when(warpgroup == 0)
+                    def _():
+                        copy(step + stages)
+
                 return now, total, values
 
             state = largest, total, values
@@ -223,7 +242,7 @@ def _kernel(shape, K: int, warpgroups: int, keys: int, window: int | None):
         ],
         grid=(B, K, blocks),
         grid_names=("b", "head", "block"),
-        num_threads=warpgroups + 1,
+        num_threads=warpgroups + copies,
         thread_name="warpgroup",
         kernel_name=f"attention_many_{'full' if window is None else 'window'}",
         compiler_params=plgpu.CompilerParams(
