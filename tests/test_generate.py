@@ -4,6 +4,7 @@ Two layers, one windowed and one full, and few different shapes: the time here i
 """
 
 import dataclasses
+import gc
 import itertools
 import re
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from random_model import random_model
 from sizes import SHARDABLE, TINY
 
@@ -18,7 +20,7 @@ from gpt_oss_jax.checkpoint import outline
 from gpt_oss_jax.generate import Completion, ahead, device, generate, generate_batch, loop
 from gpt_oss_jax.kernels import dispatch
 from gpt_oss_jax.sampling import SamplingParams, sample
-from gpt_oss_jax.sharding import make_mesh
+from gpt_oss_jax.sharding import make_mesh, named_sharding
 
 SMALL = dataclasses.replace(TINY, num_hidden_layers=2)
 GREEDY = SamplingParams(temperature=0)
@@ -189,6 +191,55 @@ def test_the_next_call_runs_while_tokens_are_read(model, decode_calls):
     assert len(decode_calls) == 2, "the second call must start before the first is read"
     steps.close()
     assert len(decode_calls) == 2
+
+
+def test_a_model_is_flattened_once(monkeypatch):
+    """Until something but the values of its weights is another: those may be set in place."""
+    model = random_model(SMALL)
+    skeleton, leaves = device.split(model)
+    flattened, flatten = [], jax.tree.flatten
+    count = lambda tree: flattened.append(None) or flatten(tree)
+    monkeypatch.setattr(device.jax.tree, "flatten", count)
+
+    def changed(model, times):
+        """Whether the skeleton is another; weights must be those of the model."""
+        now, own = device.split(model)
+        assert all(x is y for x, y in zip(own, jax.tree.leaves(model), strict=True))
+        assert len(flattened) == times
+        return now is not skeleton
+
+    assert not changed(model, 0)
+    bias = model.layers[1].mlp.router.bias
+    bias[...] = bias[...] + 1
+    assert not changed(model, 0)
+    model.implementation = "xla"
+    assert changed(model, 1) and changed(model, 1)
+    model.implementation = None
+    assert not changed(model, 2)
+    model.layers[1].mlp.router.bias = bias.replace(bias[...].astype(jnp.bfloat16))
+    changed(model, 3)
+    model.norm.another = 1
+    assert changed(model, 4)
+    del model.norm.another
+    changed(model, 5)
+    mesh = make_mesh(expert=2)
+    for x in jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+        x[...] = jax.device_put(x[...], named_sharding(mesh, x.axes, x.shape))
+    assert device.split(model)[0].mesh == mesh
+    known = len(device._known)
+    del model
+    gc.collect()
+    assert len(device._known) == known - 1
+
+
+def test_weights_that_are_one_array_are_looked_for_each_time():
+    model = random_model(SMALL)
+    first, second = (layer.attention_norm.scale for layer in model.layers)
+    second[...] = first[...]
+    assert device.split(model)[1][0] is not None
+    second[...] = first[...] + 1
+    _, leaves = device.split(model)
+    assert all(x is y for x, y in zip(leaves, jax.tree.leaves(model), strict=True))
 
 
 def test_rows_that_are_done_change_no_more(model):
