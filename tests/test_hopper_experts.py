@@ -233,9 +233,10 @@ def added(program, residual, parts):
     return memory.get(places[-1], residual.shape, ml_dtypes.bfloat16)
 
 
-def summed(parts):
-    """Over X, one after the other, rounded."""
-    return functools.reduce(np.add, parts.transpose(1, 0, 2)).astype(ml_dtypes.bfloat16)
+def on_top(residual, parts):
+    """The parts added up over X, one after the other, and to the residual stream; rounded once."""
+    total = functools.reduce(np.add, parts.transpose(1, 0, 2))
+    return (np.asarray(residual, np.float32) + total).astype(ml_dtypes.bfloat16)
 
 
 def test_parts_are_added_to_the_residual_stream():
@@ -244,7 +245,7 @@ def test_parts_are_added_to_the_residual_stream():
     residual = numbers.normal(size=(M, D)).astype(ml_dtypes.bfloat16)
     parts = numbers.normal(size=(M, X, D)).astype(np.float32)
     got = added(rows_ptx.Add(M, D, X), residual, parts)
-    np.testing.assert_array_equal(got, residual + summed(parts))
+    np.testing.assert_array_equal(got, on_top(residual, parts))
 
 
 def test_few_rows_add_what_they_have_to_the_residual_stream(monkeypatch):
@@ -256,7 +257,7 @@ def test_few_rows_add_what_they_have_to_the_residual_stream(monkeypatch):
     monkeypatch.setattr(few_rows, "_launch", lambda *args: jnp.asarray(parts).reshape(-1, 64))
     monkeypatch.setattr(few_rows, "add_parts", lambda r, y: added(rows_ptx.Add(3, 64, 2), r, y))
     got = few_rows.few_rows(x, chosen, weight, w, limit=7.0, residual_MD=residual)
-    np.testing.assert_array_equal(got, np.asarray(residual) + summed(parts))
+    np.testing.assert_array_equal(got, on_top(residual, parts))
 
 
 @pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])

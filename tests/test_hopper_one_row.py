@@ -93,11 +93,14 @@ def test_what_is_not_there_yet_is_read_again(monkeypatch, what):
 
 
 def test_the_residual_stream_is_added():
-    """And both are rounded first."""
+    """Before it is rounded: without itself, what was rounded off is left of it."""
     args = layer(1)
+    alone = interpreted(*args)
     residual = np.random.default_rng(0).normal(size=args[0].shape).astype(ml_dtypes.bfloat16)
-    want = (residual + interpreted(*args).astype(ml_dtypes.bfloat16)).astype(np.float32)
-    np.testing.assert_array_equal(interpreted(*args, residual), want)
+    got, want = interpreted(*args, residual), residual.astype(np.float32) + alone
+    np.testing.assert_allclose(got, want, rtol=2**-7, atol=2**-8 * np.abs(alone).max())
+    rest = interpreted(*args, -alone.astype(ml_dtypes.bfloat16))
+    assert rest.any() and (np.abs(rest) <= 2**-8 * np.abs(alone)).all()
 
 
 class OnlyDown(OneRow):

@@ -295,11 +295,13 @@ def test_what_heads_give_is_added_in_bfloat16_where_devices_share_them(axes, cou
     assert program.count("preferred_element_type=bfloat16") == count
 
 
-@pytest.mark.parametrize(("kind", "count"), [("gpu", 2), ("tpu", 0)])
-def test_what_attention_multiplies_comes_in_bfloat16_on_a_gpu(monkeypatch, kind, count):
-    """Two products of a layer; the router's, and logits, stay float32."""
+@pytest.mark.parametrize(
+    ("kind", "rows", "count"), [("gpu", 17, 2), ("gpu", 16, 0), ("tpu", 17, 0)]
+)
+def test_what_attention_multiplies_comes_in_bfloat16_on_a_gpu(monkeypatch, kind, rows, count):
+    """Of many rows, two products of a layer; the router's, and logits, stay float32."""
     monkeypatch.setattr("gpt_oss_jax.model.attention.platform", lambda: kind)
     model = random_model(SHARDABLE, dtype=jnp.bfloat16)
-    program = str(jax.make_jaxpr(model)(jnp.zeros((2, 8), jnp.int32)))
+    program = str(jax.make_jaxpr(model)(jnp.zeros((rows, 8), jnp.int32)))
     count *= SHARDABLE.num_hidden_layers
     assert program.count("preferred_element_type=bfloat16") == count

@@ -21,6 +21,9 @@ from gpt_oss_jax.model.rope import apply_rope
 from gpt_oss_jax.model.tap import Tap
 
 
+_MANY_ROWS = 128  # Of fewer, float32 costs nothing.
+
+
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What every layer of one forward pass shares.
@@ -83,8 +86,9 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         """Returns the output [B, T, D] and this layer's new keys and values for the cache."""
         tap, name = context.tap, f"layers.{self.layer}.attention"
-        # Not float32, which a GPU would write and read again.
-        dtype = x_BTD.dtype if platform() == "gpu" else jnp.float32
+        # Not float32 for many rows, which a GPU would write and read again.
+        many = platform() == "gpu" and context.positions_BT.size > _MANY_ROWS
+        dtype = x_BTD.dtype if many else jnp.float32
         qkv_BTKCH = self.qkv(x_BTD, dtype=dtype).astype(x_BTD.dtype)
         q_BTKGH = tap(f"{name}.q", qkv_BTKCH[:, :, :, :-2])
         k_BTKH = tap(f"{name}.k", qkv_BTKCH[:, :, :, -2])

@@ -111,7 +111,7 @@ def add_product(
     *,
     early: bool = False,
 ) -> jax.Array:
-    """Residual stream [M, O] plus the product, both rounded first."""
+    """Residual stream [M, O] plus the product, rounded once."""
     program = _product(*x_MI.shape, weight_OI.shape[0], "add", early=early)
     out = jax.ShapeDtypeStruct(residual_MO.shape, jnp.bfloat16)
     return _launch(program, (out,), (x_MI, weight_OI, bias_O, residual_MO))[0]

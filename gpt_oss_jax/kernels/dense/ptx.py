@@ -417,12 +417,11 @@ mul.wide.u32 at, t0, 2; add.u64 at, at, <residual>; @has{n} ld.global.b32 residu
         return text
 
     def _add(self) -> str:
-        """To the residual stream, both rounded, and their sum."""
+        """To the residual stream, rounded once."""
         text = self._with_bias()
         for n in self._halves:
-            text += f"""cvt.rn.bf16x2.f32 t1, c{2 * n + 1}, c{2 * n};
-{_apart(f"residual{n}", "f0", "f1")} {_apart("t1", "f2", "f3")}
-add.f32 f0, f0, f2; add.f32 f1, f1, f3; cvt.rn.bf16x2.f32 t0, f1, f0;
+            text += f"""{_apart(f"residual{n}", "f0", "f1")}
+add.f32 f0, f0, c{2 * n}; add.f32 f1, f1, c{2 * n + 1}; cvt.rn.bf16x2.f32 t0, f1, f0;
 add.u32 t1, row, {8 * n}; mad.lo.u32 t1, t1, {self.outputs}, place; mul.wide.u32 at, t1, 2;
 add.u64 at, at, <out>; @has{n} st.global.b32 [at], t0;
 """

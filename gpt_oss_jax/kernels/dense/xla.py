@@ -28,7 +28,8 @@ def queries_keys_values(
 
 def add_product(x_MI, weight_OI, bias_O, residual_MO, *, early=False):
     """See `mosaic_gpu.add_product`."""
-    return residual_MO + _product(x_MI, weight_OI, bias_O).astype(residual_MO.dtype)
+    y_MO = residual_MO.astype(jnp.float32) + _product(x_MI, weight_OI, bias_O)
+    return y_MO.astype(residual_MO.dtype)
 
 
 def part_of_product(x_MI, weight_OI, *, early=False):

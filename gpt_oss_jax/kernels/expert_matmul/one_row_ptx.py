@@ -45,7 +45,7 @@ class OneRow(Layer):
     """The launch for one row.
 
     Attributes:
-      adds: Whether the result is added to the residual stream, both rounded first.
+      adds: Whether the result is added to the residual stream, and rounded then.
     """
 
     rows: int = 1
@@ -312,12 +312,10 @@ mul.wide.u32 more, row, 4;
             names = [*others[r::2], f"f{r}"]
             text += f"mov.b32 d{r}, {names[0]};"
             text += "".join(f"mov.b32 d2, {x}; add.f32 d{r}, d{r}, d2;" for x in names[1:])
-        text += "cvt.rn.bf16x2.f32 t0, d1, d0;\n"
         if self.adds:
-            for r, register in enumerate(("t0", "residual")):
-                text += f"shl.b32 t1, {register}, 16; mov.b32 d{2 * r}, t1;"
-                text += f"and.b32 t1, {register}, {0xFFFF0000}; mov.b32 d{2 * r + 1}, t1;"
-            text += "add.f32 d0, d0, d2; add.f32 d1, d1, d3; cvt.rn.bf16x2.f32 t0, d1, d0;\n"
+            text += f"shl.b32 t0, residual, 16; and.b32 t1, residual, {0xFFFF0000};"
+            text += "mov.b32 d2, t0; mov.b32 d3, t1; add.f32 d0, d0, d2; add.f32 d1, d1, d3;\n"
+        text += "cvt.rn.bf16x2.f32 t0, d1, d0;\n"
         return text + "add.u64 from, more, <out>; @in st.global.b32 [from], t0;"
 
     @property

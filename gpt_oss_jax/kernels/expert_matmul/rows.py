@@ -72,7 +72,7 @@ def add_up(
       place_of_pair: int32 [M X], which row.
       experts_MX: int32 expert of each pair.
       num_experts: Pairs of experts past these are left out; None: there are none.
-      residual_MD: bf16 rows that the sum, rounded, is added to.
+      residual_MD: bf16 rows that the sum is added to before it is rounded.
     """
     (M, X), D = experts_MX.shape, y_RD.shape[1]
     run = Sum(M, D, X, num_experts, adds=residual_MD is not None)
@@ -82,7 +82,7 @@ def add_up(
 
 
 def add_parts(residual_MD: jax.Array, y_MXD: jax.Array) -> jax.Array:
-    """The residual stream, bf16, plus the sum over X of float32 parts, both rounded first.
+    """The residual stream, bf16, plus the sum over X of float32 parts, rounded once.
 
     D is a multiple of 4.
     """

@@ -236,7 +236,7 @@ and.b32 t0, lane, 2; setp.ne.u32 turns0, t0, 0; and.b32 t0, lane, 4; setp.ne.u32
 
 @dataclasses.dataclass(frozen=True)
 class Add:
-    """The residual stream plus the sum of each row's parts, both rounded first.
+    """The residual stream plus the sum of each row's parts, rounded once.
 
     Attributes:
       rows: Rows.
@@ -277,13 +277,9 @@ mul.wide.u32 from, t0, 16; add.u64 from, from, $2; mul.wide.u32 at, i, 8; add.u6
         for n in range(1, self.parts):
             text += "".join(f"add.f32 y0_{i}, y0_{i}, y{n}_{i};" for i in range(4)) + "\n"
         for i in range(2):
-            text += f"cvt.rn.bf16x2.f32 t0, y0_{2 * i + 1}, y0_{2 * i};"
-            for half, spread in enumerate(
-                ("shl.b32 row, t0, 16;", f"and.b32 row, t0, {0xFFFF0000};")
-            ):
-                text += spread + f"mov.b32 f{half}, row;"
-            text += _apart(f"w{i}", "t0", "row") + "mov.b32 y0_0, t0; mov.b32 y0_1, row;"
-            text += f"add.f32 f0, f0, y0_0; add.f32 f1, f1, y0_1; cvt.rn.bf16x2.f32 w{i}, f1, f0;\n"
+            text += _apart(f"w{i}", "t0", "row") + "mov.b32 f0, t0; mov.b32 f1, row;"
+            text += f"add.f32 f0, f0, y0_{2 * i}; add.f32 f1, f1, y0_{2 * i + 1};"
+            text += f"cvt.rn.bf16x2.f32 w{i}, f1, f0;\n"
         text += "mul.wide.u32 at, i, 8; add.u64 at, at, $3; @in st.global.v2.b32 [at], {w0, w1};\n"
         return _named(text)
 
@@ -297,7 +293,7 @@ class Sum:
       width: Of a row, a multiple of 8.
       choices: Rows to add.
       experts: Experts there are: a row of an expert past them is not there. None: all are.
-      adds: Whether it is added to the residual stream, rounded first.
+      adds: Whether it is added to the residual stream, and rounded then.
     """
 
     rows: int
@@ -364,13 +360,10 @@ mul.wide.u32 more, lane, 16; mul.lo.u32 t0, row, {X}; mul.wide.u32 at, t0, 4;
                     for x in range(1, X):
                         text += _apart(f"y{x}_{s - first}_{i}", "f0", "f1")
                         text += "add.f32 sum0, sum0, f0; add.f32 sum1, sum1, f1;"
-                    text += f"cvt.rn.bf16x2.f32 {word}, sum1, sum0;"
                     if self.adds:
-                        text += _apart(word, "sum0", "sum1")
                         text += _apart(f"kept{s - first}_{i}", "f0", "f1")
                         text += "add.f32 sum0, sum0, f0; add.f32 sum1, sum1, f1;"
-                        text += f"cvt.rn.bf16x2.f32 {word}, sum1, sum0;"
-                    text += "\n"
+                    text += f"cvt.rn.bf16x2.f32 {word}, sum1, sum0;\n"
                 text += f"setp.lt.u32 p, lane, {pieces - 32 * s};"
                 text += f"@p st.global.v4.u32 [at + {512 * s}], {{{', '.join(words)}}};\n"
         return _named(text)
