@@ -135,7 +135,7 @@ def _halves(gate, linear, limit):
     return _right_swiglu(*jnp.split(up, 2, axis=-1), limit)
 
 
-def _softmax_before_top_k(logits, count):
+def _softmax_before_top_k(logits, count, **where):
     weights, experts = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), count)
     return experts, weights
 
@@ -178,7 +178,7 @@ FAULTS = {
     "softmax before top-k": Fault(
         "layers.0.mlp.expert_weights",
         "the softmax over all experts",
-        code=(moe, "route", _softmax_before_top_k),
+        code=(moe, "choose", _softmax_before_top_k),
     ),
     "bias after weighting": Fault(
         OUT,

@@ -26,14 +26,17 @@ def _poison(size):
 
 
 class Memory:
-    """Bytes with arrays in them; addresses start at 4096."""
+    """Bytes with arrays in them, and room between these; addresses start at 4096."""
 
     def __init__(self):
         self.bytes = np.full(4096, 255, np.uint8)
+        self.starts, self.ends = [], []
 
     def put(self, array):
         raw = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
-        at = -(-self.bytes.size // 256) * 256
+        at = (self.bytes.size // 256 + 1) * 256
+        self.starts.append(at)
+        self.ends.append(at + raw.size)
         fresh = np.full(at + raw.size, 255, np.uint8)
         fresh[: self.bytes.size] = self.bytes
         fresh[at:] = raw
@@ -57,13 +60,15 @@ def launch(
     at_once=False,
     at_rest=(),
     by_chance=None,
+    second=False,
 ):
     """Runs a thread program whose first operand is the block and whose last is shared memory.
 
     Clusters run one after the other, or all of them at once. What is at rest (addresses and sizes)
     may be read before a warp has waited for earlier kernels, everything else only then. With
     random numbers `by_chance`, warps go on in any order, and copies land when they begin, not when
-    they are waited for.
+    they are waited for. As the `second` of the grids that vmap makes of one, the last block comes
+    first.
 
     Returns:
       Address and size of what was copied to shared memory, and of what was only brought nearer.
@@ -73,14 +78,15 @@ def launch(
     assert text.count(NEXT) == 1, "the next kernel may start once"
     program, labels = _parse(text)
     bulks, all_warps = ([], []), []
-    for first in range(0, grid, grid if at_once else cluster):
+    starts = range(0, grid, grid if at_once else cluster)
+    for first in reversed(starts) if second else starts:
         group = range(grid if at_once else cluster)
         shared = np.tile(_poison(shared_bytes), (len(group), 1))
         threads = []
         for n in group:
-            values, barriers = [first + n, *operands, 0], {}
+            values, barriers = [first + n + grid * second, *operands, 0], {}
             for w in range(warps):
-                warp = _Warp(program, labels, values, memory.bytes, shared[n], barriers, w, bulks)
+                warp = _Warp(program, labels, values, memory, shared[n], barriers, w, bulks)
                 own = n // cluster * cluster
                 warp.spaces["shared::cluster"] = shared[own : own + cluster].reshape(-1)
                 warp.at_rest, warp.hasty = at_rest, by_chance is not None
@@ -135,7 +141,7 @@ def piece(text, gives, operands, memory, shared):
     given = np.zeros((gives, 128), np.uint64)
     for w in range(4):
         own = slice(32 * w, 32 * w + 32)
-        warp = _Warp(program, labels, [], memory.bytes, shared, {}, w)
+        warp = _Warp(program, labels, [], memory, shared, {}, w)
         for i, value in enumerate(operands):
             value = np.broadcast_to(np.asarray(value, np.uint64), 128)[own]
             warp.registers[f"operand{gives + i}"] = value
@@ -287,7 +293,8 @@ class _Warp:
     def __init__(self, program, labels, operands, memory, shared, barriers, warp, bulks=None):
         self.barriers, self.bulks = barriers, bulks
         self.program, self.labels, self.operands = program, labels, operands
-        self.spaces = {"global": memory, "shared": shared}
+        self.spaces = {"global": memory.bytes, "shared": shared}
+        self.arrays = np.array(memory.starts), np.array(memory.ends)
         self.registers = {"%tid.x": np.arange(32, dtype=np.uint64) + 32 * warp}
         self.at_rest = None  # Nothing to wait for.
         self.hasty = False
@@ -412,7 +419,9 @@ class _Warp:
                 space[where] = raw[active, :size]
 
     def check(self, kind, at, size):
-        """Earlier kernels may still write what is not at rest."""
+        """It is inside an array; earlier kernels may still write what is not at rest."""
+        array = np.searchsorted(self.arrays[0], at, "right") - 1
+        assert (array >= 0).all() and (at + size <= self.arrays[1][array]).all(), f"{kind} nowhere"
         if self.at_rest is not None:
             rests = [(first <= at) & (at + size <= first + all_) for first, all_ in self.at_rest]
             assert kind == "ld" and np.any(rests, axis=0).all(), f"{kind} before it has waited"

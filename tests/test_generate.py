@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import itertools
 import re
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -196,7 +197,7 @@ def test_the_next_call_runs_while_tokens_are_read(model, decode_calls):
 def test_a_model_is_flattened_once(monkeypatch):
     """Until something but the values of its weights is another: those may be set in place."""
     model = random_model(SMALL)
-    skeleton, leaves = device.split(model)
+    skeleton, _ = device.split(model)
     flattened, flatten = [], jax.tree.flatten
     count = lambda tree: flattened.append(None) or flatten(tree)
     monkeypatch.setattr(device.jax.tree, "flatten", count)
@@ -218,18 +219,38 @@ def test_a_model_is_flattened_once(monkeypatch):
     assert not changed(model, 2)
     model.layers[1].mlp.router.bias = bias.replace(bias[...].astype(jnp.bfloat16))
     changed(model, 3)
+    weight = jnp.ones_like(model.norm.scale[...])
+    last = weakref.ref(weight)
+    model.norm.scale[...] = weight
+    del weight
+    changed(model, 3)
+    model.norm.scale = model.norm.scale.replace(2 * model.norm.scale[...])
+    gc.collect()
+    assert last() is None, "an array is kept that the model has no more"
+    changed(model, 4)
     model.norm.another = 1
-    assert changed(model, 4)
+    assert changed(model, 5)
     del model.norm.another
-    changed(model, 5)
+    changed(model, 6)
     mesh = make_mesh(expert=2)
     for x in jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, nnx.Variable)):
         x[...] = jax.device_put(x[...], named_sharding(mesh, x.axes, x.shape))
     assert device.split(model)[0].mesh == mesh
+    table = model.embedding.weight
+    table.set_raw_value(table.get_raw_value().astype(jnp.bfloat16))
+    assert device.split(model)[0].dtype == jnp.bfloat16
     known = len(device._known)
     del model
     gc.collect()
     assert len(device._known) == known - 1
+
+
+def test_variables_outside_modules_are_looked_for_each_time():
+    model = random_model(SMALL)
+    model.more = nnx.data((nnx.Param(jnp.ones(2)),))
+    for _ in range(2):
+        _, leaves = device.split(model)
+        assert all(x is y for x, y in zip(leaves, jax.tree.leaves(model), strict=True))
 
 
 def test_weights_that_are_one_array_are_looked_for_each_time():

@@ -97,6 +97,15 @@ def test_a_product_is_added(interpreter, M, inputs, outputs, early):
     close(mosaic_gpu.add_product(*arrays, early=early), xla.add_product(*arrays))
 
 
+@pytest.mark.parametrize("M", [1, 13])
+def test_a_product_is_rounded_with_the_residual_stream(interpreter, M):
+    """Once: without itself, what was rounded off is left of it."""
+    x, weight, bias, nothing = random(M, (M, 96), (24, 96), (24,), (M, 24))
+    alone = mosaic_gpu.add_product(x, weight, bias, 0 * nothing)
+    rest = mosaic_gpu.add_product(x, weight, bias, -alone).astype(jnp.float32)
+    assert rest.any() and (jnp.abs(rest) <= 2**-8 * jnp.abs(alone.astype(jnp.float32))).all()
+
+
 @pytest.mark.parametrize("M", [2, 13])
 def test_a_part_of_a_product(interpreter, M):
     arrays = random(M, (M, 96), (24, 96))

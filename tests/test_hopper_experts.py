@@ -107,9 +107,9 @@ def test_more_rows_than_can_be_sorted_go_through_in_parts(monkeypatch, M):
     monkeypatch.setattr(few_rows, "MAX_SORTED", 3 * chosen.shape[1])
     rows = []
 
-    def kernel(x, chosen, weight, w, *, limit, some_elsewhere):
+    def kernel(x, chosen, weight, w, *, residual_MD, **options):
         rows.append(len(x))
-        return xla.expert_mlp(x, chosen, weight, w, limit=limit, some_elsewhere=some_elsewhere)
+        return residual_MD + xla.expert_mlp(x, chosen, weight, w, **options)
 
     run = few_rows.few_rows
     monkeypatch.setattr(few_rows, "few_rows", kernel)

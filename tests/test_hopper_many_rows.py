@@ -80,9 +80,15 @@ def grouped(p, w, bias, tiles, x_RK, weights_R=None):
 
 
 def launch(name, run, outs, inputs):
-    """`rows._launch`, interpreted."""
+    """`rows._launch`, interpreted; a second grid, whose last block comes first, gives the same."""
 
     def interpret(*inputs):
+        first, second = (interpret_one(*inputs, second=i) for i in (False, True))
+        for ours, its in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+            np.testing.assert_array_equal(ours.view(np.uint8), its.view(np.uint8))
+        return first
+
+    def interpret_one(*inputs, second):
         memory, wanted = ptx.Memory(), jax.tree.leaves(outs)
         places = [memory.put(np.asarray(a)) for a in inputs]
         # NaN, but no -1, which means something.
@@ -90,7 +96,7 @@ def launch(name, run, outs, inputs):
         poison = [np.full(np.prod(o.shape) * o.dtype.itemsize, byte(o), np.uint8) for o in wanted]
         results = [memory.put(a) for a in poison]
         size = {"grid": run.grid, "warps": run.warps, "shared_bytes": run.shared_bytes}
-        ptx.launch(run.ptx(), [*places, *results], memory, **size)
+        ptx.launch(run.ptx(), [*places, *results], memory, **size, second=second)
         got = [memory.get(at, o.shape, o.dtype) for at, o in zip(results, wanted, strict=True)]
         return jax.tree.unflatten(jax.tree.structure(outs), got)
 
@@ -123,7 +129,7 @@ def test_many_rows_equal_the_oracle(emulated, M, tile, options):
 
 @pytest.mark.parametrize(
     ("pairs", "size", "E"),
-    [(1, 8, 5), (40, 4, 5), (200, 16, 5), (9, 8, 130), (1025, 64, 3), (3000, 128, 40)],
+    [(1, 8, 5), (40, 4, 5), (200, 16, 5), (9, 8, 130), (1025, 64, 3), (3000, 16, 40)],
 )
 def test_pairs_are_sorted_alike_in_every_way(emulated, monkeypatch, pairs, size, E):
     """Pairs of the last expert are elsewhere; one expert has none."""

@@ -8,9 +8,12 @@ import numpy as np
 import ptx
 import pytest
 from hopper_layer import kernels_for_cuda
+from random_model import random_model
+from sizes import SHARDABLE
 
 from gpt_oss_jax.kernels import choose, target
 from gpt_oss_jax.kernels.routing import api, mosaic_gpu, xla
+from gpt_oss_jax.model import moe
 from gpt_oss_jax.sharding import make_mesh
 
 
@@ -19,21 +22,25 @@ def launched(monkeypatch):
     """The PTX interpreter in the place of the GPU; the rows of every launch."""
     rows = []
 
-    def run(program, outs, logits):
-        memory = ptx.Memory()
-        at = memory.put(np.asarray(logits))
-        results = [memory.put(np.full(o.shape, -2, o.dtype)) for o in outs]
-        size = {"grid": program.grid, "shared_bytes": 16, "warps": program.warps}
-        ptx.launch(program.ptx(), [at, *results], memory, **size)
-        return tuple(memory.get(at, o.shape, o.dtype) for at, o in zip(results, outs, strict=True))
+    def launch(name, text, outs, inputs, *, grid, warpgroups):
+        rows.append(len(inputs[0]))
+        size = {"grid": grid, "warps": 4 * warpgroups, "shared_bytes": 16}
 
-    def launch(program, outs, logits):
-        rows.append(program.rows)
-        return jax.pure_callback(functools.partial(run, program, outs), outs, logits)
+        def run(logits):
+            memory = ptx.Memory()
+            at = memory.put(np.asarray(logits))
+            own = [memory.put(np.full(o.shape, -2, o.dtype)) for o in outs]
+            ptx.launch(text, [at, *own], memory, **size, second=bool(len(rows) % 2))
+            return tuple(memory.get(at, o.shape, o.dtype) for at, o in zip(own, outs, strict=True))
 
-    monkeypatch.setattr(mosaic_gpu, "_launch", launch)
+        return jax.pure_callback(run, outs, *inputs)
+
+    monkeypatch.setattr(mosaic_gpu, "launch", launch)
     monkeypatch.setattr(api, "why_not_hopper", lambda: "")
-    return rows
+    # What is traced has the launch of its time in it.
+    mosaic_gpu._launch.clear_cache()
+    yield rows
+    mosaic_gpu._launch.clear_cache()
 
 
 def logits_of(shape, seed=0):
@@ -49,12 +56,25 @@ def logits_of(shape, seed=0):
 )
 def test_experts_are_chosen_as_by_xla(launched, shape, X):
     logits = logits_of(shape)
-    experts, weights = choose(logits, X)
+    experts, weights = choose(logits, X, implementation="mosaic_gpu")
     wanted, of_wanted = xla.choose(logits, choices=X)
     assert (experts.dtype, weights.dtype) == (jnp.int32, jnp.float32)
     np.testing.assert_array_equal(experts, wanted)
     np.testing.assert_allclose(weights, of_wanted, rtol=1e-5, atol=1e-30)
     assert launched == [np.prod(shape[:-1])]
+
+
+def test_a_second_grid_does_the_same(launched):
+    """As which the interpreter runs every other launch; vmap makes several of one."""
+    logits = logits_of((9, 40))
+    for ours, its in zip(choose(logits, 4), choose(logits[:8], 4), strict=True):
+        np.testing.assert_array_equal(ours[:8], its)
+    assert launched == [9, 8]
+
+
+def test_more_choices_than_experts_are_refused():
+    with pytest.raises(ValueError, match="wanted 5 of at least as many experts, got 4"):
+        choose(logits_of((2, 4)), 5)
 
 
 @pytest.mark.parametrize("sign", [1, -1], ids=["large", "small"])
@@ -77,8 +97,10 @@ def test_gradients_are_those_of_xla(launched):
 @pytest.mark.parametrize(
     ("axes", "rows"), [({"data": 2}, 8), ({"expert": 2}, 16), ({"context": 2}, 8)]
 )
-def test_devices_of_a_mesh_choose_for_their_rows(launched, axes, rows):
-    logits = logits_of((2, 8, 32))
+@pytest.mark.parametrize("shape", [(2, 8, 32), (16, 32)])
+def test_devices_of_a_mesh_choose_for_their_rows(launched, axes, rows, shape):
+    logits = logits_of(shape)
+    rows = 16 if axes == {"context": 2} and len(shape) == 2 else rows
     got = jax.jit(lambda x: choose(x, 4, mesh=make_mesh(**axes)))(logits)
     for ours, wanted in zip(got, xla.choose(logits, choices=4), strict=True):
         np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-30)
@@ -87,8 +109,13 @@ def test_devices_of_a_mesh_choose_for_their_rows(launched, axes, rows):
 
 @pytest.mark.parametrize(
     "change",
-    [{"implementation": "xla"}, {"dtype": jnp.bfloat16}, {"choices": 33}],
-    ids=["another implementation", "another type", "more than lanes"],
+    [
+        {"implementation": "xla"},
+        {"implementation": "mosaic_tpu"},
+        {"dtype": jnp.bfloat16},
+        {"choices": 33},
+    ],
+    ids=["XLA is named", "another kernel is", "another type", "more than lanes"],
 )
 def test_xla_chooses_where_the_kernel_does_not(launched, change):
     logits = logits_of((2, 40)).astype(change.pop("dtype", jnp.float32))
@@ -96,6 +123,21 @@ def test_xla_chooses_where_the_kernel_does_not(launched, change):
     experts, _ = choose(logits, choices, **change)
     np.testing.assert_array_equal(experts, jax.lax.top_k(logits, choices)[1])
     assert not launched
+
+
+def test_a_model_says_where_and_how(monkeypatch):
+    came = []
+
+    def record(logits, choices, **how):
+        came.append(how)
+        return xla.choose(logits, choices=choices)
+
+    monkeypatch.setattr(moe, "choose", record)
+    mesh = make_mesh(expert=2)
+    model = random_model(SHARDABLE, mesh=mesh)
+    model.implementation = "xla"
+    jax.eval_shape(lambda model: model(jnp.zeros((2, 4), jnp.int32)), model)
+    assert came == SHARDABLE.num_hidden_layers * [{"implementation": "xla", "mesh": mesh}]
 
 
 if jax.__version_info__ >= target.JAX_FOR_HOPPER:

@@ -287,6 +287,19 @@ def test_unknown_axis_is_refused():
         named_sharding(make_mesh(), ("width",))
 
 
+def test_rings_over_a_mesh_are_written_as_they_are_split(monkeypatch):
+    """Where slots looked for their tokens, all tokens would come to all devices."""
+    monkeypatch.setattr("gpt_oss_jax.model.attention.write_some", None)
+    model = random_model(SHARDABLE, mesh=make_mesh(context=2))
+    tokens = jnp.zeros((2, 64), jnp.int32)
+    cache = init_cache(SHARDABLE, 2, 64, jnp.float32)
+    at = jnp.broadcast_to(jnp.arange(64), (2, 64))
+    jax.eval_shape(lambda model, cache: model.forward(tokens, at, cache), model, cache)
+    model = random_model(SHARDABLE)
+    with pytest.raises(TypeError, match="not callable"):
+        jax.eval_shape(lambda model, cache: model.forward(tokens, at, cache), model, cache)
+
+
 @pytest.mark.parametrize(("axes", "count"), [({"expert": 2}, 2), ({"data": 2}, 0)])
 def test_what_heads_give_is_added_in_bfloat16_where_devices_share_them(axes, count):
     model = random_model(SHARDABLE, dtype=jnp.bfloat16, mesh=make_mesh(**axes))

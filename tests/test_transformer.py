@@ -12,7 +12,10 @@ from random_model import random_model
 from sizes import TINY
 
 from gpt_oss_jax.kernels import IMPLEMENTATIONS, einsum
+from gpt_oss_jax.kernels.attention.xla import write, write_some
 from gpt_oss_jax.model import Packed, Transformer, init_cache
+from gpt_oss_jax.model.cache import ring_slots
+from gpt_oss_jax.model.layers import Linear, plus_bias
 from gpt_oss_jax.quant import dequantize
 
 B, T = 2, 40
@@ -61,6 +64,45 @@ def test_chunks_of_any_length_equal_one_pass(tiny, chunks, ring):
         start += n
     want = whole(m, t)
     np.testing.assert_allclose(jnp.concatenate(out, 1), want, atol=2e-6 * spread(want))
+
+
+@pytest.mark.parametrize("T", [5, 12, 40])
+def test_slots_that_look_for_their_tokens_are_those_written(T):
+    """Into a ring of 7; padding before, between and behind them, or nothing else."""
+    starts, random = jnp.asarray([[0], [3], [11], [5]]), np.random.default_rng(T)
+    real = random.random((4, T)) < np.array([[0.7], [0.7], [0.7], [0]])
+    positions = jnp.where(real, starts + jnp.cumsum(real, axis=1) - 1, -1)
+    old, new = (jnp.asarray(random.normal(size=(4, n, 6)), jnp.float32) for n in (7, T))
+    arrays = old.astype(jnp.bfloat16), ring_slots(positions, 7), new
+    got, want = write_some(*arrays), write(*arrays)
+    assert got.dtype == want.dtype
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_what_a_matrix_gives_is_rounded_last(rows, dtype):
+    """Of bfloat16 weights; in bfloat16, of several rows, product and sum are both rounded."""
+    linear = Linear((6, 2), (64,), (None,) * 3, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(1), (rows, 64), jnp.bfloat16)
+    got = linear(x, dtype=dtype)
+    exact = np.asarray(x, np.float64) @ np.asarray(linear.matrix, np.float64).T
+    product = exact if rows == 1 else exact.astype(dtype).astype(np.float64)
+    want = (product + np.asarray(linear.bias[...], np.float64).reshape(-1)).astype(dtype)
+    assert got.dtype == dtype and got.shape == (rows, 6, 2)
+    rounding = 1e-5 if dtype == jnp.float32 else 0
+    np.testing.assert_allclose(got.reshape(rows, -1), want, rtol=rounding, atol=rounding)
+
+
+def test_gradients_of_a_bias_are_summed_in_float32():
+    """Of many rows, each as much as the others; in bfloat16 it would come to a half."""
+    bias, rows = jnp.zeros(3, jnp.bfloat16), jnp.full((1 << 14, 3), 0.3, jnp.bfloat16)
+    y, pull = jax.vjp(lambda bias: plus_bias(rows, bias), bias)
+    assert y.dtype == jnp.bfloat16
+    (gradient,) = pull(rows)
+    np.testing.assert_allclose(gradient.astype(jnp.float32), (1 << 14) * 0.3, rtol=0.01)
+    y, change = jax.jvp(plus_bias, (rows, bias), (rows, bias + 1))
+    np.testing.assert_allclose(change.astype(jnp.float32), 1.3, rtol=0.01)
 
 
 def test_rows_of_different_length(tiny):
@@ -216,6 +258,8 @@ def test_capture_returns_every_intermediate(tiny):
     }
     assert shapes["embedding"] == shapes["final_norm"] == wide
     np.testing.assert_array_equal(seen["logits"], logits)
+    parts = seen["layers.1.middle"], seen["layers.1.mlp.out"]
+    np.testing.assert_array_equal(seen["layers.1.output"], sum(parts))
 
 
 def test_patching_a_captured_value_back_changes_nothing_and_another_does(tiny):

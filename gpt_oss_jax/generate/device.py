@@ -100,24 +100,27 @@ _skeleton = functools.cache(Skeleton)
 
 @dataclasses.dataclass(frozen=True)
 class _Known:
-    """What `split` found of a model.
+    """What `split` found of a model, whose metadata nobody may change in place.
 
     Attributes:
-      attributes: Those of all modules: the dictionary that has it, its name, and its value.
-      sizes: Of these dictionaries.
-      variables: In the order of the leaves.
-      skeleton: It.
+      variables: In the order of the leaves: the attributes of a module, the name there, and `id`
+        of the variable, which itself would be kept alive.
+      others: What else modules have: their attributes, the name there, and the value.
+      sizes: The attributes of each module, and how many.
+      skeleton: Of the model.
     """
 
-    attributes: list[tuple[dict, str, Any]]
+    variables: list[tuple[dict, str, int]]
+    others: list[tuple[dict, str, Any]]
     sizes: list[tuple[dict, int]]
-    variables: list[nnx.Variable]
     skeleton: Skeleton
 
     def is_still_so(self) -> bool:
         """Whether no attribute was replaced, added or taken away."""
-        return all(have.get(name) is value for have, name, value in self.attributes) and all(
-            len(have) == size for have, size in self.sizes
+        return (
+            all(id(have.get(name)) == number for have, name, number in self.variables)
+            and all(have.get(name) is value for have, name, value in self.others)
+            and all(len(have) == size for have, size in self.sizes)
         )
 
 
@@ -128,25 +131,27 @@ def split(model: Transformer) -> tuple[Skeleton, tuple[jax.Array, ...]]:
     """A model's structure and its weights; models of one structure share the skeleton object."""
     # An accelerator waits meanwhile: JAX takes 2 to 3 ms to flatten 24 layers, and to find that
     # they are those of the time before; `nnx.split` takes 10 to 20.
-    known = _known.get(model)
+    known = _known.pop(model, None)  # Of what was replaced it keeps nothing any longer.
     if known is not None and known.is_still_so():
-        leaves, skeleton = tuple(x.get_raw_value() for x in known.variables), known.skeleton
-        if (skeleton.dtype, skeleton.mesh) == _placed(model, leaves):
-            return skeleton, leaves
+        leaves = tuple(have[name].get_raw_value() for have, name, _ in known.variables)
+        if (known.skeleton.dtype, known.skeleton.mesh) == _placed(model, leaves):
+            _known[model] = known
+            return known.skeleton, leaves
     leaves, treedef = jax.tree.flatten(model)
     skeleton = _skeleton(treedef, model.config, *_placed(model, leaves))
-    owners = list(_owners(model))
-    attributes = [
-        (have, name, value)
-        for have in owners
-        for name, value in have.items()
-        if not name.startswith("_pytree__")  # Flax's own.
-    ]
-    variables = {id(x.get_raw_value()): x for *_, x in attributes if isinstance(x, nnx.Variable)}
-    # Of two with one array it would not be known which is which, once one has another.
+    variables, others, owners = {}, [], list(_owners(model))
+    for have in owners:
+        for name, value in have.items():
+            if isinstance(value, nnx.Variable):
+                variables[id(value.get_raw_value())] = have, name, id(value)
+            elif not name.startswith("_pytree__"):  # Flax's own.
+                others.append((have, name, value))
+    # Of two with one array it would not be known which is which, once one has another; and there
+    # may be variables elsewhere than in modules.
     if len(variables) == len(leaves) and variables.keys() == {id(x) for x in leaves}:
+        in_order = [variables[id(x)] for x in leaves]
         sizes = [(have, len(have)) for have in owners]
-        _known[model] = _Known(attributes, sizes, [variables[id(x)] for x in leaves], skeleton)
+        _known[model] = _Known(in_order, others, sizes, skeleton)
     return skeleton, tuple(leaves)
 
 
@@ -160,6 +165,7 @@ def _owners(module: nnx.Module) -> Iterator[dict[str, Any]]:
 
 
 def _placed(model: Transformer, leaves) -> tuple[jnp.dtype, Mesh | None]:
+    """Type of the activations, and the mesh that the first leaf is on."""
     sharding = leaves[0].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
     return jnp.dtype(model.dtype), mesh

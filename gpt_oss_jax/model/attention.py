@@ -20,7 +20,6 @@ from gpt_oss_jax.model.layers import Linear, normal
 from gpt_oss_jax.model.rope import apply_rope
 from gpt_oss_jax.model.tap import Tap
 
-
 _MANY_ROWS = 128  # Of fewer, float32 costs nothing.
 
 

@@ -106,6 +106,19 @@ class RMSNorm(nnx.Module):
         return (x32 * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
+@jax.custom_jvp
+def plus_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """Adds a bias [*B] to y [..., *B], in the dtype of y; gradients are summed in float32."""
+    return y + bias.astype(y.dtype)
+
+
+@plus_bias.defjvp
+def _plus_bias(primals, tangents):
+    y = plus_bias(*primals)
+    # As a sum in float32: what it is transposed to adds up the gradients of all rows.
+    return y, sum(x.astype(jnp.float32) for x in tangents).astype(y.dtype)
+
+
 class Linear(nnx.Module):
     """A matrix between two groups of axes, and a bias.
 
@@ -139,8 +152,8 @@ class Linear(nnx.Module):
         """[..., *in_shape] -> [..., *out_shape] in `dtype`.
 
         Products of several rows come in it, before the bias is added; devices add their parts of
-        them, and those of gradients, in it. On a GPU product and bias are one kernel, which rounds
-        once; elsewhere only float32, rounded by the caller, is.
+        them, and those of the gradients of x, in it. On a GPU product and bias are one kernel,
+        which rounds once; elsewhere only float32, rounded by the caller, is rounded once.
         """
         # As one matrix: a contraction over several axes makes XLA transpose the weight each time.
         rows = x.reshape(*x.shape[: x.ndim - len(self.in_shape)], -1)
@@ -152,5 +165,5 @@ class Linear(nnx.Module):
         else:
             y = einsum("...I,OI->...O", rows, weight_OI, dtype=dtype)
         y = y.reshape(*rows.shape[:-1], *self.out_shape)
-        y = y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        y = y if self.bias is None else plus_bias(y, self.bias[...])
         return y.astype(dtype)

@@ -145,7 +145,10 @@ class MoE(nnx.Module):
         return ExpertWeights(up.matrix, up.bias[...], down.matrix, down.bias[...])
 
     def __call__(self, x_BTD: jax.Array, context: Context, residual_BTD: jax.Array) -> jax.Array:
-        """The residual stream plus the output of the mixture for x, [B, T, D]."""
+        """The residual stream plus the output of the mixture for x, [B, T, D].
+
+        Where the output alone is asked for, or devices share it, it is rounded by itself first.
+        """
         tap, name = context.tap, f"layers.{self.layer}.mlp"
         logits_BTE = tap(f"{name}.router_logits", self.router(x_BTD))
         where = {"implementation": context.implementation, "mesh": context.mesh}

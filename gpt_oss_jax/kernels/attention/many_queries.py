@@ -27,6 +27,8 @@ _COPY_REGISTERS = 24
 _REGISTERS = 1 << 16  # Of a multiprocessor.
 _SHARED_BYTES = 200 << 10
 _MAX_STAGES = 4
+# Where no warpgroup only copies, threads have as many registers as they need: 128 for windows, by
+# the assembler. With more, two blocks of two warpgroups would no longer be on a multiprocessor.
 _HIDDEN = -1e30  # A score so low that its weight is zero beside any sink.
 _NEVER = np.iinfo(np.int32).max
 

@@ -20,9 +20,9 @@ def write(stored: jax.Array, slots_BT: jax.Array, new: jax.Array) -> jax.Array:
 
 
 def write_some(stored: jax.Array, slots_BT: jax.Array, new: jax.Array) -> jax.Array:
-    """`write`, into fewer slots than there are tokens: each slot looks for its own.
+    """`write` of [B, T, L], into fewer slots than there are tokens: each slot looks for its own.
 
-    A GPU takes as long for what is written nowhere as for the rest.
+    Of a scatter, a GPU takes as long for what is written nowhere as for the rest.
     """
     (B, T), S = slots_BT.shape, stored.shape[1]
     tokens_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))

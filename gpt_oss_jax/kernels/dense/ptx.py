@@ -455,7 +455,6 @@ ROW:
 add.u32 row, first, unit; setp.lt.u32 p, unit, {self._own_rows};
 setp.lt.and.u32 p, row, {self.rows}, p; @!p bra DONE;
 mad.lo.u32 aw, unit, {4 * self.outputs}, <shared>; add.u32 aw, aw, {self._logits};
-mov.b32 head, 0;
 """
         for j in range(-(-self.outputs // 32)):
             text += f"add.u32 t0, lane, {32 * j}; setp.lt.u32 in, t0, {self.outputs};"

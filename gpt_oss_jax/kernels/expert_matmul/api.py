@@ -51,7 +51,8 @@ def expert_mlp(
         Used twice, it is copied. With it, the kernel for a single row takes the whole device: no
         other one may run beside it, as in branches of a program that do not wait for each other, or
         in another process under CUDA's MPS; both would wait for ever. Not for a mesh.
-      residual: What the result is added to, as the rows are. Not for a mesh.
+      residual: What the result is added to, as the rows are; "mosaic_gpu" rounds after that, others
+        before, too. Not for a mesh.
 
     Returns:
       [M, D] in the dtype of the rows.

@@ -42,8 +42,7 @@ def few_rows(
     """
     M, X = experts_MX.shape
     if M * X > MAX_SORTED >= X:
-        y_MD = _in_parts(x_MD, experts_MX, weights_MX, w, limit)
-        return y_MD if residual_MD is None else residual_MD + y_MD
+        return _in_parts(x_MD, experts_MX, weights_MX, w, limit, residual_MD)
     # Whoever brings the room is a model, whose launches wait for each other.
     program = layer(w, M, X, limit, alone=room is not None and not some_elsewhere)
     if max(M * X, program.experts) > MAX_SORTED:
@@ -73,7 +72,7 @@ def few_rows(
     return y_MXD.sum(axis=1).astype(x_MD.dtype)
 
 
-def _in_parts(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit: float) -> jax.Array:
+def _in_parts(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit, residual_MD) -> jax.Array:
     """Of more rows than can be sorted, so many at a time."""
     M, X = experts_MX.shape
     rows = MAX_SORTED // X
@@ -85,8 +84,14 @@ def _in_parts(x_MD, experts_MX, weights_MX, w: ExpertWeights, limit: float) -> j
 
     # An id past the experts adds nothing.
     arrays = parts(x_MD, 0), parts(experts_MX, w.up.shape[0]), parts(weights_MX, 0)
-    run = lambda arrays: few_rows(*arrays, w, limit=limit, some_elsewhere=True)
-    return jax.lax.map(run, arrays).reshape(M + rest, -1)[:M]
+    residual = None if residual_MD is None else parts(residual_MD, 0)
+
+    def run(part):
+        arrays, residual = part
+        more = {"limit": limit, "some_elsewhere": True, "residual_MD": residual}
+        return few_rows(*arrays, w, **more)
+
+    return jax.lax.map(run, (arrays, residual)).reshape(M + rest, -1)[:M]
 
 
 def words_of_room(M: int, X: int, w: ExpertWeights) -> int:

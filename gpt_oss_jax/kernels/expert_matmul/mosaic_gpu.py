@@ -61,8 +61,9 @@ def _differentiable(
 
 
 def _forward(x_MD, experts_MX, weights_MX, w, room, residual, limit, some_elsewhere):
-    kept = x_MD, experts_MX, weights_MX, w, room, residual
-    return _differentiable(*kept, limit, some_elsewhere), kept
+    arrays = x_MD, experts_MX, weights_MX, w, room
+    y_MD = _differentiable(*arrays, residual, limit, some_elsewhere)
+    return y_MD, (*arrays, None if residual is None else ())
 
 
 def _backward(limit, some_elsewhere, kept, dy_MD):

@@ -94,6 +94,6 @@ def _rows(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
 
-def _launch(name: str, run: Add | Gather | Sort | Sum, outs, inputs: tuple):
+def _launch(name: str, run: Add | Count | Gather | Sort | Sum, outs, inputs: tuple):
     size = {"warpgroups": run.warps // 4, "shared_bytes": run.shared_bytes}
     return launch(name, run.ptx(), outs, inputs, grid=run.grid, **size)

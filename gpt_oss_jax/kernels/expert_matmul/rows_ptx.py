@@ -1,7 +1,7 @@
 """Sorting pairs, gathering and summing rows, as PTX for compute capability 9.0. Knows no JAX.
 
-To sort, a thread has a pair. Otherwise a warp has a row, of bf16, and reads and writes 16 bytes a
-lane at a time.
+To sort, a thread has a pair. To gather and to sum, a warp has a row, of bf16, and reads and writes
+16 bytes a lane at a time; to add float32 parts, a thread has four numbers.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Count:
     """How many pairs of each expert every thread block of a `Sort` has.
 
     Attributes:
-      sort: It.
+      sort: What places the pairs.
     """
 
     sort: Sort
@@ -130,8 +130,8 @@ class Count:
 
     @property
     def shared_bytes(self) -> int:
-        """What sorting takes."""
-        return self.sort.shared_bytes
+        """What counting takes, which is less."""
+        return self.sort.in_blocks.shared_bytes
 
     def ptx(self) -> str:
         """The thread program. Under vmap there are several grids, one after the other.

@@ -27,6 +27,10 @@ class BlockSort:
     warps: int
     blocks: int = 1
 
+    def __post_init__(self):
+        if self.blocks > 1 and max(self._experts_each, self.pairs_each) > 1:
+            raise ValueError("of several blocks, a thread has one pair and one expert at most.")
+
     @property
     def threads(self) -> int:
         """Of the block."""
@@ -154,6 +158,7 @@ popc.b32 count, same; setp.eq.u32 p, rank{k}, 0; @p st.shared.u16 [cell{k} + {se
         if self.blocks > 1:
             text += f"mul.wide.u32 pairs_at, own_expert, 4; add.u64 pairs_at, pairs_at, {counts};"
             text += f"setp.lt.u32 in, own_expert, {self.experts}; mov.u32 count, 0;\n"
+            # All at once: few, as a block has as many pairs as it can have threads.
             for row in range(self.blocks):
                 at = f"[pairs_at + {4 * self.experts * row}]"
                 text += f"mov.u32 t0, 0; @in ld.global.u32 t0, {at}; add.u32 count, count, t0;"

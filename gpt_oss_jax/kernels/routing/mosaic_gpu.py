@@ -6,31 +6,29 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gpt_oss_jax.kernels.launch import launch
-from gpt_oss_jax.kernels.routing import xla
 from gpt_oss_jax.kernels.routing.ptx import Choice
 
 MAX_CHOICES = 32  # A lane has one.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def choose(logits_ME: jax.Array, choices: int) -> tuple[jax.Array, jax.Array]:
-    """See `api.choose`; compiles for Hopper on any machine. Gradients come from the XLA version."""
+    """See `api.choose`; compiles for Hopper on any machine."""
     M, E = logits_ME.shape
     outs = tuple(jax.ShapeDtypeStruct((M, choices), dtype) for dtype in (jnp.int32, jnp.float32))
     return _launch(Choice(M, E, choices), outs, logits_ME)
 
 
-def _forward(logits_ME, choices):
-    return choose(logits_ME, choices), logits_ME
-
-
-def _backward(choices, logits_ME, gradients):
-    return jax.vjp(functools.partial(xla.choose, choices=choices), logits_ME)[1](gradients)
-
-
-choose.defvjp(_forward, _backward)
+@choose.defjvp
+def _choose(choices, primals, tangents):
+    experts_MX, weights_MX = choose(*primals, choices)
+    change_MX = jnp.take_along_axis(*tangents, experts_MX, axis=-1)
+    change_MX -= (weights_MX * change_MX).sum(axis=-1, keepdims=True)
+    none = np.zeros(experts_MX.shape, jax.dtypes.float0)
+    return (experts_MX, weights_MX), (none, weights_MX * change_MX)
 
 
 # One function of a program: in line, each layer's kernels would be different ones to the compiler,

@@ -20,7 +20,7 @@ def choose(experts: int, choices: int) -> str:
     w0 and head, and the floats f0 and f2.
     """
     keys = range(-(-experts // 32))
-    text = ""
+    text = "mov.b32 head, 0;\n"
     for j in keys:
         # Integers that are ordered as the floats are; what has been taken becomes 0.
         text += f"setp.lt.u32 p, key{j}, {1 << 31}; selp.b32 t1, {1 << 31}, {(1 << 32) - 1}, p;"
@@ -82,7 +82,6 @@ mov.u32 lane, %tid.x; shr.u32 row, lane, 5; and.b32 lane, lane, 31;
 rem.u32 t0, $0, {self.grid}; mad.lo.u32 row, t0, {_WARPS}, row;
 setp.ge.u32 p, row, {self.rows}; @p bra DONE;
 mad.lo.u32 t0, row, {self.experts}, lane; mul.wide.u32 at, t0, 4; add.u64 at, at, $1;
-mov.b32 head, 0;
 """
         for j in keys:
             text += f"setp.lt.u32 p, lane, {self.experts - 32 * j};"

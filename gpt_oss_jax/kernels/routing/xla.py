@@ -1,4 +1,4 @@
-"""The choice of experts in plain XLA: what `mosaic_gpu` is held against, and its gradients."""
+"""The choice of experts in plain XLA: what `mosaic_gpu` is held against."""
 
 from __future__ import annotations
 
