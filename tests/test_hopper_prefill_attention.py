@@ -169,6 +169,13 @@ if jax.__version_info__ >= (0, 11, 2):
         want = attention_in_float32(q, k, v, sinks, **where)
         np.testing.assert_allclose(got.astype(jnp.float32), want, atol=1e-2, rtol=1e-2)
 
+    @pytest.mark.parametrize(("window", "warpgroups"), [(None, 4), (128, 2)])
+    def test_a_window_has_small_blocks(window, warpgroups):
+        """Of which a multiprocessor holds two; elsewhere a warpgroup only copies."""
+        where = positions([np.arange(64)], [np.arange(64)])
+        run = lambda *args: many_queries(*args, **where, window=window)
+        assert f"num_threads={warpgroups}," in str(jax.make_jaxpr(run)(*inputs(1, 64, 64)))
+
     @pytest.mark.parametrize(
         ("B", "T", "S", "K", "G", "window"),
         [(1, 2048, 4096, 8, 8, None), (8, 100, 228, 8, 8, 128), (2, 2, 5, 2, 2, 7)],
