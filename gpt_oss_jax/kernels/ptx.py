@@ -25,6 +25,11 @@ COPY_WEIGHTS = f"{COPY}.L2::cache_hint"
 ONCE = ".reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once, 1.0;"
 
 
+def apart(pair: str, low: str, high: str) -> str:
+    """Two bf16 of a register as float32, in registers of 32 bits."""
+    return f"shl.b32 {low}, {pair}, 16; and.b32 {high}, {pair}, {0xFFFF0000};"
+
+
 def literal(value: float) -> str:
     """A float32."""
     return f"0f{struct.pack('>f', value).hex()}"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from gpt_oss_jax.kernels.ptx import COPY_WEIGHTS, EMPTY, NEXT, ONCE, WAIT, literal
+from gpt_oss_jax.kernels.ptx import COPY_WEIGHTS, EMPTY, NEXT, ONCE, WAIT, apart, literal
 from gpt_oss_jax.kernels.routing.ptx import choose
 
 MAX_INPUTS = 4096  # Rows are held in registers.
@@ -270,7 +270,7 @@ add.u32 ahead, ahead, {self._blocks};
             lines.append("".join(f"mov.f32 c{i}, 0f00000000;" for i in range(4)))
             for s in range(self._steps):
                 for i in range(4):
-                    lines.append(_apart(f"x{n}_{s}_{i}", "f0", "f1"))
+                    lines.append(apart(f"x{n}_{s}_{i}", "f0", "f1"))
                     lines += [
                         f"fma.rn.f32 c{2 * (i % 2) + k}, f{k}, f{k}, c{2 * (i % 2) + k};"
                         for k in (0, 1)
@@ -294,7 +294,7 @@ add.u32 ahead, ahead, {self._blocks};
             for s in range(self._steps):
                 for i in range(4):
                     x = f"x{n}_{s}_{i}"
-                    lines.append(_apart(x, "f1", "f2") + _apart(f"n{s}_{i}", "f3", "f4"))
+                    lines.append(apart(x, "f1", "f2") + apart(f"n{s}_{i}", "f3", "f4"))
                     lines.append("mul.f32 f1, f1, f0; mul.f32 f2, f2, f0;")
                     lines.append("mul.f32 f1, f1, f3; mul.f32 f2, f2, f4;")
                     lines.append(f"cvt.rn.bf16x2.f32 {x}, f2, f1;")
@@ -389,7 +389,7 @@ mov.u64 base, <v>; @turns mov.u64 base, <k>; @is_q mov.u64 base, <q>;"""
             text += f"""
 shl.b32 cosine{n}, cosine{n}, 16; shl.b32 sine{n}, sine{n}, 16; add.u32 t0, row, {8 * n};
 add.f32 f0, c{2 * n}, b0; add.f32 f1, c{2 * n + 1}, b1; cvt.rn.bf16x2.f32 t1, f1, f0;
-{_apart("t1", "f0", "f1")}
+{apart("t1", "f0", "f1")}
 mul.f32 f2, f1, sine{n}; mul.f32 f3, f0, sine{n}; neg.f32 f2, f2;
 fma.rn.f32 f2, f0, cosine{n}, f2; fma.rn.f32 f3, f1, cosine{n}, f3;
 mad.lo.u32 t0, t0, {K}, kv; mad.lo.u32 t1, t0, {G}, head; selp.b32 t0, t1, t0, is_q;
@@ -404,7 +404,7 @@ mul.wide.u32 at, place, 2; add.u64 at, at, <bias>; ld.global.b32 kv, [at];
 """
 
     def _with_bias(self) -> str:
-        return f"""{_apart("kv", "b0", "b1")}
+        return f"""{apart("kv", "b0", "b1")}
 add.f32 c0, c0, b0; add.f32 c1, c1, b1; add.f32 c2, c2, b0; add.f32 c3, c3, b1;
 """
 
@@ -420,7 +420,7 @@ mul.wide.u32 at, t0, 2; add.u64 at, at, <residual>; @has{n} ld.global.b32 residu
         """To the residual stream, rounded once."""
         text = self._with_bias()
         for n in self._halves:
-            text += f"""{_apart(f"residual{n}", "f0", "f1")}
+            text += f"""{apart(f"residual{n}", "f0", "f1")}
 add.f32 f0, f0, c{2 * n}; add.f32 f1, f1, c{2 * n + 1}; cvt.rn.bf16x2.f32 t0, f1, f0;
 add.u32 t1, row, {8 * n}; mad.lo.u32 t1, t1, {self.outputs}, place; mul.wide.u32 at, t1, 2;
 add.u64 at, at, <out>; @has{n} st.global.b32 [at], t0;
@@ -471,12 +471,6 @@ DONE:"""
 
 _SUM_BYTES = 512 * WARPS
 _BARRIER = 2  # Of the warp that ends first; the others' follow.
-
-
-def _apart(pair: str, low: str, high: str) -> str:
-    """Two bf16 of a register as float32."""
-    return f"shl.b32 {low}, {pair}, 16; and.b32 {high}, {pair}, {0xFFFF0000};"
-
 
 _REGISTERS = """
 .reg .pred p, in, has<2>, is_q, turns;

@@ -30,7 +30,7 @@ from gpt_oss_jax.kernels.expert_matmul.few_rows_tiles_ptx import (
     with_operands,
 )
 from gpt_oss_jax.kernels.expert_matmul.mxfp4_ptx import LAST_FACTOR
-from gpt_oss_jax.kernels.ptx import COPY, EMPTY, NEXT, WAIT, literal
+from gpt_oss_jax.kernels.ptx import COPY, EMPTY, NEXT, WAIT, apart, literal
 
 MAX_CHOICES = 8  # Hidden values of so many experts, 4,096 wide, fit beside the tiles.
 _OPERANDS = """block x experts weights up_blocks up_scales up_bias down_blocks down_scales down_bias
@@ -313,7 +313,7 @@ mul.wide.u32 more, row, 4;
             text += f"mov.b32 d{r}, {names[0]};"
             text += "".join(f"mov.b32 d2, {x}; add.f32 d{r}, d{r}, d2;" for x in names[1:])
         if self.adds:
-            text += f"shl.b32 t0, residual, 16; and.b32 t1, residual, {0xFFFF0000};"
+            text += apart("residual", "t0", "t1")
             text += "mov.b32 d2, t0; mov.b32 d3, t1; add.f32 d0, d0, d2; add.f32 d1, d1, d3;\n"
         text += "cvt.rn.bf16x2.f32 t0, d1, d0;\n"
         return text + "add.u64 from, more, <out>; @in st.global.b32 [from], t0;"

@@ -10,7 +10,7 @@ import dataclasses
 from typing import ClassVar
 
 from gpt_oss_jax.kernels.expert_matmul.sort_ptx import BlockSort
-from gpt_oss_jax.kernels.ptx import NEXT, WAIT
+from gpt_oss_jax.kernels.ptx import NEXT, WAIT, apart
 
 MAX_SORTED = 1024
 _WARPS = 4
@@ -277,7 +277,7 @@ mul.wide.u32 from, t0, 16; add.u64 from, from, $2; mul.wide.u32 at, i, 8; add.u6
         for n in range(1, self.parts):
             text += "".join(f"add.f32 y0_{i}, y0_{i}, y{n}_{i};" for i in range(4)) + "\n"
         for i in range(2):
-            text += _apart(f"w{i}", "t0", "row") + "mov.b32 f0, t0; mov.b32 f1, row;"
+            text += apart(f"w{i}", "t0", "row") + "mov.b32 f0, t0; mov.b32 f1, row;"
             text += f"add.f32 f0, f0, y0_{2 * i}; add.f32 f1, f1, y0_{2 * i + 1};"
             text += f"cvt.rn.bf16x2.f32 w{i}, f1, f0;\n"
         text += "mul.wide.u32 at, i, 8; add.u64 at, at, $3; @in st.global.v2.b32 [at], {w0, w1};\n"
@@ -356,12 +356,12 @@ mul.wide.u32 more, lane, 16; mul.lo.u32 t0, row, {X}; mul.wide.u32 at, t0, 4;
             for s in group:
                 words = [f"y0_{s - first}_{i}" for i in range(4)]
                 for i, word in enumerate(words):
-                    text += _apart(word, "sum0", "sum1")
+                    text += apart(word, "sum0", "sum1")
                     for x in range(1, X):
-                        text += _apart(f"y{x}_{s - first}_{i}", "f0", "f1")
+                        text += apart(f"y{x}_{s - first}_{i}", "f0", "f1")
                         text += "add.f32 sum0, sum0, f0; add.f32 sum1, sum1, f1;"
                     if self.adds:
-                        text += _apart(f"kept{s - first}_{i}", "f0", "f1")
+                        text += apart(f"kept{s - first}_{i}", "f0", "f1")
                         text += "add.f32 sum0, sum0, f0; add.f32 sum1, sum1, f1;"
                     text += f"cvt.rn.bf16x2.f32 {word}, sum1, sum0;\n"
                 text += f"setp.lt.u32 p, lane, {pieces - 32 * s};"
@@ -371,8 +371,3 @@ mul.wide.u32 more, lane, 16; mul.lo.u32 t0, row, {X}; mul.wide.u32 at, t0, 4;
 
 def _named(text: str) -> str:
     return text.replace("<block>", "$0") + "DONE:\n}"
-
-
-def _apart(pair: str, low: str, high: str) -> str:
-    """Two bf16 of a register as float32."""
-    return f"shl.b32 {low}, {pair}, 16; and.b32 {high}, {pair}, {0xFFFF0000};"
