@@ -23,14 +23,15 @@ def launched(monkeypatch):
     rows = []
 
     def launch(name, text, outs, inputs, *, grid, warpgroups):
-        rows.append(len(inputs[0]))
         size = {"grid": grid, "warps": 4 * warpgroups, "shared_bytes": 16}
+        size["second"] = bool(len(rows) % 2)
+        rows.append(len(inputs[0]))
 
         def run(logits):
             memory = ptx.Memory()
             at = memory.put(np.asarray(logits))
             own = [memory.put(np.full(o.shape, -2, o.dtype)) for o in outs]
-            ptx.launch(text, [at, *own], memory, **size, second=bool(len(rows) % 2))
+            ptx.launch(text, [at, *own], memory, **size)
             return tuple(memory.get(at, o.shape, o.dtype) for at, o in zip(own, outs, strict=True))
 
         return jax.pure_callback(run, outs, *inputs)
@@ -108,19 +109,18 @@ def test_devices_of_a_mesh_choose_for_their_rows(launched, axes, rows, shape):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("dtype", "choices", "how"),
     [
-        {"implementation": "xla"},
-        {"implementation": "mosaic_tpu"},
-        {"dtype": jnp.bfloat16},
-        {"choices": 33},
+        (jnp.float32, 4, {"implementation": "xla"}),
+        (jnp.float32, 4, {"implementation": "mosaic_tpu"}),
+        (jnp.bfloat16, 4, {}),
+        (jnp.float32, 33, {}),
     ],
     ids=["XLA is named", "another kernel is", "another type", "more than lanes"],
 )
-def test_xla_chooses_where_the_kernel_does_not(launched, change):
-    logits = logits_of((2, 40)).astype(change.pop("dtype", jnp.float32))
-    choices = change.pop("choices", 4)
-    experts, _ = choose(logits, choices, **change)
+def test_xla_chooses_where_the_kernel_does_not(launched, dtype, choices, how):
+    logits = logits_of((2, 40)).astype(dtype)
+    experts, _ = choose(logits, choices, **how)
     np.testing.assert_array_equal(experts, jax.lax.top_k(logits, choices)[1])
     assert not launched
 

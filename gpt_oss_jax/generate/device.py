@@ -146,9 +146,9 @@ def split(model: Transformer) -> tuple[Skeleton, tuple[jax.Array, ...]]:
                 variables[id(value.get_raw_value())] = have, name, id(value)
             elif not name.startswith("_pytree__"):  # Flax's own.
                 others.append((have, name, value))
-    # Of two with one array it would not be known which is which, once one has another; and there
-    # may be variables elsewhere than in modules.
-    if len(variables) == len(leaves) and variables.keys() == {id(x) for x in leaves}:
+    # Each is a leaf. There are more of those where two have one array, as it would not be known
+    # which is which once one has another, and where arrays are elsewhere than in modules.
+    if len(variables) == len(leaves):
         in_order = [variables[id(x)] for x in leaves]
         sizes = [(have, len(have)) for have in owners]
         _known[model] = _Known(in_order, others, sizes, skeleton)

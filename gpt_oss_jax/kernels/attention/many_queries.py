@@ -27,8 +27,6 @@ _COPY_REGISTERS = 24
 _REGISTERS = 1 << 16  # Of a multiprocessor.
 _SHARED_BYTES = 200 << 10
 _MAX_STAGES = 4
-# Where no warpgroup only copies, threads have as many registers as they need: 128 for windows, by
-# the assembler. With more, two blocks of two warpgroups would no longer be on a multiprocessor.
 _HIDDEN = -1e30  # A score so low that its weight is zero beside any sink.
 _NEVER = np.iinfo(np.int32).max
 
@@ -102,7 +100,9 @@ def _kernel(shape, K: int, warpgroups: int, keys: int, window: int | None):
     tokens = _ROWS // G
     blocks = -(-T // (warpgroups * tokens))
     stages = min(_MAX_STAGES, _SHARED_BYTES // (4 * keys * H + 4 * keys))
-    copies = window is None  # A warpgroup that does nothing else.
+    # A warpgroup that does nothing else. Without it threads have the registers that the assembler
+    # gives them, 128: with more, two blocks would no longer be on a multiprocessor.
+    copies = window is None
     free = _REGISTERS // 128 - _COPY_REGISTERS
     registers = min(240, free // warpgroups // 8 * 8)
     scale = H**-0.5 * math.log2(math.e)

@@ -158,7 +158,7 @@ popc.b32 count, same; setp.eq.u32 p, rank{k}, 0; @p st.shared.u16 [cell{k} + {se
         if self.blocks > 1:
             text += f"mul.wide.u32 pairs_at, own_expert, 4; add.u64 pairs_at, pairs_at, {counts};"
             text += f"setp.lt.u32 in, own_expert, {self.experts}; mov.u32 count, 0;\n"
-            # All at once: few, as a block has as many pairs as it can have threads.
+            # Not a loop, so that the loads overlap: 64 for 16,384 rows of four experts.
             for row in range(self.blocks):
                 at = f"[pairs_at + {4 * self.experts * row}]"
                 text += f"mov.u32 t0, 0; @in ld.global.u32 t0, {at}; add.u32 count, count, t0;"
