@@ -216,7 +216,8 @@ _FLOATS = {
     "div": np.divide,
     "rsqrt": lambda a: 1 / np.sqrt(a),
     "mul": np.multiply,
-    "fma": lambda a, b, c: a * b + c,
+    # Rounded once.
+    "fma": lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32),
     "min": np.minimum,
     "max": np.maximum,
     "ex2": np.exp2,

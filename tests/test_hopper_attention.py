@@ -119,6 +119,7 @@ CASES = {
     "16 splits": ((1, 1, 1, 8, 300), full(1, 300), None, {"blocks": 1, "splits": 16}),
     "several positions and splits": ((2, 4, 2, 2, 40), full(2, 40, T=4), 9, {"splits": 2}),
     "several positions": ((2, 4, 2, 2, 40), full(2, 40, T=4), 9, {}),
+    "a tile that some of them see": ((2, 4, 2, 2, 40), full(2, 40, T=4), 7, {}),
     "as many as fit": ((1, 8, 1, 1, 40), full(1, 40, T=8), None, {"blocks": 2}),
 }
 

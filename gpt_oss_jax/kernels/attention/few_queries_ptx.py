@@ -38,7 +38,9 @@ _SUMS_BYTES = 16 * _OUTPUT_THREADS  # Of a cluster, in the room.
 _ROW = 4 * (HEAD + 4)  # Bytes of a query's sums; the rest spreads them over the banks.
 _SCANNED = 8  # Tiles whose positions a warp reads at once: four lanes each, four positions a lane.
 _NOWHERE = 1 << 31  # As an unsigned number, the least that is no position.
-_LOWEST = -1e30  # Below every score, and finite.
+# Below every score, and finite. A power of two, so that its product with `SCALE` is exact: of a tile
+# that another query sees, `weights` subtracts the one from the other.
+_LOWEST = -(2.0**100)
 _LOAD = "ld.global.L1::no_allocate.v4.u32"
 
 
