@@ -38,8 +38,8 @@ _SUMS_BYTES = 16 * _OUTPUT_THREADS  # Of a cluster, in the room.
 _ROW = 4 * (HEAD + 4)  # Bytes of a query's sums; the rest spreads them over the banks.
 _SCANNED = 8  # Tiles whose positions a warp reads at once: four lanes each, four positions a lane.
 _NOWHERE = 1 << 31  # As an unsigned number, the least that is no position.
-# Below every score, and finite. A power of two, so that its product with `SCALE` is exact: of a tile
-# that another query sees, `weights` subtracts the one from the other.
+# Below every score, and finite. A power of two, so that its product with `SCALE` is exact, as what
+# `weights` takes from it is rounded: in a tile of which only other queries see something.
 _LOWEST = -(2.0**100)
 _LOAD = "ld.global.L1::no_allocate.v4.u32"
 

@@ -380,7 +380,7 @@ add.u64 more, at, <sin>; @p ld.global.u16 sine{n}, [more];"""
         return text
 
     def _rotate(self) -> str:
-        """For one row or two of a thread."""
+        """For one row or two of a thread; rounded once."""
         H, G = self.head, self.group
         K = self.outputs // (H * (G + 2))
         text = f"""{self._own_head()} shl.b32 b0, b0, 16; shl.b32 b1, b1, 16;
@@ -388,8 +388,7 @@ mov.u64 base, <v>; @turns mov.u64 base, <k>; @is_q mov.u64 base, <q>;"""
         for n in self._halves:
             text += f"""
 shl.b32 cosine{n}, cosine{n}, 16; shl.b32 sine{n}, sine{n}, 16; add.u32 t0, row, {8 * n};
-add.f32 f0, c{2 * n}, b0; add.f32 f1, c{2 * n + 1}, b1; cvt.rn.bf16x2.f32 t1, f1, f0;
-{apart("t1", "f0", "f1")}
+add.f32 f0, c{2 * n}, b0; add.f32 f1, c{2 * n + 1}, b1;
 mul.f32 f2, f1, sine{n}; mul.f32 f3, f0, sine{n}; neg.f32 f2, f2;
 fma.rn.f32 f2, f0, cosine{n}, f2; fma.rn.f32 f3, f1, cosine{n}, f3;
 mad.lo.u32 t0, t0, {K}, kv; mad.lo.u32 t1, t0, {G}, head; selp.b32 t0, t1, t0, is_q;

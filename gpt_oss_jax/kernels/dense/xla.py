@@ -18,12 +18,13 @@ def queries_keys_values(
 ):
     """See `mosaic_gpu.queries_keys_values`."""
     H = 2 * cos_Mh.shape[1]
-    y_MO = _product(_normalised(x_MD, scale_D, epsilon), weight_OD, bias_O).astype(x_MD.dtype)
+    y_MO = _product(_normalised(x_MD, scale_D, epsilon), weight_OD, bias_O)
     y_MKCH = y_MO.reshape(len(x_MD), -1, group + 2, H)
-    a, b = jnp.split(y_MKCH[:, :, : group + 1].astype(jnp.float32), 2, axis=-1)
+    a, b = jnp.split(y_MKCH[:, :, : group + 1], 2, axis=-1)
     cos, sin = (z.astype(jnp.float32)[:, None, None] for z in (cos_Mh, sin_Mh))
-    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_MD.dtype)
-    return turned[:, :, :group], turned[:, :, group], y_MKCH[:, :, group + 1], _empty(room)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    q, k, v = turned[:, :, :group], turned[:, :, group], y_MKCH[:, :, group + 1]
+    return *(x.astype(x_MD.dtype) for x in (q, k, v)), _empty(room)
 
 
 def add_product(x_MI, weight_OI, bias_O, residual_MO, *, early=False):
