@@ -137,6 +137,18 @@ def test_logits_only_where_asked(tiny):
     np.testing.assert_allclose(got, whole(m, t)[jnp.arange(B), at], atol=1e-5)
 
 
+def test_rings_are_written_before_attention(tiny):
+    """What is written after all layers needs the memory of all layers."""
+    L, positions = tiny.num_hidden_layers, jnp.broadcast_to(jnp.arange(T), (B, T))
+    run = lambda m, t, cache: m.forward(t, positions, cache)[1]
+    jaxpr = jax.make_jaxpr(run)(model(tiny), tokens(tiny), init_cache(tiny, B, 48, jnp.float32))
+    barriers = [e for e in jaxpr.eqns if e.primitive.name == "optimization_barrier"]
+    windowed = [i for i in range(L) if tiny.layer_window(i)]
+    rings = [(jaxpr.jaxpr.outvars[i], jaxpr.jaxpr.outvars[L + i]) for i in windowed]
+    assert [tuple(e.outvars[1:]) for e in barriers] == rings
+    assert all(any(e.outvars[0] is x for f in jaxpr.eqns for x in f.invars) for e in barriers)
+
+
 def test_windowed_layers_hold_a_ring(tiny):
     cache = init_cache(tiny, B, 48, jnp.float32)
     assert [k.shape[1] for k in cache.k] == [7, 48]

@@ -165,6 +165,9 @@ class Attention(nnx.Module):
         self._show_scores(q_BTKGH, k, how["k_pos_BS"], context)
         put = write_some if context.mesh is None and T > k_old.shape[1] else write
         k_new, v_new = put(k_old, slots_BT, k_BTL), put(v_old, slots_BT, v_BTL)
+        # Before attention: XLA for GPUs would put off what all layers write to the end, and keep
+        # until then what it is written from: of a chunk of 4,096 tokens half of a GB with 20b.
+        q_BTKGH, k_new, v_new = jax.lax.optimization_barrier((q_BTKGH, k_new, v_new))
         return attention(q_BTKGH, k, v, sinks, **how), k_new, v_new
 
     def _show_scores(self, q_BTKGH, k_BSKH, k_pos_BS, context: Context):
