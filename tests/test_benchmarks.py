@@ -25,7 +25,11 @@ def script(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["attention", "experts", "goals", "hopper_dense", "prefill_attention", "several_gpus"]
+    "name",
+    [
+        *("aot_gpu", "attention", "experts", "goals", "hopper_dense"),
+        *("prefill_attention", "several_gpus"),
+    ],
 )
 def test_options_are_explained(name, script, monkeypatch, capsys):
     main = script(name).main
@@ -52,6 +56,14 @@ def test_without_a_hopper_they_end_with_a_line(name, model, script, monkeypatch)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *model])
     with pytest.raises(SystemExit, match="there is nothing to .*: needs"):
         main()
+
+
+def test_without_its_compiler_nothing_is_compiled(script, monkeypatch):
+    aot_gpu = script("aot_gpu")
+    monkeypatch.setattr(sys, "argv", ["aot_gpu.py", "20b"])
+    monkeypatch.setattr(aot_gpu.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install .*cuda13"):
+        aot_gpu.main()
 
 
 def test_inputs_differ_from_run_to_run_unless_their_seed_is_named(script, monkeypatch, capsys):
