@@ -114,10 +114,14 @@ def emulated(monkeypatch):
     [
         (3, 8, {"bias": ml_dtypes.bfloat16}),
         (20, 16, {"same": True}),
+        (40, 64, {}),
         (2, 8, {"E": 2, "D": 384}),
         (2, 8, {"E": 2, "D": 960}),
     ],
-    ids=["bfloat16 biases", "the same experts, two tiles each", "two steps", "wide steps"],
+    ids=[
+        *("bfloat16 biases", "the same experts, two tiles each", "some tiles last", "two steps"),
+        "wide steps",
+    ],
 )
 def test_many_rows_equal_the_oracle(emulated, M, tile, options):
     args = layer(M, **{"E": 3, "D": 192, "F": 192} | options)
@@ -157,6 +161,36 @@ def test_pairs_are_sorted_alike_in_every_way(emulated, monkeypatch, pairs, size,
         others = np.delete(sorted_.pairs[used].reshape(-1), places)
         np.testing.assert_array_equal(others, -1)
     assert compared.pairs.shape == (pairs // size + E, size)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "size", "E"),
+    [(1, 64, 5), (300, 64, 5), (700, 64, 3), (200, 8, 130), (1025, 64, 9), (5000, 128, 40)],
+)
+def test_tiles_that_are_half_empty_come_last(emulated, monkeypatch, pairs, size, E):
+    """One expert has none, one exactly a half, one a pair more, one a whole tile."""
+    random = np.random.default_rng(pairs)
+    chosen = random.integers(0, E + 1, pairs)
+    for expert, number in enumerate((0, size // 2, size // 2 + 1, size)):
+        chosen[chosen == expert] = E - 1
+        chosen[random.permutation(np.flatnonzero(chosen == E - 1))[:number]] = expert
+    alike = rows.sort(jnp.asarray(chosen, jnp.int32), E, size)
+    got = rows.sort(jnp.asarray(chosen, jnp.int32), E, size, halves_last=True)
+    used = int(got.count)
+    assert used == alike.count
+    fill, pairs_of = (np.asarray(x.pairs[:used]) for x in (got, alike))
+    halved = (fill >= 0).sum(axis=1) <= size // 2
+    assert (np.diff(halved.astype(int)) >= 0).all()
+    # Whole ones, and then the others, in the order in which they were.
+    order = np.argsort((pairs_of >= 0).sum(axis=1) <= size // 2, kind="stable")
+    np.testing.assert_array_equal(fill, pairs_of[order])
+    np.testing.assert_array_equal(got.expert_of_tile[:used], alike.expert_of_tile[order])
+    here, places = chosen < E, np.asarray(got.place_of_pair)
+    np.testing.assert_array_equal(fill.reshape(-1)[places[here]], np.flatnonzero(here))
+    assert (places[~here] == -1).all()
+    monkeypatch.setattr(rows, "MAX_TILES", rows.most_tiles(pairs, E, size))
+    got = rows.sort(jnp.asarray(chosen, jnp.int32), E, size, halves_last=True)
+    np.testing.assert_array_equal(got.place_of_pair, alike.place_of_pair)
 
 
 @pytest.mark.parametrize(("M", "X", "D"), [(1, 2, 192), (9, 4, 1152), (30, 3, 2880)])
@@ -264,7 +298,7 @@ if jax.__version_info__ >= target.JAX_FOR_HOPPER:
         monkeypatch.setattr(many_rows, "_load", lambda p: lambda *loaded: loaded)
         monkeypatch.setattr(many_rows, "_decode", decode_in_jax)
         monkeypatch.setattr(many_rows, "_finish", finish_in_jax)
-        monkeypatch.setattr(many_rows, "sort", tiles.sort_into_tiles)
+        monkeypatch.setattr(many_rows, "sort", lambda *args, **_: tiles.sort_into_tiles(*args))
         monkeypatch.setattr(many_rows, "gather", gather_in_jax)
         monkeypatch.setattr(many_rows, "add_up", add_up_in_jax)
         args = layer(rows, E=2, D=384, F=192)

@@ -67,8 +67,12 @@ def many_rows(
     if reason := why_not_many(w):
         raise NotImplementedError(reason)
     up, down = projections(w, limit, tile)
-    by_expert = sort if can_sort(E) else sort_into_tiles
-    tiles = by_expert(experts_MX.reshape(-1), E, tile)
+    chosen = experts_MX.reshape(-1)
+    if can_sort(E):
+        # Products are dealt out beforehand: so every thread block has the same of both kinds.
+        tiles = sort(chosen, E, tile, halves_last=tile >= _MIN_HALVED)
+    else:
+        tiles = sort_into_tiles(chosen, E, tile)
     x_RD, weights_R = gather(x_MD, weights_MX, tiles)
     h_RF = grouped(up, w.up, w.up_bias, tiles, x_RD)
     y_RD = grouped(down, w.down, w.down_bias, tiles, h_RF, weights_R)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt_oss_jax.kernels.expert_matmul.rows_ptx import MAX_SORTED, Add, Count, Gather, Sort, Sum
+from gpt_oss_jax.kernels.expert_matmul.sort_ptx import MAX_TILES
 from gpt_oss_jax.kernels.expert_matmul.tiles import Tiles
 from gpt_oss_jax.kernels.launch import launch
 
@@ -23,13 +24,15 @@ def most_tiles(pairs: int, num_experts: int, size: int) -> int:
     return min(pairs, pairs // size + num_experts)
 
 
-def sort(chosen: jax.Array, num_experts: int, size: int) -> Tiles:
+def sort(chosen: jax.Array, num_experts: int, size: int, *, halves_last: bool = False) -> Tiles:
     """`tiles.sort_into_tiles`, of no more tiles than pairs; pairs of no expert have place -1.
 
-    Tiles past `count` have no expert, and anything for pairs.
+    Tiles past `count` have no expert, and anything for pairs. With `halves_last`, tiles that are at
+    most half full come after all others.
     """
     (pairs,) = chosen.shape
-    tiles, run = most_tiles(pairs, num_experts, size), Sort(pairs, num_experts, size)
+    tiles = most_tiles(pairs, num_experts, size)
+    run = Sort(pairs, num_experts, size, halves_last and tiles < MAX_TILES)
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.int32)
     inputs = (chosen.astype(jnp.int32),)
     if run.grid > 1:

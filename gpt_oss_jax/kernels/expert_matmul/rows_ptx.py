@@ -32,11 +32,13 @@ class Sort:
       pairs: Pairs. A thread block has `MAX_SORTED`; several know from `Count` what there is.
       experts: Experts there are, up to `MAX_SORTED`; pairs of others come to no tile.
       tile: Places of a tile.
+      halves_last: As in `BlockSort`.
     """
 
     pairs: int
     experts: int
     tile: int
+    halves_last: bool = False
 
     @property
     def grid(self) -> int:
@@ -51,7 +53,8 @@ class Sort:
     @property
     def in_blocks(self) -> BlockSort:
         """What each thread block does."""
-        return BlockSort(self.pairs, self.experts, self.tile, self.warps, self.grid)
+        sizes = self.pairs, self.experts, self.tile, self.warps, self.grid
+        return BlockSort(*sizes, halves_last=self.halves_last)
 
     @property
     def shared_bytes(self) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+MAX_TILES = 1 << 16
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockSort:
@@ -19,6 +21,8 @@ class BlockSort:
       tile: Places of a tile.
       warps: Of a block.
       blocks: How many share the pairs: `threads` each, the last one what is left.
+      halves_last: Whether an expert's last tile comes after all that are more than half full, if
+        it is not. There are fewer than `MAX_TILES` then.
     """
 
     pairs: int
@@ -26,10 +30,13 @@ class BlockSort:
     tile: int
     warps: int
     blocks: int = 1
+    halves_last: bool = False
 
     def __post_init__(self):
-        if self.blocks > 1 and max(self._experts_each, self.pairs_each) > 1:
-            raise ValueError("of several blocks, a thread has one pair and one expert at most.")
+        if self.blocks > 1 and self.pairs_each > 1:
+            raise ValueError("of several blocks, a thread has one pair at most.")
+        if (self.blocks > 1 or self.halves_last) and self._experts_each > 1:
+            raise ValueError("of several blocks, or with halves last, a thread has one expert.")
 
     @property
     def threads(self) -> int:
@@ -55,12 +62,17 @@ class BlockSort:
         return -(-self.pairs_each * self.warps * self._row_bytes // 4) * 4
 
     @property
-    def _sums(self) -> int:
+    def _limits(self) -> int:
+        """Of each expert, where places go on elsewhere, and then how far from there."""
         return self._firsts + 4 * self.experts
 
     @property
+    def _sums(self) -> int:
+        return self._limits + 8 * self.experts * self.halves_last
+
+    @property
     def shared_bytes(self) -> int:
-        """Counts, the first place of each expert, the tiles of each warp's experts."""
+        """Counts, the places of each expert, the tiles of each warp's experts."""
         return self._sums + 4 * self.warps
 
     def registers(self) -> str:
@@ -69,7 +81,7 @@ class BlockSort:
         own = ", ".join(f"{name}<{self._experts_each}>" for name in ("own_count", "tiles_of"))
         return f""".reg .b64 pairs_at; .reg .b32 {pairs}, {own};
 .reg .b32 i, first_pair, in_warp, of_warp, own, own_expert, own_tiles, same, count, before;
-.reg .b32 first, tiles;"""
+.reg .b32 first, tiles, whole;"""
 
     def ptx(self, experts: str, shared: str, counts: str = "") -> str:
         """The program, in which all threads of a block meet four times.
@@ -165,8 +177,15 @@ popc.b32 count, same; setp.eq.u32 p, rank{k}, 0; @p st.shared.u16 [cell{k} + {se
                 text += f"setp.gt.u32 p, block, {row}; @p add.u32 before, before, t0;\n"
         for j in range(self._experts_each):
             text += f"mov.u32 count, own_count{j};" if j else ""
-            text += f"add.u32 count, count, {self.tile - 1};"
-            text += f"div.u32 tiles_of{j}, count, {self.tile};"
+            if self.halves_last:
+                # Tiles more than half full, and in the upper half of the word the other one.
+                text += f"add.u32 tiles_of{j}, count, {self.tile // 2 - 1};"
+                text += f"div.u32 tiles_of{j}, tiles_of{j}, {self.tile};"
+                text += f"mul.lo.u32 t0, tiles_of{j}, {self.tile}; setp.gt.u32 p, count, t0;"
+                text += f"@p add.u32 tiles_of{j}, tiles_of{j}, {1 << 16};\n"
+            else:
+                text += f"add.u32 count, count, {self.tile - 1};"
+                text += f"div.u32 tiles_of{j}, count, {self.tile};"
             text += f"add.u32 own_tiles, own_tiles, tiles_of{j};\n"
         return text
 
@@ -183,21 +202,46 @@ popc.b32 count, same; setp.eq.u32 p, rank{k}, 0; @p st.shared.u16 [cell{k} + {se
             text += f"ld.shared.u32 t0, [{shared} + {self._sums + 4 * warp}];"
             text += f"setp.gt.u32 p, of_warp, {warp}; @p add.u32 first, first, t0;"
             text += "add.u32 tiles, tiles, t0;\n"
+        if self.halves_last:
+            text += "and.b32 whole, tiles, 0xFFFF; shr.u32 tiles, tiles, 16;"
+            text += "add.u32 tiles, tiles, whole;"
         text += f"mad.lo.u32 t0, own_expert, 4, {shared};\n"
         for j in range(self._experts_each):
-            text += f"setp.lt.u32 p, own_expert, {self.experts - j};"
-            text += f"mad.lo.u32 own, first, {self.tile}, before;"
-            text += f"@p st.shared.u32 [t0 + {self._firsts + 4 * j}], own;"
+            text += f"setp.lt.u32 p, own_expert, {self.experts - j}; mov.u32 count, first;"
+            text += "and.b32 count, count, 0xFFFF;" if self.halves_last else ""
+            text += f"mad.lo.u32 own, count, {self.tile}, before;"
+            text += f"@p st.shared.u32 [t0 + {self._firsts + 4 * j}], own;\n"
+            if self.halves_last:
+                limit, jump = (self._limits + 4 * n * self.experts for n in range(2))
+                text += f"and.b32 own, tiles_of{j}, 0xFFFF; add.u32 own, own, count;"
+                text += f"mul.lo.u32 own, own, {self.tile}; @p st.shared.u32 [t0 + {limit}], own;"
+                text += "shr.u32 count, first, 16; add.u32 count, count, whole;"
+                text += f"mul.lo.u32 count, count, {self.tile}; sub.u32 count, count, own;"
+                text += f"@p st.shared.u32 [t0 + {jump}], count;\n"
             text += f"add.u32 first, first, tiles_of{j};\n"
         return text
+
+    def _go_on(self, place: str) -> str:
+        """A `place` counted from the first one of its expert, `own`, to where it is, if p says so.
+
+        The place behind the last one of whole tiles may be anywhere: nothing is behind it.
+        """
+        if not self.halves_last:
+            return ""
+        limit, jump = (self._limits + 4 * n * self.experts for n in range(2))
+        return f"""mov.u32 count, -1; @p ld.shared.u32 count, [own + {limit}];
+setp.ge.u32 in, {place}, count; @in ld.shared.u32 count, [own + {jump}];
+@in add.u32 {place}, {place}, count;
+"""
 
     def _place(self, shared: str) -> str:
         text = ""
         for k in range(self.pairs_each):
-            text += f"""setp.lt.u32 p, e{k}, {self.experts}; mad.lo.u32 t0, e{k}, 4, {shared};
-mov.u32 first, 0; @p ld.shared.u32 first, [t0 + {self._firsts}];
+            text += f"""setp.lt.u32 p, e{k}, {self.experts}; mad.lo.u32 own, e{k}, 4, {shared};
+mov.u32 first, 0; @p ld.shared.u32 first, [own + {self._firsts}];
 ld.shared.u16 t0, [cell{k} + {self._row(k)}]; add.u32 rank{k}, rank{k}, t0;
-add.u32 place{k}, first, rank{k}; selp.b32 place{k}, place{k}, -1, p;
+add.u32 place{k}, first, rank{k};
+{self._go_on(f"place{k}")}selp.b32 place{k}, place{k}, -1, p;
 """
         return text
 
@@ -212,5 +256,6 @@ add.u32 place{k}, first, rank{k}; selp.b32 place{k}, place{k}, -1, p;
         for j in range(self._experts_each):
             text += f"setp.lt.u32 p, own_expert, {self.experts - j};"
             text += f"@p ld.shared.u32 t0, [own + {self._firsts + 4 * j}];"
-            text += f"add.u32 t0, t0, own_count{j}; @p st.shared.u32 [own + {to + 4 * j}], t0;\n"
+            text += f"add.u32 t0, t0, own_count{j};\n{self._go_on('t0')}"
+            text += f"@p st.shared.u32 [own + {to + 4 * j}], t0;\n"
         return text
