@@ -84,6 +84,8 @@ def test_queries_keys_and_values(interpreter, M, sizes, room):
     *want, empty_too = xla.queries_keys_values(*inputs, **options)
     for ours, wanted in zip(got, want, strict=True):
         close(ours, wanted)
+        # But for the order of sums: each is rounded once.
+        assert (ours == wanted).mean() > 0.97
     assert (empty is None) == (room == 0)
     np.testing.assert_array_equal(empty, empty_too)
 
