@@ -18,6 +18,7 @@ from jax.sharding import SingleDeviceSharding
 from gpt_oss_jax.checkpoint import outline
 from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B
 from gpt_oss_jax.generate import ahead, loop
+from gpt_oss_jax.model.cache import bucket
 from gpt_oss_jax.sampling import SamplingParams
 
 CONFIGS = {"20b": GPT_OSS_20B, "120b": GPT_OSS_120B}
@@ -25,10 +26,14 @@ CONFIGS = {"20b": GPT_OSS_20B, "120b": GPT_OSS_120B}
 
 def h200() -> jax.Device:
     """A device of which nothing can be asked but to be compiled for."""
-    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+    nvidia = importlib.util.find_spec("nvidia")
+    folders = [Path(x) / "cu13" for x in (nvidia.submodule_search_locations if nvidia else ())]
+    folder = next((x for x in folders if x.exists()), None)
+    if folder is None or importlib.util.find_spec("jax_cuda13_plugin") is None:
         sys.exit('there is nothing to compile with: pip install "gpt-oss-jax[cuda13]"')
-    (nvidia,) = importlib.util.find_spec("nvidia").submodule_search_locations
-    os.environ["XLA_FLAGS"] = f"--xla_gpu_autotune_level=0 --xla_gpu_cuda_data_dir={nvidia}/cu13"
+    flags = os.environ.get("XLA_FLAGS", "")
+    flags += f" --xla_gpu_autotune_level=0 --xla_gpu_cuda_data_dir={folder}"
+    os.environ["XLA_FLAGS"] = flags.strip()
     jax.config.update("jax_platforms", "cpu")
     target = Path(__file__).with_name("h200.txtpb").read_text()
     where = {"topology_name": "", "topology": "1x1x1", "target_config": target}
@@ -46,7 +51,8 @@ def main():
     args = parser.parse_args()
     device, memory = h200(), 1e9 * args.pool_gb
     here = SingleDeviceSharding(device)
-    chunks = args.tokens or sorted(loop.call_sizes(args.batch, "gpu", memory))
+    rows = bucket(args.batch)
+    chunks = args.tokens or sorted(set(loop.call_sizes(rows, "gpu", memory)))
     with jax.default_device(device):
         model = outline(CONFIGS[args.model])
         model.implementation = args.implementation
@@ -54,7 +60,7 @@ def main():
         model = jax.tree.map(place, model)
         options = {"memory": memory, "samplings": [SamplingParams(0.0)]}
         start, cache, most = time.perf_counter(), 0, 0
-        for program in ahead.of_cache(model, args.batch, args.context, chunks, **options):
+        for program in ahead.of_cache(model, rows, args.context, chunks, **options):
             needs, took = program.compiled.memory_analysis(), time.perf_counter() - start
             beside = needs.temp_size_in_bytes
             if program.name == "empty_cache":

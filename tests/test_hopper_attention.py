@@ -124,6 +124,12 @@ CASES = {
 }
 
 
+def test_the_interpreter_rounds_once():
+    """What `_LOWEST` is chosen for would be nothing otherwise."""
+    third, three = np.float32([1 / 3]), np.float32([3])
+    assert ptx._FLOATS["fma"](third, three, np.float32([-1])) != 0
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_equals_xla(case):
     sizes, where, window, plan = CASES[case]

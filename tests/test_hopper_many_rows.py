@@ -114,12 +114,12 @@ def emulated(monkeypatch):
     [
         (3, 8, {"bias": ml_dtypes.bfloat16}),
         (20, 16, {"same": True}),
-        (40, 64, {}),
+        (50, 64, {}),
         (2, 8, {"E": 2, "D": 384}),
         (2, 8, {"E": 2, "D": 960}),
     ],
     ids=[
-        *("bfloat16 biases", "the same experts, two tiles each", "some tiles last", "two steps"),
+        *("bfloat16 biases", "the same experts, two tiles each", "a half tile last", "two steps"),
         "wide steps",
     ],
 )
@@ -168,7 +168,7 @@ def test_pairs_are_sorted_alike_in_every_way(emulated, monkeypatch, pairs, size,
     [(1, 64, 5), (300, 64, 5), (700, 64, 3), (200, 8, 130), (1025, 64, 9), (5000, 128, 40)],
 )
 def test_tiles_that_are_half_empty_come_last(emulated, monkeypatch, pairs, size, E):
-    """One expert has none, one exactly a half, one a pair more, one a whole tile."""
+    """If there are as many, one expert has none, others a half, a pair more, a whole tile."""
     random = np.random.default_rng(pairs)
     chosen = random.integers(0, E + 1, pairs)
     for expert, number in enumerate((0, size // 2, size // 2 + 1, size)):
@@ -215,6 +215,16 @@ def test_rows_are_gathered_and_added_up(emulated, M, X, D):
         args = jnp.asarray(y), sorted_.place_of_pair, chosen, here
         for more in ((), (x,)):
             np.testing.assert_array_equal(rows.add_up(*args, *more), add_up_in_jax(*args, *more))
+
+
+@pytest.mark.parametrize(("tile", "last"), [(32, False), (64, True)])
+def test_halves_come_last_where_they_are_multiplied_as_such(emulated, monkeypatch, tile, last):
+    said, sort = [], rows.sort
+    spy = lambda *args, **how: said.append(how) or sort(*args, **how)
+    monkeypatch.setattr(many_rows, "sort", spy)
+    run = functools.partial(many_rows.many_rows, limit=7.0, tile=tile)
+    run(*layer(2, E=2, D=192, F=192))
+    assert said == [{"halves_last": last}]
 
 
 def test_the_residual_stream_comes_on_top(emulated):

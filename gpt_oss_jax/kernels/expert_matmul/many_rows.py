@@ -69,7 +69,7 @@ def many_rows(
     up, down = projections(w, limit, tile)
     chosen = experts_MX.reshape(-1)
     if can_sort(E):
-        # Products are dealt out beforehand: so every thread block has the same of both kinds.
+        # Products are dealt out beforehand: so thread blocks get as many of each kind, but for one.
         tiles = sort(chosen, E, tile, halves_last=tile >= _MIN_HALVED)
     else:
         tiles = sort_into_tiles(chosen, E, tile)

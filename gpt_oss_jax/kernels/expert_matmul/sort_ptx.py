@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-MAX_TILES = 1 << 16
+MAX_TILES = 1 << 16  # Two numbers of tiles share a word.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +21,8 @@ class BlockSort:
       tile: Places of a tile.
       warps: Of a block.
       blocks: How many share the pairs: `threads` each, the last one what is left.
-      halves_last: Whether an expert's last tile comes after all that are more than half full, if
-        it is not. There are fewer than `MAX_TILES` then.
+      halves_last: Whether tiles that are at most half full come after all others. There are fewer
+        than `MAX_TILES` then, of an even number of places.
     """
 
     pairs: int
@@ -182,7 +182,7 @@ popc.b32 count, same; setp.eq.u32 p, rank{k}, 0; @p st.shared.u16 [cell{k} + {se
                 text += f"add.u32 tiles_of{j}, count, {self.tile // 2 - 1};"
                 text += f"div.u32 tiles_of{j}, tiles_of{j}, {self.tile};"
                 text += f"mul.lo.u32 t0, tiles_of{j}, {self.tile}; setp.gt.u32 p, count, t0;"
-                text += f"@p add.u32 tiles_of{j}, tiles_of{j}, {1 << 16};\n"
+                text += f"@p add.u32 tiles_of{j}, tiles_of{j}, {MAX_TILES};\n"
             else:
                 text += f"add.u32 count, count, {self.tile - 1};"
                 text += f"div.u32 tiles_of{j}, count, {self.tile};"
@@ -222,9 +222,10 @@ popc.b32 count, same; setp.eq.u32 p, rank{k}, 0; @p st.shared.u16 [cell{k} + {se
         return text
 
     def _go_on(self, place: str) -> str:
-        """A `place` counted from the first one of its expert, `own`, to where it is, if p says so.
+        """A `place` counted from its expert's first one, to where it is; if p says so.
 
-        The place behind the last one of whole tiles may be anywhere: nothing is behind it.
+        `own` is the address of what is known of the expert. Of one that has whole tiles alone, the
+        place behind the last goes to another tile's first one, too: either ends a tile.
         """
         if not self.halves_last:
             return ""
