@@ -62,13 +62,13 @@ class BlockSort:
         return -(-self.pairs_each * self.warps * self._row_bytes // 4) * 4
 
     @property
-    def _limits(self) -> int:
-        """Of each expert, where places go on elsewhere, and then how far from there."""
-        return self._firsts + 4 * self.experts
+    def _limits_and_jumps(self) -> tuple[int, int]:
+        """Of each expert, where places go on elsewhere; how far from there."""
+        return self._firsts + 4 * self.experts, self._firsts + 8 * self.experts
 
     @property
     def _sums(self) -> int:
-        return self._limits + 8 * self.experts * self.halves_last
+        return self._firsts + 4 * self.experts * (3 if self.halves_last else 1)
 
     @property
     def shared_bytes(self) -> int:
@@ -212,7 +212,7 @@ popc.b32 count, same; setp.eq.u32 p, rank{k}, 0; @p st.shared.u16 [cell{k} + {se
             text += f"mad.lo.u32 own, count, {self.tile}, before;"
             text += f"@p st.shared.u32 [t0 + {self._firsts + 4 * j}], own;\n"
             if self.halves_last:
-                limit, jump = (self._limits + 4 * n * self.experts for n in range(2))
+                limit, jump = self._limits_and_jumps
                 text += f"and.b32 own, tiles_of{j}, 0xFFFF; add.u32 own, own, count;"
                 text += f"mul.lo.u32 own, own, {self.tile}; @p st.shared.u32 [t0 + {limit}], own;"
                 text += "shr.u32 count, first, 16; add.u32 count, count, whole;"
@@ -229,7 +229,7 @@ popc.b32 count, same; setp.eq.u32 p, rank{k}, 0; @p st.shared.u16 [cell{k} + {se
         """
         if not self.halves_last:
             return ""
-        limit, jump = (self._limits + 4 * n * self.experts for n in range(2))
+        limit, jump = self._limits_and_jumps
         return f"""mov.u32 count, -1; @p ld.shared.u32 count, [own + {limit}];
 setp.ge.u32 in, {place}, count; @in ld.shared.u32 count, [own + {jump}];
 @in add.u32 {place}, {place}, count;
