@@ -9,8 +9,6 @@ does by itself is in `many_rows_ptx`.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,10 +28,10 @@ from gpt_oss_jax.quant import MXArray
 
 _WARPGROUPS = 3
 _BLOCK_OUTPUTS = _WARPGROUPS * OUTPUTS
-_COPY_REGISTERS = 40
+_COPY_REGISTERS, _MULTIPLY_REGISTERS = 40, 152  # Of a thread.
 _SHARED_BYTES = 220 << 10
-_MAX_STAGES = 6
-_MIN_HALVED = 64  # Smaller tiles wait for their weights, however many rows they have.
+_MOST_STEPS = 6
+_MIN_HALVED = 16  # The matrix unit takes eight rows.
 
 
 def many_rows(
@@ -137,131 +135,129 @@ def grouped(
 
     T, P = tiles.pairs.shape
     E = w.scales.shape[0]
-    stripes = p.outputs // _BLOCK_OUTPUTS
+    stripes, steps = p.outputs // _BLOCK_OUTPUTS, p.blocks // p.step
     # The scales of a warpgroup are one piece, cut so that the copy engine takes it.
     scale_rows = OUTPUTS * p.blocks // _BLOCK_OUTPUTS
-    step_slots, scale_slots = stages(p, P)
+    stages, scale_slots = slots(p, P)
     more = () if weights_R is None else (weights_R,)
-    # An expert's last tile is often half empty. With small ones it is an operand nobody reads.
-    can_halve = P >= _MIN_HALVED
-    halved_T = tiles.pairs[:, P // 2] < 0 if can_halve else jnp.zeros(1, bool)
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
-    def block(experts, halved, count, blocks, scales, x, bias, *rest):
-        *weights, out, scales_smem, arrived = rest
+    def block(experts, pairs, count, blocks, scales, x, bias, *rest):
+        *weights, out, w_smem, x_smem, scales_smem, here, scales_here, read = rest
         first, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-        products = count[0] * stripes
+        products = (count[0] * stripes - first + num_blocks - 1) // num_blocks
         places = _places_of_thread(p)()
 
-        def place(product):
-            """Its tile of rows, expert and stripe of outputs."""
+        def place(n):
+            """Tile of rows, expert and stripe of outputs of the block's product n."""
+            product = first + n * num_blocks
             t = product // stripes
             return t, experts[t], product % stripes
 
-        def scales_of(product):
+        def sized(t, of_rows):
+            """Does it for the rows of a tile: all, or half of them if no more have a pair."""
+            if P < _MIN_HALVED:
+                of_rows(P)
+                return
+            half = pairs[t, P // 2] < 0
+            pl.when(half)(lambda: of_rows(P // 2))
+            pl.when(jnp.logical_not(half))(lambda: of_rows(P))
+
+        def copy(n):
+            """Weights and rows of a product, each step once all have read what was there before."""
+            t, expert, stripe = place(n)
+            outputs = pl.ds((expert * stripes + stripe) * _BLOCK_OUTPUTS, _BLOCK_OUTPUTS)
+
+            def of_rows(rows):
+                @pl.loop(0, steps)
+                def _(k):
+                    step = n * steps + k
+                    slot = lax.rem(step, stages)
+
+                    @pl.when(step >= stages)
+                    def _():
+                        plgpu.barrier_wait(read.at[slot])
+
+                    w_piece = blocks.at[outputs, pl.ds(k * 16 * p.step, 16 * p.step)]
+                    plgpu.copy_gmem_to_smem(w_piece, w_smem.at[slot], here.at[slot])
+                    x_piece = x.at[pl.ds(t * P, rows), pl.ds(k * 32 * p.step, 32 * p.step)]
+                    plgpu.copy_gmem_to_smem(x_piece, x_smem.at[slot, pl.ds(0, rows)], here.at[slot])
+
+            sized(t, of_rows)
+
+        def scales_of(n):
             """A warpgroup's, and the barrier that they arrive at."""
-            slot = lax.rem((product - first) // num_blocks, scale_slots)
-            return scales_smem.at[slot, warpgroup], arrived.at[slot * _WARPGROUPS + warpgroup]
+            slot = lax.rem(n, scale_slots)
+            return scales_smem.at[slot, warpgroup], scales_here.at[slot * _WARPGROUPS + warpgroup]
 
-        def fetch_scales(product):
-            @pl.when(product < products)
+        def fetch_scales(n):
+            @pl.when(n < products)
             def _():
-                _, expert, n = place(product)
-                at = ((expert * stripes + n) * _WARPGROUPS + warpgroup) * scale_rows
-                plgpu.copy_gmem_to_smem(scales.at[pl.ds(at, scale_rows)], *scales_of(product))
+                _, expert, stripe = place(n)
+                at = ((expert * stripes + stripe) * _WARPGROUPS + warpgroup) * scale_rows
+                plgpu.copy_gmem_to_smem(scales.at[pl.ds(at, scale_rows)], *scales_of(n))
 
-        def step(own_scales, indices, w_smem, x_smem, sums):
-            own = w_smem.at[pl.ds(warpgroup * OUTPUTS, OUTPUTS)]
-            loaded = _load(p)(own, own_scales, indices[0], *places)
-            for i in range(p.step // 2):
-                # The matrix unit has one pair of blocks while the next is decoded.
-                x_pair = x_smem.at[: sums.shape[1], pl.ds(64 * i, 64)].transpose((1, 0))
-                plgpu.wgmma(sums, _decode(p, i)(loaded), x_pair)
-                plgpu.wgmma_wait(int(i < p.step // 2 - 1))
-            return sums
+        def multiply(n):
+            """A product, and what follows it; its scales make way for another one's."""
+            t, expert, stripe = place(n)
+            own_scales, arrived = scales_of(n)
+            plgpu.barrier_wait(arrived)
 
-        def pipeline(columns=P, product=None):
-            """Multiplies so many rows of a tile with a stripe.
+            def of_rows(rows):
+                def all_steps(sums):
+                    @pl.loop(0, steps)
+                    def _(k):
+                        slot = lax.rem(n * steps + k, stages)
+                        plgpu.barrier_wait(here.at[slot])
+                        own_w = w_smem.at[slot, pl.ds(warpgroup * OUTPUTS, OUTPUTS)]
+                        loaded = _load(p)(own_w, own_scales, k, *places)
+                        for i in range(p.step // 2):
+                            # The matrix unit has one pair of blocks while the next is decoded.
+                            x_pair = x_smem.at[slot, pl.ds(0, rows), pl.ds(64 * i, 64)]
+                            plgpu.wgmma(sums, _decode(p, i)(loaded), x_pair.transpose((1, 0)))
+                            plgpu.wgmma_wait(int(i < p.step // 2 - 1))
+                        plgpu.barrier_arrive(read.at[slot])
 
-            The copies for the next begin before it ends. All rows are copied, as the stages of both
-            sizes are the same.
-            """
-
-            def compute(run):
-                t, expert, n = place(product)
-                plgpu.barrier_wait(scales_of(product)[1])
-
-                def scoped(sums):
-                    run(sums)
                     return sums[...]
 
-                sums = pl.run_scoped(scoped, plgpu.ACC((OUTPUTS, columns), jnp.float32))
+                sums = pl.run_scoped(all_steps, plgpu.ACC((OUTPUTS, rows), jnp.float32))
                 plgpu.commit_smem()  # All have read their scales.
-
-                fetch_scales(product + scale_slots * num_blocks)
-                own = n * _WARPGROUPS + warpgroup
+                fetch_scales(n + scale_slots)
+                own = stripe * _WARPGROUPS + warpgroup
                 # Of 64 hidden values two warpgroups have every other four.
                 sharing = p.outputs // p.width
                 _finish(p, len(weights))(
                     sums,
                     own % sharing,
                     bias.at[expert, pl.ds(own * OUTPUTS, OUTPUTS)],
-                    out.at[pl.ds(t * P, columns), pl.ds(own // sharing * OUTPUTS, OUTPUTS)],
-                    *(a.at[pl.ds(t * P, columns)] for a in weights),
+                    out.at[pl.ds(t * P, rows), pl.ds(own // sharing * OUTPUTS, OUTPUTS)],
+                    *(a.at[pl.ds(t * P, rows)] for a in weights),
                 )
 
-            if product is None:
-                t = stripe = 0
-                state = None
-            else:
-                t, expert, n = place(product)
-                stripe = expert * stripes + n
-                at = plgpu.PipelinePipeline
-                state = jnp.where(product + num_blocks < products, at.STEADY, at.STOP)
-                state = jnp.where(product == first, at.START, state)
-            return plgpu.emit_pipeline_warp_specialized(
-                functools.partial(step, None if product is None else scales_of(product)[0]),
-                grid=(p.blocks // p.step,),
-                memory_registers=_COPY_REGISTERS,
-                wg_axis="warpgroup",
-                num_compute_wgs=_WARPGROUPS,
-                max_concurrent_steps=step_slots,
-                compute_context=compute,
-                pipeline_state=state,
-                in_specs=[
-                    plgpu.BlockSpec((_BLOCK_OUTPUTS, 16 * p.step), lambda k: (stripe, k)),
-                    plgpu.BlockSpec((P, 32 * p.step), lambda k: (t, k), transforms=tiled),
-                ],
-            )
+            sized(t, of_rows)
 
-        def run(allocations):
-            @pl.when(warpgroup < _WARPGROUPS)
-            def _():
-                for i in range(scale_slots):
-                    fetch_scales(first + i * num_blocks)
+        @pl.when(warpgroup == _WARPGROUPS)
+        def _():
+            plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
+            pl.loop(0, products)(copy)
 
-            @pl.loop(first, products, step=num_blocks)
-            def _(product):
-                def multiply(columns):
-                    pipeline(columns, product)(blocks, x, allocations=allocations)
-
-                if not can_halve:
-                    multiply(P)
-                    return
-                half = halved[product // stripes] != 0
-                pl.when(half)(lambda: multiply(P // 2))
-                pl.when(jnp.logical_not(half))(lambda: multiply(P))
-
-        shared = pipeline().get_allocations(blocks, x)
-        pl.run_scoped(run, shared, collective_axes="warpgroup")
+        @pl.when(warpgroup < _WARPGROUPS)
+        def _():
+            plgpu.set_max_registers(_MULTIPLY_REGISTERS, action="increase")
+            pl.loop(0, scale_slots)(fetch_scales)
+            pl.loop(0, products)(multiply)
 
     num_blocks = min(multiprocessors(), T * stripes)
     return plgpu.kernel(
         block,
         out_type=jax.ShapeDtypeStruct((T * P, p.width), jnp.bfloat16),
         scratch_types=[
+            plgpu.SMEM((stages, _BLOCK_OUTPUTS, 16 * p.step), jnp.uint8),
+            plgpu.SMEM((stages, P, 32 * p.step), jnp.bfloat16, transforms=tiled),
             plgpu.SMEM((scale_slots, _WARPGROUPS, scale_rows, _BLOCK_OUTPUTS), jnp.uint8),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_barriers=scale_slots * _WARPGROUPS),
+            plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=stages),
         ],
         grid=(num_blocks,),
         grid_names=("block",),
@@ -271,7 +267,7 @@ def grouped(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(
         tiles.expert_of_tile.astype(jnp.int32),
-        halved_T.astype(jnp.int32),
+        tiles.pairs.astype(jnp.int32),
         tiles.count.astype(jnp.int32).reshape(1),
         w.blocks.reshape(E * p.outputs, 16 * p.blocks),
         w.scales.reshape(-1, _BLOCK_OUTPUTS),
@@ -281,17 +277,13 @@ def grouped(
     )
 
 
-def stages(p: Projection, tile: int) -> tuple[int, int]:
+def slots(p: Projection, tile: int) -> tuple[int, int]:
     """Steps, and scales of products, that are in shared memory or on their way."""
     step = (_BLOCK_OUTPUTS * 16 + tile * 64) * p.step
-    steps = p.blocks // p.step
-
-    def beside(scales: int) -> int:
-        most = min(_MAX_STAGES, (_SHARED_BYTES - scales * _BLOCK_OUTPUTS * p.blocks) // step)
-        # A part of the whole, so that every product begins at the same one.
-        return max(n for n in range(1, most + 1) if steps % n == 0)
-
-    return beside(1), 2 if beside(2) == beside(1) else 1
+    beside = lambda scales: (_SHARED_BYTES - scales * _BLOCK_OUTPUTS * p.blocks) // step
+    # Scales of the next product come while this one's are read, if three steps fit beside them.
+    scales = 2 if beside(2) >= 3 else 1
+    return min(_MOST_STEPS, beside(scales)), scales
 
 
 def _places_of_thread(p: Projection):
