@@ -163,6 +163,10 @@ def grouped(
             pl.when(half)(lambda: of_rows(P // 2))
             pl.when(jnp.logical_not(half))(lambda: of_rows(P))
 
+        def wait_until_read(step):
+            """What was in the slot that it has."""
+            plgpu.barrier_wait(read.at[lax.rem(step, stages)])
+
         def copy(n):
             """Weights and rows of a product, each step once all have read what was there before."""
             t, expert, stripe = place(n)
@@ -173,11 +177,7 @@ def grouped(
                 def _(k):
                     step = n * steps + k
                     slot = lax.rem(step, stages)
-
-                    @pl.when(step >= stages)
-                    def _():
-                        plgpu.barrier_wait(read.at[slot])
-
+                    pl.when(step >= stages)(lambda: wait_until_read(step))
                     w_piece = blocks.at[outputs, pl.ds(k * 16 * p.step, 16 * p.step)]
                     plgpu.copy_gmem_to_smem(w_piece, w_smem.at[slot], here.at[slot])
                     x_piece = x.at[pl.ds(t * P, rows), pl.ds(k * 32 * p.step, 32 * p.step)]
@@ -240,6 +240,8 @@ def grouped(
         def _():
             plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
             pl.loop(0, products)(copy)
+            # JAX 0.11's interpreter wants every phase of a barrier to be waited for.
+            pl.loop(lax.max(products * steps - stages, 0), products * steps)(wait_until_read)
 
         @pl.when(warpgroup < _WARPGROUPS)
         def _():
