@@ -70,12 +70,13 @@ def grouped(p, w, bias, tiles, x_RK, weights_R=None):
             own_bias = biases + (e * p.outputs + 64 * n) * p.bias_bytes
             sharing = p.outputs // p.width
             own_out = out + 2 * (t * P * p.width + n // sharing * 64)
-            started = run(p.start(), 3, [own_bias, own_out, n % sharing])
+            own_routing = [place + 4 * t * P for place in routing]
+            extras = run(p.read_extras(P), p.extra_words(P), [own_bias, *own_routing])
+            (at,) = run(p.start(), 1, [own_out, n % sharing])
             for group in range(P // 8):
                 columns = [8 * group + 2 * Q + i for i in range(2)]
                 own = [bits(sums[16 * W + G + 8 * h, c]) for h in range(2) for c in columns]
-                own_routing = [place + 4 * t * P for place in routing]
-                run(p.finish(group), 0, [*own, *started, *own_routing])
+                run(p.finish(group), 0, [*own, at, *extras])
     return jnp.asarray(memory.get(out, (len(x_RK), p.width), ml_dtypes.bfloat16))
 
 
@@ -310,6 +311,7 @@ if jax.__version_info__ >= target.JAX_FOR_HOPPER:
         monkeypatch.setattr(many_rows, "_load", lambda p: lambda *loaded: loaded)
         monkeypatch.setattr(many_rows, "_decode", decode_in_jax)
         sizes = set()
+        monkeypatch.setattr(many_rows, "_read_extras", read_extras_in_jax)
         monkeypatch.setattr(many_rows, "_finish", functools.partial(finish_in_jax, sizes=sizes))
         monkeypatch.setattr(many_rows, "sort", lambda *args, **_: tiles.sort_into_tiles(*args))
         monkeypatch.setattr(many_rows, "gather", gather_in_jax)
@@ -352,12 +354,17 @@ def decode_in_jax(p, i):
     return decode
 
 
-def finish_in_jax(p, weights, sizes):
-    def finish(sums, half, bias, out, *routing):
+def read_extras_in_jax(p, rows, weights):
+    return lambda *refs: [ref[...].astype(jnp.float32) for ref in refs]
+
+
+def finish_in_jax(p, sizes):
+    def finish(sums, half, extras, out):
         sizes.add(sums.shape[1])
-        y = sums + bias[...].astype(jnp.float32)[:, None]
+        bias, *routing = extras
+        y = sums + bias[:, None]
         if p.limit is None:
-            out[...] = (y * routing[0][...]).T.astype(jnp.bfloat16)
+            out[...] = (y * routing[0]).T.astype(jnp.bfloat16)
             return
         y = xla.swiglu(y[0::2], y[1::2], p.limit).T.astype(jnp.bfloat16)
         # Places of a half's own, in fours.

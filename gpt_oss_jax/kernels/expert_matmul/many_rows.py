@@ -149,19 +149,22 @@ def grouped(
         places = _places_of_thread(p)()
 
         def place(n):
-            """Tile of rows, expert and stripe of outputs of the block's product n."""
+            """Tile of rows and stripe of outputs of the block's product n."""
             product = first + n * num_blocks
-            t = product // stripes
-            return t, experts[t], product % stripes
+            return product // stripes, product % stripes
 
-        def sized(t, of_rows):
+        def look_up(n):
+            """Its expert, and the pair of the first place in the second half of its tile."""
+            t, _ = place(lax.max(lax.min(n, products - 1), 0))
+            return experts[t], pairs[t, P // 2]
+
+        def sized(middle, of_rows):
             """Does it for the rows of a tile: all, or half of them if no more have a pair."""
             if P < _MIN_HALVED:
                 of_rows(P)
                 return
-            half = pairs[t, P // 2] < 0
-            pl.when(half)(lambda: of_rows(P // 2))
-            pl.when(jnp.logical_not(half))(lambda: of_rows(P))
+            pl.when(middle < 0)(lambda: of_rows(P // 2))
+            pl.when(middle >= 0)(lambda: of_rows(P))
 
         def wait_until_read(step):
             """What was in the slot that it has."""
@@ -169,7 +172,7 @@ def grouped(
 
         def copy(n):
             """Weights and rows of a product, each step once all have read what was there before."""
-            t, expert, stripe = place(n)
+            (t, stripe), (expert, middle) = place(n), look_up(n)
             outputs = pl.ds((expert * stripes + stripe) * _BLOCK_OUTPUTS, _BLOCK_OUTPUTS)
 
             def of_rows(rows):
@@ -183,27 +186,38 @@ def grouped(
                     x_piece = x.at[pl.ds(t * P, rows), pl.ds(k * 32 * p.step, 32 * p.step)]
                     plgpu.copy_gmem_to_smem(x_piece, x_smem.at[slot, pl.ds(0, rows)], here.at[slot])
 
-            sized(t, of_rows)
+            sized(middle, of_rows)
 
         def scales_of(n):
             """A warpgroup's, and the barrier that they arrive at."""
             slot = lax.rem(n, scale_slots)
             return scales_smem.at[slot, warpgroup], scales_here.at[slot * _WARPGROUPS + warpgroup]
 
-        def fetch_scales(n):
+        def fetch_scales(n, expert):
             @pl.when(n < products)
             def _():
-                _, expert, stripe = place(n)
+                _, stripe = place(n)
                 at = ((expert * stripes + stripe) * _WARPGROUPS + warpgroup) * scale_rows
                 plgpu.copy_gmem_to_smem(scales.at[pl.ds(at, scale_rows)], *scales_of(n))
 
-        def multiply(n):
-            """A product, and what follows it; its scales make way for another one's."""
-            t, expert, stripe = place(n)
+        def multiply(n, ahead):
+            """A product, and what follows it; its scales make way for another one's.
+
+            What memory has to give is asked for a product before it is needed: nothing else has
+            anything to do meanwhile.
+            """
+            ahead = (*ahead, look_up(n + scale_slots))
+            (t, stripe), (expert, middle) = place(n), ahead[0]
+            own = stripe * _WARPGROUPS + warpgroup
             own_scales, arrived = scales_of(n)
             plgpu.barrier_wait(arrived)
 
             def of_rows(rows):
+                extras = _read_extras(p, rows, len(weights))(
+                    bias.at[expert, pl.ds(own * OUTPUTS, OUTPUTS)],
+                    *(a.at[pl.ds(t * P, rows)] for a in weights),
+                )
+
                 def all_steps(sums):
                     @pl.loop(0, steps)
                     def _(k):
@@ -222,19 +236,14 @@ def grouped(
 
                 sums = pl.run_scoped(all_steps, plgpu.ACC((OUTPUTS, rows), jnp.float32))
                 plgpu.commit_smem()  # All have read their scales.
-                fetch_scales(n + scale_slots)
-                own = stripe * _WARPGROUPS + warpgroup
+                fetch_scales(n + scale_slots, ahead[-1][0])
                 # Of 64 hidden values two warpgroups have every other four.
                 sharing = p.outputs // p.width
-                _finish(p, len(weights))(
-                    sums,
-                    own % sharing,
-                    bias.at[expert, pl.ds(own * OUTPUTS, OUTPUTS)],
-                    out.at[pl.ds(t * P, rows), pl.ds(own // sharing * OUTPUTS, OUTPUTS)],
-                    *(a.at[pl.ds(t * P, rows)] for a in weights),
-                )
+                to = out.at[pl.ds(t * P, rows), pl.ds(own // sharing * OUTPUTS, OUTPUTS)]
+                _finish(p)(sums, own % sharing, extras, to)
 
-            sized(t, of_rows)
+            sized(middle, of_rows)
+            return ahead[1:]
 
         @pl.when(warpgroup == _WARPGROUPS)
         def _():
@@ -246,8 +255,10 @@ def grouped(
         @pl.when(warpgroup < _WARPGROUPS)
         def _():
             plgpu.set_max_registers(_MULTIPLY_REGISTERS, action="increase")
-            pl.loop(0, scale_slots)(fetch_scales)
-            pl.loop(0, products)(multiply)
+            ahead = tuple(look_up(n) for n in range(scale_slots))
+            for n, (expert, _) in enumerate(ahead):
+                fetch_scales(n, expert)
+            lax.fori_loop(0, products, multiply, ahead)
 
     num_blocks = min(multiprocessors(), T * stripes)
     return plgpu.kernel(
@@ -388,40 +399,68 @@ def _decode(p: Projection, i: int):
     return decode
 
 
-def _finish(p: Projection, weights: int):
+def _read_extras(p: Projection, rows: int, weights: int):
+    """Biases and routing weights in global memory, to what `_finish` takes of them."""
+    from jax.experimental.mosaic import gpu as mgpu
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxlib.mlir import ir
+
+    words = p.extra_words(rows)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),) * (1 + weights),
+        return_type=plgpu.ShapeDtypeStruct(
+            (128 * words,), jnp.int32, plgpu.Layout.WG_STRIDED((128 * words,), vec_size=1)
+        ),
+    )
+    def read_extras(ctx, *refs):
+        del ctx
+        word = ir.IntegerType.get_signless(32)
+        refs = [mgpu.utils.memref_ptr(ref) for ref in refs]
+        # With an effect, as nothing else keeps it before the steps.
+        return _of_threads(
+            mgpu.utils.inline_ptx(
+                p.read_extras(rows), *refs, result_types=[word] * words, has_side_effects=True
+            )
+        )
+
+    return read_extras
+
+
+def _finish(p: Projection):
     """Sums of a warpgroup to the result in global memory."""
     from jax.experimental.mosaic import gpu as mgpu
     from jax.experimental.pallas import mosaic_gpu as plgpu
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import vector
 
-    @plgpu.inline_mgpu(
-        arg_types=(
-            plgpu.Layout.WGMMA,
-            plgpu.Layout.WG_SPLAT(()),
-            *(plgpu.RefType(),) * (2 + weights),
-        ),
-    )
-    def finish(ctx, sums, half, *refs):
-        del ctx
-        bias, out, *rest = (mgpu.utils.memref_ptr(ref) for ref in refs)
-        f32, i64 = ir.F32Type.get(), ir.IntegerType.get_signless(64)
-        started = mgpu.utils.inline_ptx(
-            p.start(),
-            bias,
-            out,
-            half.registers.item(),
-            result_types=[i64, f32, f32],
-            has_side_effects=True,
+    def finish(sums, half, extras, out):
+        @plgpu.inline_mgpu(
+            arg_types=(
+                plgpu.Layout.WGMMA,
+                plgpu.Layout.WG_SPLAT(()),
+                plgpu.Layout.WG_STRIDED(extras.shape, vec_size=1),
+                plgpu.RefType(),
+            ),
         )
-        place = _places(sums.registers.shape)
-        for group in range(sums.shape[1] // 8):
-            own = [
-                vector.extract(sums.registers[place(group, h)], [], ir.DenseI64ArrayAttr.get([i]))
-                for h in range(2)
-                for i in range(2)
-            ]
-            mgpu.utils.inline_ptx(p.finish(group), *own, *started, *rest, convergent=True)
+        def inline(ctx, sums, half, extras, out):
+            del ctx
+            i64, word = (ir.IntegerType.get_signless(bits) for bits in (64, 32))
+            operands = mgpu.utils.memref_ptr(out), half.registers.item()
+            (at,) = mgpu.utils.inline_ptx(p.start(), *operands, result_types=[i64])
+            extras = [mgpu.utils.bitcast(x, word) for x in extras.registers]
+            place = _places(sums.registers.shape)
+            for group in range(sums.shape[1] // 8):
+                own = [
+                    vector.extract(
+                        sums.registers[place(group, h)], [], ir.DenseI64ArrayAttr.get([i])
+                    )
+                    for h in range(2)
+                    for i in range(2)
+                ]
+                mgpu.utils.inline_ptx(p.finish(group), *own, at, *extras, convergent=True)
+
+        inline(sums, half, extras, out)
 
     return finish
 

@@ -27,7 +27,7 @@ from gpt_oss_jax.kernels.expert_matmul.mxfp4_ptx import (
 OUTPUTS = 64  # Of a warpgroup.
 
 _THREAD = """.reg .pred odd; .reg .b16 h; .reg .b32 t<2>, w, g, q, place; .reg .b64 at;
-.reg .f32 f<2>, b0, sent, got, weight<2>;
+.reg .f32 f<2>, b0, bias<2>, sent, got, weight<2>;
 mov.u32 t0, %tid.x; and.b32 q, t0, 3; shr.u32 g, t0, 2; and.b32 g, g, 7;
 shr.u32 w, t0, 5; and.b32 w, w, 3;
 """
@@ -89,47 +89,67 @@ class Projection:
             text += f"ld.shared.u8 ${2 * n + n // 2 * h + i}, [place + {place}];\n"
         return "{\n" + text + "}"
 
-    def start(self) -> str:
-        """Where a thread's results go, and its biases.
+    def extra_words(self, rows: int) -> int:
+        """How many `read_extras` gives: biases, and of the down projection weights of rows."""
+        return 2 + (-(-rows // 32) if self.limit is None else 0)
 
-        Operands: the address and two float32 that it gives; in global memory the biases of the
-        warpgroup's outputs, and the result at its first row and output; for the up projection
-        where the first of 64 hidden values is, and which half of them is the warpgroup's.
+    def read_extras(self, rows: int) -> str:
+        """Biases and routing weights, which `finish` takes: long before, so that nothing waits.
+
+        Operands: two biases as they are, and for the down projection the routing weights of every
+        32nd row from that of the lane's number on, which it gives; in global memory the biases of
+        the warpgroup's outputs, and the routing weights of the rows of the tile.
         """
-        text, second = self._row(), 8
+        text, second, words = self._row(), 8, self.extra_words(rows)
         if self.limit is not None:
             # Those of the gate that a thread has after the exchange, and of the linear part.
             text += "and.b32 t1, g, 1; sub.u32 t0, t0, t1; mad.lo.u32 t0, t1, 8, t0;"
             second = 1
-        text += f"mul.wide.u32 at, t0, {self.bias_bytes}; add.u64 at, at, $3;\n"
+        text += f"mul.wide.u32 at, t0, {self.bias_bytes}; add.u64 at, at, ${words};\n"
         for i in range(2):
             place = second * self.bias_bytes * i
             if self.bias_bytes == 2:
-                text += f"ld.global.nc.u16 t1, [at + {place}]; shl.b32 t1, t1, 16;"
-                text += f"mov.b32 ${1 + i}, t1;\n"
+                text += f"ld.global.nc.u16 ${i}, [at + {place}];\n"
             else:
-                text += f"ld.global.nc.f32 ${1 + i}, [at + {place}];\n"
+                text += f"ld.global.nc.u32 ${i}, [at + {place}];\n"
+        if self.limit is None:
+            text += f"mov.u32 t0, %tid.x; and.b32 t0, t0, {min(rows, 32) - 1};"
+            text += f"mul.wide.u32 at, t0, 4; add.u64 at, at, ${words + 1};\n"
+        for i in range(words - 2):
+            text += f"ld.global.nc.u32 ${2 + i}, [at + {128 * i}];\n"
+        return _scope(text)
+
+    def start(self) -> str:
+        """Where a thread's results go.
+
+        Operands: the address that it gives; in global memory the result at the tile's first row
+        and the warpgroup's first output, of the up projection the first of 64 hidden values; which
+        half of these is the warpgroup's.
+        """
+        text = self._row()
         if self.limit is not None:
             # Where `in_order` has hidden value `t0 / 2` of the half.
-            text += (
+            text = (
                 "shr.u32 t0, w, 1; shl.b32 t0, t0, 5; and.b32 t1, w, 1; mad.lo.u32 t0, t1, 16, t0;"
             )
             text += "and.b32 t1, g, 2; mad.lo.u32 t0, t1, 4, t0; shr.u32 t1, g, 2;"
             text += "mad.lo.u32 t0, t1, 2, t0; and.b32 t1, g, 1; add.u32 t0, t0, t1;"
-            text += "mad.lo.u32 t0, $5, 4, t0;\n"
+            text += "mad.lo.u32 t0, $2, 4, t0;\n"
         text += f"mad.lo.u32 t0, q, {2 * self.width}, t0; mul.wide.u32 at, t0, 2;"
-        return _scope(text + "add.u64 $0, at, $4;")
+        return _scope(text + "add.u64 $0, at, $1;")
 
     def finish(self, group: int) -> str:
         """Bias, then SwiGLU or routing weight, for a thread's four sums of eight columns.
 
-        Operands: sums of its two columns for h = 0 and for 1; what `start` gave; for the down
-        projection the routing weights of the rows of the tile, in global memory.
+        Operands: sums of its two columns for h = 0 and for 1; what `start` and `read_extras` gave.
         """
-        text = ""
+        # Not where they are read, which would wait for them.
+        shift = 16 if self.bias_bytes == 2 else 0
+        text = "".join(f"shl.b32 t0, ${5 + i}, {shift}; mov.b32 bias{i}, t0;\n" for i in range(2))
         if self.limit is None:
-            text += "mul.wide.u32 at, q, 8; add.u64 at, at, $7;"
-            text += f"ld.global.nc.v2.f32 {{weight0, weight1}}, [at + {32 * group}];\n"
+            for column in range(2):
+                text += f"mad.lo.u32 t0, q, 2, {8 * (group % 4) + column};"
+                text += f"shfl.sync.idx.b32 weight{column}, ${7 + group // 4}, t0, 31, -1;\n"
         else:
             text += "and.b32 t0, g, 1; setp.ne.u32 odd, t0, 0;\n"
         for column in range(2):
@@ -137,7 +157,7 @@ class Projection:
             first, second = f"${column}", f"${2 + column}"
             if self.limit is None:
                 for i, value in enumerate((first, second)):
-                    text += f"fma.rn.f32 f0, {value}, {literal(LAST_FACTOR)}, ${5 + i};"
+                    text += f"fma.rn.f32 f0, {value}, {literal(LAST_FACTOR)}, bias{i};"
                     text += f"mul.f32 f0, f0, weight{column}; cvt.rn.bf16.f32 h, f0;"
                     text += f"st.global.b16 [$4 + {place + 16 * i}], h;\n"
                 continue
@@ -146,7 +166,7 @@ class Projection:
             text += "shfl.sync.bfly.b32 got, sent, 4, 31, -1;"
             text += f"selp.b32 f0, got, {first}, odd; selp.b32 f1, {second}, got, odd;\n"
             for i in range(2):
-                text += f"fma.rn.f32 f{i}, f{i}, {literal(LAST_FACTOR)}, ${5 + i};"
+                text += f"fma.rn.f32 f{i}, f{i}, {literal(LAST_FACTOR)}, bias{i};"
             text += swiglu("f0", "f1", self.limit)
             text += f"cvt.rn.bf16.f32 h, f0; st.global.b16 [$4 + {place}], h;\n"
         return _scope(text)
