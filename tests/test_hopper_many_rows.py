@@ -273,6 +273,14 @@ def output(slot, up):
     return 32 * (g // 4) + 16 * (w // 2) + 8 * h + 4 * (w % 2) + g % 4
 
 
+@pytest.mark.parametrize(
+    ("tile", "rows"),
+    [(8, [8]), (16, [8, 16]), (32, [16, 32]), (64, [32, 64]), (128, [32, 64, 128])],
+)
+def test_parts_of_tiles(tile, rows):
+    assert many_rows.multiplied_rows(tile) == rows
+
+
 @pytest.mark.parametrize("pairs", [1, 32 * 9, 32 * 1024])
 @pytest.mark.parametrize("width", [192, 2880])
 def test_tiles_fit_into_shared_memory(pairs, width):
@@ -297,7 +305,8 @@ if jax.__version_info__ >= target.JAX_FOR_HOPPER:
         assert kernels_for_cuda(run, *layer(M, D=384, F=192)) == 5
 
     @pytest.mark.parametrize(
-        ("blocks", "rows", "tile"), [(1, 3, 8), (2, 3, 8), (2, 20, 16), (2, 97, 64)]
+        ("blocks", "rows", "tile"),
+        [(1, 3, 8), (2, 3, 8), (2, 20, 16), (2, 97, 64), (1, 33, 128), (1, 160, 128)],
     )
     def test_blocks_copy_and_multiply_what_is_theirs(monkeypatch, blocks, rows, tile):
         """The kernel in JAX's interpreter, which finds races.
@@ -320,7 +329,7 @@ if jax.__version_info__ >= target.JAX_FOR_HOPPER:
         got = interpreted(many_rows.many_rows, *args, limit=7.0, tile=tile)
         want = wanted(*args)
         assert np.linalg.norm(got.astype(jnp.float32) - want) < 6e-3 * np.linalg.norm(want)
-        assert sizes == ({8} if tile == 8 else {tile // 2, tile})
+        assert sizes == set(many_rows.multiplied_rows(tile))
 
 
 def gather_in_jax(x_MD, weights_MX, sorted_):

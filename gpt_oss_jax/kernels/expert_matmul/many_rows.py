@@ -9,6 +9,8 @@ does by itself is in `many_rows_ptx`.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +33,6 @@ _BLOCK_OUTPUTS = _WARPGROUPS * OUTPUTS
 _COPY_REGISTERS, _MULTIPLY_REGISTERS = 40, 152  # Of a thread.
 _SHARED_BYTES = 220 << 10
 _MOST_STEPS = 6
-_MIN_HALVED = 16  # The matrix unit takes eight rows.
 
 
 def many_rows(
@@ -68,7 +69,7 @@ def many_rows(
     chosen = experts_MX.reshape(-1)
     if can_sort(E):
         # Products are dealt out beforehand: so thread blocks get as many of each kind, but for one.
-        tiles = sort(chosen, E, tile, halves_last=tile >= _MIN_HALVED)
+        tiles = sort(chosen, E, tile, halves_last=len(multiplied_rows(tile)) > 1)
     else:
         tiles = sort_into_tiles(chosen, E, tile)
     x_RD, weights_R = gather(x_MD, weights_MX, tiles)
@@ -141,6 +142,7 @@ def grouped(
     stages, scale_slots = slots(p, P)
     more = () if weights_R is None else (weights_R,)
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    sizes = multiplied_rows(P)
 
     def block(experts, pairs, count, blocks, scales, x, bias, *rest):
         *weights, out, w_smem, x_smem, scales_smem, here, scales_here, read = rest
@@ -154,17 +156,15 @@ def grouped(
             return product // stripes, product % stripes
 
         def look_up(n):
-            """Its expert, and the pair of the first place in the second half of its tile."""
+            """Its expert, and how many of `sizes` are too few rows for its pairs."""
             t, _ = place(lax.max(lax.min(n, products - 1), 0))
-            return experts[t], pairs[t, P // 2]
+            more = ((pairs[t, rows] >= 0).astype(jnp.int32) for rows in sizes[:-1])
+            return experts[t], sum(more, jnp.int32(0))
 
-        def sized(middle, of_rows):
-            """Does it for the rows of a tile: all, or half of them if no more have a pair."""
-            if P < _MIN_HALVED:
-                of_rows(P)
-                return
-            pl.when(middle < 0)(lambda: of_rows(P // 2))
-            pl.when(middle >= 0)(lambda: of_rows(P))
+        def sized(number, of_rows):
+            """Does it for the fewest rows that have all pairs of a tile."""
+            for i, rows in enumerate(sizes):
+                pl.when(number == i)(functools.partial(of_rows, rows))
 
         def wait_until_read(step):
             """What was in the slot that it has."""
@@ -172,7 +172,7 @@ def grouped(
 
         def copy(n):
             """Weights and rows of a product, each step once all have read what was there before."""
-            (t, stripe), (expert, middle) = place(n), look_up(n)
+            (t, stripe), (expert, size) = place(n), look_up(n)
             outputs = pl.ds((expert * stripes + stripe) * _BLOCK_OUTPUTS, _BLOCK_OUTPUTS)
 
             def of_rows(rows):
@@ -186,7 +186,7 @@ def grouped(
                     x_piece = x.at[pl.ds(t * P, rows), pl.ds(k * 32 * p.step, 32 * p.step)]
                     plgpu.copy_gmem_to_smem(x_piece, x_smem.at[slot, pl.ds(0, rows)], here.at[slot])
 
-            sized(middle, of_rows)
+            sized(size, of_rows)
 
         def scales_of(n):
             """A warpgroup's, and the barrier that they arrive at."""
@@ -207,7 +207,7 @@ def grouped(
             anything to do meanwhile.
             """
             ahead = (*ahead, look_up(n + scale_slots))
-            (t, stripe), (expert, middle) = place(n), ahead[0]
+            (t, stripe), (expert, size) = place(n), ahead[0]
             own = stripe * _WARPGROUPS + warpgroup
             own_scales, arrived = scales_of(n)
             plgpu.barrier_wait(arrived)
@@ -242,7 +242,7 @@ def grouped(
                 to = out.at[pl.ds(t * P, rows), pl.ds(own // sharing * OUTPUTS, OUTPUTS)]
                 _finish(p)(sums, own % sharing, extras, to)
 
-            sized(middle, of_rows)
+            sized(size, of_rows)
             return ahead[1:]
 
         @pl.when(warpgroup == _WARPGROUPS)
@@ -288,6 +288,16 @@ def grouped(
         bias.reshape(E, p.outputs),
         *more,
     )
+
+
+def multiplied_rows(tile: int) -> list[int]:
+    """A tile's rows, and parts of them: the smallest that has all its pairs is multiplied.
+
+    An expert's last tile has few as often as many. The matrix unit takes eight rows; for fewer than
+    32 a large tile would take as long.
+    """
+    least = {tile // 4: 32, tile // 2: 8, tile: 8}
+    return [rows for rows in least if rows >= least[rows]]
 
 
 def slots(p: Projection, tile: int) -> tuple[int, int]:
