@@ -116,12 +116,13 @@ def emulated(monkeypatch):
         (3, 8, {"bias": ml_dtypes.bfloat16}),
         (20, 16, {"same": True}),
         (50, 64, {}),
+        (100, 128, {"E": 2}),
         (2, 8, {"E": 2, "D": 384}),
         (2, 8, {"E": 2, "D": 960}),
     ],
     ids=[
-        *("bfloat16 biases", "the same experts, two tiles each", "a half tile last", "two steps"),
-        "wide steps",
+        *("bfloat16 biases", "the same experts, two tiles each", "a half tile last"),
+        *("a large tile", "two steps", "wide steps"),
     ],
 )
 def test_many_rows_equal_the_oracle(emulated, M, tile, options):
@@ -305,31 +306,53 @@ if jax.__version_info__ >= target.JAX_FOR_HOPPER:
         assert kernels_for_cuda(run, *layer(M, D=384, F=192)) == 5
 
     @pytest.mark.parametrize(
-        ("blocks", "rows", "tile"),
-        [(1, 3, 8), (2, 3, 8), (2, 20, 16), (2, 97, 64), (1, 33, 128), (1, 160, 128)],
+        ("blocks", "rows", "tile", "slots"),
+        [
+            *((1, 3, 8, None), (2, 3, 8, None), (2, 20, 16, None), (2, 97, 64, None)),
+            *((1, 33, 128, None), (1, 160, 128, None), (1, 40, 16, (3, 1)), (132, 16, 8, None)),
+        ],
     )
-    def test_blocks_copy_and_multiply_what_is_theirs(monkeypatch, blocks, rows, tile):
-        """The kernel in JAX's interpreter, which finds races.
-
-        It runs no PTX, so JAX stands in for the pieces of the threads; and it multiplies no
-        registers, so the left operand goes through shared memory.
-        """
+    def test_blocks_copy_and_multiply_what_is_theirs(
+        in_jax, monkeypatch, blocks, rows, tile, slots
+    ):
+        """Some without a product, some with fewer steps than slots; and with more."""
         monkeypatch.setattr(many_rows, "multiprocessors", lambda: blocks)
-        multiply_as_the_interpreter_can(monkeypatch, 3, 64, 64)
-        monkeypatch.setattr(many_rows, "_places_of_thread", lambda p: lambda: ())
-        monkeypatch.setattr(many_rows, "_load", lambda p: lambda *loaded: loaded)
-        monkeypatch.setattr(many_rows, "_decode", decode_in_jax)
-        sizes = set()
-        monkeypatch.setattr(many_rows, "_read_extras", read_extras_in_jax)
-        monkeypatch.setattr(many_rows, "_finish", functools.partial(finish_in_jax, sizes=sizes))
-        monkeypatch.setattr(many_rows, "sort", lambda *args, **_: tiles.sort_into_tiles(*args))
-        monkeypatch.setattr(many_rows, "gather", gather_in_jax)
-        monkeypatch.setattr(many_rows, "add_up", add_up_in_jax)
+        if slots:
+            monkeypatch.setattr(many_rows, "slots", lambda *_: slots)
         args = layer(rows, E=2, D=384, F=192)
         got = interpreted(many_rows.many_rows, *args, limit=7.0, tile=tile)
         want = wanted(*args)
         assert np.linalg.norm(got.astype(jnp.float32) - want) < 6e-3 * np.linalg.norm(want)
-        assert sizes == set(many_rows.multiplied_rows(tile))
+
+    @pytest.mark.parametrize(
+        ("rows", "tile", "part"), [(4, 16, 8), (16, 64, 32), (33, 128, 64), (20, 128, 32)]
+    )
+    def test_no_more_is_multiplied_than_has_all_pairs(in_jax, monkeypatch, rows, tile, part):
+        monkeypatch.setattr(many_rows, "multiprocessors", lambda: 1)
+        x_MD, chosen, weights_MX, w = layer(rows, E=2, D=384, F=192)
+        sorted_ = tiles.sort_into_tiles(chosen.reshape(-1), 2, tile)
+        x_RD = jnp.nan_to_num(gather_in_jax(x_MD, weights_MX, sorted_)[0])
+        up, _ = many_rows.projections(w, 7.0, tile)
+        h_RF = interpreted(many_rows.grouped, up, w.up, w.up_bias, sorted_, x_RD)
+        written = ~np.isnan(h_RF.astype(jnp.float32)).reshape(-1, tile, 192)[: sorted_.count]
+        assert written[:, :part].all() and not written[:, part:].any()
+
+    @pytest.fixture
+    def in_jax(monkeypatch):
+        """The kernel for JAX's interpreter, which finds races.
+
+        It runs no PTX, so JAX stands in for the pieces of the threads; and it multiplies no
+        registers, so the left operand goes through shared memory.
+        """
+        multiply_as_the_interpreter_can(monkeypatch, 3, 64, 64)
+        monkeypatch.setattr(many_rows, "_places_of_thread", lambda p: lambda: ())
+        monkeypatch.setattr(many_rows, "_load", lambda p: lambda *loaded: loaded)
+        monkeypatch.setattr(many_rows, "_decode", decode_in_jax)
+        monkeypatch.setattr(many_rows, "_read_extras", read_extras_in_jax)
+        monkeypatch.setattr(many_rows, "_finish", finish_in_jax)
+        monkeypatch.setattr(many_rows, "sort", lambda *args, **_: tiles.sort_into_tiles(*args))
+        monkeypatch.setattr(many_rows, "gather", gather_in_jax)
+        monkeypatch.setattr(many_rows, "add_up", add_up_in_jax)
 
 
 def gather_in_jax(x_MD, weights_MX, sorted_):
@@ -367,9 +390,8 @@ def read_extras_in_jax(p, rows, weights):
     return lambda *refs: [ref[...].astype(jnp.float32) for ref in refs]
 
 
-def finish_in_jax(p, sizes):
+def finish_in_jax(p):
     def finish(sums, half, extras, out):
-        sizes.add(sums.shape[1])
         bias, *routing = extras
         y = sums + bias[:, None]
         if p.limit is None:

@@ -2,8 +2,9 @@
 
 Rows are sorted into tiles of one expert each. A thread block multiplies a tile with 192 outputs of
 its expert, whose packed weights and whose rows one warpgroup copies to shared memory, some steps of
-the input axis ahead; three others decode 64 outputs each in registers and multiply. Two launches,
-up projection with bias and SwiGLU, and down projection with bias and routing weight. What a thread
+the input axis ahead; three others decode 64 outputs each in registers and multiply. Of a tile that
+is not full the smallest part that has its pairs is copied and multiplied. Two launches, up
+projection with bias and SwiGLU, and down projection with bias and routing weight. What a thread
 does by itself is in `many_rows_ptx`.
 """
 
@@ -30,7 +31,7 @@ from gpt_oss_jax.quant import MXArray
 
 _WARPGROUPS = 3
 _BLOCK_OUTPUTS = _WARPGROUPS * OUTPUTS
-_COPY_REGISTERS, _MULTIPLY_REGISTERS = 40, 152  # Of a thread.
+_COPY_REGISTERS, _MULTIPLY_REGISTERS = 40, 152  # JAX 0.12 gives all threads 128.
 _SHARED_BYTES = 220 << 10
 _MOST_STEPS = 6
 
@@ -68,7 +69,7 @@ def many_rows(
     up, down = projections(w, limit, tile)
     chosen = experts_MX.reshape(-1)
     if can_sort(E):
-        # Products are dealt out beforehand: so thread blocks get as many of each kind, but for one.
+        # Products are dealt out beforehand: so blocks get as many of whole tiles, and of others.
         tiles = sort(chosen, E, tile, halves_last=len(multiplied_rows(tile)) > 1)
     else:
         tiles = sort_into_tiles(chosen, E, tile)
@@ -142,7 +143,7 @@ def grouped(
     stages, scale_slots = slots(p, P)
     more = () if weights_R is None else (weights_R,)
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    sizes = multiplied_rows(P)
+    parts = multiplied_rows(P)
 
     def block(experts, pairs, count, blocks, scales, x, bias, *rest):
         *weights, out, w_smem, x_smem, scales_smem, here, scales_here, read = rest
@@ -156,23 +157,23 @@ def grouped(
             return product // stripes, product % stripes
 
         def look_up(n):
-            """Its expert, and how many of `sizes` are too few rows for its pairs."""
+            """Its expert, and which of `parts` has all its pairs."""
             t, _ = place(lax.max(lax.min(n, products - 1), 0))
-            more = ((pairs[t, rows] >= 0).astype(jnp.int32) for rows in sizes[:-1])
-            return experts[t], sum(more, jnp.int32(0))
+            too_few = ((pairs[t, rows] >= 0).astype(jnp.int32) for rows in parts[:-1])
+            return experts[t], sum(too_few, jnp.int32(0))
 
-        def sized(number, of_rows):
-            """Does it for the fewest rows that have all pairs of a tile."""
-            for i, rows in enumerate(sizes):
-                pl.when(number == i)(functools.partial(of_rows, rows))
+        def sized(part, of_rows):
+            """Does it for the rows of a part."""
+            for i, rows in enumerate(parts):
+                pl.when(part == i)(functools.partial(of_rows, rows))
 
         def wait_until_read(step):
-            """What was in the slot that it has."""
+            """Until all have read what was in its slot."""
             plgpu.barrier_wait(read.at[lax.rem(step, stages)])
 
         def copy(n):
             """Weights and rows of a product, each step once all have read what was there before."""
-            (t, stripe), (expert, size) = place(n), look_up(n)
+            (t, stripe), (expert, part) = place(n), look_up(n)
             outputs = pl.ds((expert * stripes + stripe) * _BLOCK_OUTPUTS, _BLOCK_OUTPUTS)
 
             def of_rows(rows):
@@ -186,7 +187,7 @@ def grouped(
                     x_piece = x.at[pl.ds(t * P, rows), pl.ds(k * 32 * p.step, 32 * p.step)]
                     plgpu.copy_gmem_to_smem(x_piece, x_smem.at[slot, pl.ds(0, rows)], here.at[slot])
 
-            sized(size, of_rows)
+            sized(part, of_rows)
 
         def scales_of(n):
             """A warpgroup's, and the barrier that they arrive at."""
@@ -207,7 +208,7 @@ def grouped(
             anything to do meanwhile.
             """
             ahead = (*ahead, look_up(n + scale_slots))
-            (t, stripe), (expert, size) = place(n), ahead[0]
+            (t, stripe), (expert, part) = place(n), ahead[0]
             own = stripe * _WARPGROUPS + warpgroup
             own_scales, arrived = scales_of(n)
             plgpu.barrier_wait(arrived)
@@ -235,14 +236,14 @@ def grouped(
                     return sums[...]
 
                 sums = pl.run_scoped(all_steps, plgpu.ACC((OUTPUTS, rows), jnp.float32))
-                plgpu.commit_smem()  # All have read their scales.
+                plgpu.commit_smem()  # All threads of the warpgroup have read its scales.
                 fetch_scales(n + scale_slots, ahead[-1][0])
                 # Of 64 hidden values two warpgroups have every other four.
                 sharing = p.outputs // p.width
                 to = out.at[pl.ds(t * P, rows), pl.ds(own // sharing * OUTPUTS, OUTPUTS)]
                 _finish(p)(sums, own % sharing, extras, to)
 
-            sized(size, of_rows)
+            sized(part, of_rows)
             return ahead[1:]
 
         @pl.when(warpgroup == _WARPGROUPS)
@@ -268,6 +269,7 @@ def grouped(
             plgpu.SMEM((stages, _BLOCK_OUTPUTS, 16 * p.step), jnp.uint8),
             plgpu.SMEM((stages, P, 32 * p.step), jnp.bfloat16, transforms=tiled),
             plgpu.SMEM((scale_slots, _WARPGROUPS, scale_rows, _BLOCK_OUTPUTS), jnp.uint8),
+            # Both pieces of a step are here; a warpgroup's scales are; all three have read a step.
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_barriers=scale_slots * _WARPGROUPS),
             plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=stages),
