@@ -114,7 +114,7 @@ def grouped(p, w, bias, tiles, x_RK, weights_R=None, *, teams=1, together=1, ste
             plgpu.barrier_wait(arrived)
 
             def of_rows(rows):
-                extras = many_rows._read_extras(p, rows, len(weights))(
+                extras = many_rows._read_extras(p, rows)(
                     bias.at[expert, pl.ds(own * OUTPUTS, OUTPUTS)],
                     *(a.at[pl.ds(t * P, rows)] for a in weights),
                 )
@@ -148,7 +148,7 @@ def grouped(p, w, bias, tiles, x_RK, weights_R=None, *, teams=1, together=1, ste
                 fetch_scales(n + scale_slots, ahead[scale_slots][0])
                 sharing = p.outputs // p.width
                 to = out.at[pl.ds(t * P, rows), pl.ds(own // sharing * OUTPUTS, OUTPUTS)]
-                many_rows._finish(p)(sums, own % sharing, extras, to)
+                many_rows._finish(p, rows)(sums, own % sharing, extras, to)
 
             sized(size, of_rows)
             return ahead[1:]

@@ -386,11 +386,11 @@ def decode_in_jax(p, i):
     return decode
 
 
-def read_extras_in_jax(p, rows, weights):
+def read_extras_in_jax(p, rows):
     return lambda *refs: [ref[...].astype(jnp.float32) for ref in refs]
 
 
-def finish_in_jax(p):
+def finish_in_jax(p, rows):
     def finish(sums, half, extras, out):
         bias, *routing = extras
         y = sums + bias[:, None]

@@ -214,7 +214,7 @@ def grouped(
             plgpu.barrier_wait(arrived)
 
             def of_rows(rows):
-                extras = _read_extras(p, rows, len(weights))(
+                extras = _read_extras(p, rows)(
                     bias.at[expert, pl.ds(own * OUTPUTS, OUTPUTS)],
                     *(a.at[pl.ds(t * P, rows)] for a in weights),
                 )
@@ -241,7 +241,7 @@ def grouped(
                 # Of 64 hidden values two warpgroups have every other four.
                 sharing = p.outputs // p.width
                 to = out.at[pl.ds(t * P, rows), pl.ds(own // sharing * OUTPUTS, OUTPUTS)]
-                _finish(p)(sums, own % sharing, extras, to)
+                _finish(p, rows)(sums, own % sharing, extras, to)
 
             sized(part, of_rows)
             return ahead[1:]
@@ -411,13 +411,13 @@ def _decode(p: Projection, i: int):
     return decode
 
 
-def _read_extras(p: Projection, rows: int, weights: int):
+def _read_extras(p: Projection, rows: int):
     """Biases and routing weights in global memory, to what `_finish` takes of them."""
     from jax.experimental.mosaic import gpu as mgpu
     from jax.experimental.pallas import mosaic_gpu as plgpu
     from jaxlib.mlir import ir
 
-    words = p.extra_words(rows)
+    words, weights = p.extra_words(rows), int(p.limit is None)
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(),) * (1 + weights),
@@ -439,40 +439,35 @@ def _read_extras(p: Projection, rows: int, weights: int):
     return read_extras
 
 
-def _finish(p: Projection):
+def _finish(p: Projection, rows: int):
     """Sums of a warpgroup to the result in global memory."""
     from jax.experimental.mosaic import gpu as mgpu
     from jax.experimental.pallas import mosaic_gpu as plgpu
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import vector
 
-    def finish(sums, half, extras, out):
-        @plgpu.inline_mgpu(
-            arg_types=(
-                plgpu.Layout.WGMMA,
-                plgpu.Layout.WG_SPLAT(()),
-                plgpu.Layout.WG_STRIDED(extras.shape, vec_size=1),
-                plgpu.RefType(),
-            ),
-        )
-        def inline(ctx, sums, half, extras, out):
-            del ctx
-            i64, word = (ir.IntegerType.get_signless(bits) for bits in (64, 32))
-            operands = mgpu.utils.memref_ptr(out), half.registers.item()
-            (at,) = mgpu.utils.inline_ptx(p.start(), *operands, result_types=[i64])
-            extras = [mgpu.utils.bitcast(x, word) for x in extras.registers]
-            place = _places(sums.registers.shape)
-            for group in range(sums.shape[1] // 8):
-                own = [
-                    vector.extract(
-                        sums.registers[place(group, h)], [], ir.DenseI64ArrayAttr.get([i])
-                    )
-                    for h in range(2)
-                    for i in range(2)
-                ]
-                mgpu.utils.inline_ptx(p.finish(group), *own, at, *extras, convergent=True)
-
-        inline(sums, half, extras, out)
+    @plgpu.inline_mgpu(
+        arg_types=(
+            plgpu.Layout.WGMMA,
+            plgpu.Layout.WG_SPLAT(()),
+            plgpu.Layout.WG_STRIDED((128 * p.extra_words(rows),), vec_size=1),
+            plgpu.RefType(),
+        ),
+    )
+    def finish(ctx, sums, half, extras, out):
+        del ctx
+        i64, word = (ir.IntegerType.get_signless(bits) for bits in (64, 32))
+        operands = mgpu.utils.memref_ptr(out), half.registers.item()
+        (at,) = mgpu.utils.inline_ptx(p.start(), *operands, result_types=[i64])
+        extras = [mgpu.utils.bitcast(x, word) for x in extras.registers]
+        place = _places(sums.registers.shape)
+        for group in range(rows // 8):
+            own = [
+                vector.extract(sums.registers[place(group, h)], [], ir.DenseI64ArrayAttr.get([i]))
+                for h in range(2)
+                for i in range(2)
+            ]
+            mgpu.utils.inline_ptx(p.finish(group), *own, at, *extras, convergent=True)
 
     return finish
 
