@@ -28,7 +28,7 @@ def script(monkeypatch):
     "name",
     [
         *("aot_gpu", "attention", "experts", "goals", "hopper_dense"),
-        *("prefill_attention", "several_gpus", "teams"),
+        *("prefill_attention", "several_gpus"),
     ],
 )
 def test_options_are_explained(name, script, monkeypatch, capsys):
@@ -47,7 +47,6 @@ def test_options_are_explained(name, script, monkeypatch, capsys):
         ("hopper_dense", []),
         ("precision", ["tiny"]),
         ("prefill_attention", []),
-        ("teams", []),
         ("timeline", ["tiny"]),
         ("tokens", []),
     ],

@@ -31,7 +31,6 @@ from gpt_oss_jax.quant import MXArray
 
 _WARPGROUPS = 3
 _BLOCK_OUTPUTS = _WARPGROUPS * OUTPUTS
-_COPY_REGISTERS, _MULTIPLY_REGISTERS = 40, 152  # JAX 0.12 gives all threads 128.
 _SHARED_BYTES = 220 << 10
 _MOST_STEPS = 6
 
@@ -149,16 +148,16 @@ def grouped(
         *weights, out, w_smem, x_smem, scales_smem, here, scales_here, read = rest
         first, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         products = (count[0] * stripes - first + num_blocks - 1) // num_blocks
-        places = _places_of_thread(p)()
+        own_places = _places_of_thread(p)()
 
-        def place(n):
+        def tile_and_stripe(n):
             """Tile of rows and stripe of outputs of the block's product n."""
             product = first + n * num_blocks
             return product // stripes, product % stripes
 
         def look_up(n):
             """Its expert, and which of `parts` has all its pairs."""
-            t, _ = place(lax.max(lax.min(n, products - 1), 0))
+            t, _ = tile_and_stripe(lax.max(lax.min(n, products - 1), 0))
             too_few = ((pairs[t, rows] >= 0).astype(jnp.int32) for rows in parts[:-1])
             return experts[t], sum(too_few, jnp.int32(0))
 
@@ -173,7 +172,7 @@ def grouped(
 
         def copy(n):
             """Weights and rows of a product, each step once all have read what was there before."""
-            (t, stripe), (expert, part) = place(n), look_up(n)
+            (t, stripe), (expert, part) = tile_and_stripe(n), look_up(n)
             outputs = pl.ds((expert * stripes + stripe) * _BLOCK_OUTPUTS, _BLOCK_OUTPUTS)
 
             def of_rows(rows):
@@ -197,7 +196,7 @@ def grouped(
         def fetch_scales(n, expert):
             @pl.when(n < products)
             def _():
-                _, stripe = place(n)
+                _, stripe = tile_and_stripe(n)
                 at = ((expert * stripes + stripe) * _WARPGROUPS + warpgroup) * scale_rows
                 plgpu.copy_gmem_to_smem(scales.at[pl.ds(at, scale_rows)], *scales_of(n))
 
@@ -208,7 +207,7 @@ def grouped(
             anything to do meanwhile.
             """
             ahead = (*ahead, look_up(n + scale_slots))
-            (t, stripe), (expert, part) = place(n), ahead[0]
+            (t, stripe), (expert, part) = tile_and_stripe(n), ahead[0]
             own = stripe * _WARPGROUPS + warpgroup
             own_scales, arrived = scales_of(n)
             plgpu.barrier_wait(arrived)
@@ -225,7 +224,7 @@ def grouped(
                         slot = lax.rem(n * steps + k, stages)
                         plgpu.barrier_wait(here.at[slot])
                         own_w = w_smem.at[slot, pl.ds(warpgroup * OUTPUTS, OUTPUTS)]
-                        loaded = _load(p)(own_w, own_scales, k, *places)
+                        loaded = _load(p)(own_w, own_scales, k, *own_places)
                         for i in range(p.step // 2):
                             # The matrix unit has one pair of blocks while the next is decoded.
                             x_pair = x_smem.at[slot, pl.ds(0, rows), pl.ds(64 * i, 64)]
@@ -248,14 +247,12 @@ def grouped(
 
         @pl.when(warpgroup == _WARPGROUPS)
         def _():
-            plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
             pl.loop(0, products)(copy)
             # JAX 0.11's interpreter wants every phase of a barrier to be waited for.
             pl.loop(lax.max(products * steps - stages, 0), products * steps)(wait_until_read)
 
         @pl.when(warpgroup < _WARPGROUPS)
         def _():
-            plgpu.set_max_registers(_MULTIPLY_REGISTERS, action="increase")
             ahead = tuple(look_up(n) for n in range(scale_slots))
             for n, (expert, _) in enumerate(ahead):
                 fetch_scales(n, expert)
@@ -393,7 +390,7 @@ def _decode(p: Projection, i: int):
         pair = ir.VectorType.get((2,), ir.BF16Type.get())
         loaded = [mgpu.utils.bitcast(x, word) for x in loaded.registers]
         registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape(shape), dtype=object)
-        place = _places(registers.shape)
+        index = _index_of(registers.shape)
         for h in range(2):
             first = p.step * h + 2 * i
             values = mgpu.utils.inline_ptx(
@@ -403,7 +400,7 @@ def _decode(p: Projection, i: int):
                 result_types=[word] * 8,
             )
             for v, value in enumerate(values):
-                registers[place(v, h)] = mgpu.utils.bitcast(value, pair)
+                registers[index(v, h)] = mgpu.utils.bitcast(value, pair)
         return mgpu.FragmentedArray(
             _registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None
         )
@@ -460,10 +457,10 @@ def _finish(p: Projection, rows: int):
         operands = mgpu.utils.memref_ptr(out), half.registers.item()
         (at,) = mgpu.utils.inline_ptx(p.start(), *operands, result_types=[i64])
         extras = [mgpu.utils.bitcast(x, word) for x in extras.registers]
-        place = _places(sums.registers.shape)
+        index = _index_of(sums.registers.shape)
         for group in range(rows // 8):
             own = [
-                vector.extract(sums.registers[place(group, h)], [], ir.DenseI64ArrayAttr.get([i]))
+                vector.extract(sums.registers[index(group, h)], [], ir.DenseI64ArrayAttr.get([i]))
                 for h in range(2)
                 for i in range(2)
             ]
@@ -472,7 +469,7 @@ def _finish(p: Projection, rows: int):
     return finish
 
 
-def _places(shape):
+def _index_of(shape):
     """Where the registers of a `WGMMA_LAYOUT` have group i of eight columns, and row h of two."""
     (half,) = (axis for axis, size in enumerate(shape) if size == 2 and axis > 1)
     return lambda i, h: tuple(i if a == 1 else h if a == half else 0 for a in range(len(shape)))
