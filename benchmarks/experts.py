@@ -26,9 +26,9 @@ from gpt_oss_jax import config, limits
 from gpt_oss_jax.kernels import expert_mlp
 from gpt_oss_jax.kernels.expert_matmul.few_rows import few_rows, words_of_room
 from gpt_oss_jax.kernels.expert_matmul.many_rows import many_rows
-from gpt_oss_jax.kernels.expert_matmul.tuning import MAX_FEW_ROWS, tile_rows
+from gpt_oss_jax.kernels.expert_matmul.tuning import MAX_FEW_ROWS, expert_tile, tile_rows
 from gpt_oss_jax.kernels.expert_matmul.weights import ExpertWeights
-from gpt_oss_jax.kernels.target import why_not_hopper
+from gpt_oss_jax.kernels.target import multiprocessors, why_not_hopper
 from gpt_oss_jax.quant import MXArray
 
 LIMIT, LARGEST_ERROR = 7.0, 1e-2
@@ -36,7 +36,9 @@ CALLS, LOOPS, REPEATS, RUN_SECONDS = 8, 40, 7, 0.03
 
 
 def with_usual_tiles(x_MD, experts_MX, weights_MX, w, *, limit):
-    tile = tile_rows(experts_MX.size, len(w.down_bias))
+    """Those of the table, and where that has none, as few rows are faster, of the rule."""
+    (M, X), (E, F, _, D) = experts_MX.shape, w.up.shape
+    tile = expert_tile(M, (E, D, F), X, multiprocessors()) or tile_rows(M * X, E)
     return many_rows(x_MD, experts_MX, weights_MX, w, limit=limit, tile=tile)
 
 

@@ -70,7 +70,7 @@ def kernels_for_cuda(function, *args):
 def interpreted(function, *args, **options):
     """A function whose Mosaic GPU kernels run in JAX's interpreter, which must find no race.
 
-    It does not raise when it finds one, but says so.
+    Of some that it finds it raises an error, others it only prints.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -87,7 +87,7 @@ def multiply_as_the_interpreter_can(monkeypatch, warpgroups, rows, columns):
 
     The interpreter multiplies only what is there. It looks for races only where memory is read in
     the ordinary way, so operands are, and a fence after it stands for the matrix unit, which reads
-    as the copies write.
+    as the copies write. So a fence that is missing after other reads before it is not found.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 

@@ -452,6 +452,20 @@ def test_jax_may_have_nearly_all_of_a_gpu(monkeypatch):
     assert name not in os.environ
 
 
+@pytest.mark.parametrize(("share", "said"), [("0.95", True), ("0.5", False)])
+def test_what_jax_may_have_of_a_gpu_is_said(monkeypatch, capsys, share, said):
+    def reads_nothing(*_, **__):
+        raise FileNotFoundError
+
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", share)
+    monkeypatch.setattr(terminal, "default_device", lambda: types.SimpleNamespace(platform="gpu"))
+    monkeypatch.setattr(terminal, "sizes", reads_nothing)
+    with pytest.raises(FileNotFoundError):
+        terminal.load_model(types.SimpleNamespace(model="any"))
+    line = "JAX takes 95% of the GPU's memory (XLA_CLIENT_MEM_FRACTION=0.95)"
+    assert (line in capsys.readouterr().err) == said
+
+
 class Terminal:
     """A program in a terminal of its own."""
 

@@ -24,7 +24,7 @@ from hopper_layer import (
 from jax.experimental import pallas as pl
 
 from gpt_oss_jax.kernels import target
-from gpt_oss_jax.kernels.expert_matmul import many_rows, many_rows_ptx, rows, tiles, tuning, xla
+from gpt_oss_jax.kernels.expert_matmul import many_rows, many_rows_ptx, rows, tiles, xla
 from gpt_oss_jax.quant import MXArray, hopper_words, mxfp4
 
 W, G, Q = np.arange(128) // 32, np.arange(128) % 32 // 4, np.arange(128) % 4
@@ -42,8 +42,8 @@ def left(program, weights, scales, step):
     decoded = np.full((64, 32 * B), np.nan, np.float32)
     loaded = run(program.load(), 3 * B, [0, weights.size, step, *run(program.places(), 2, [])])
     for h, i in itertools.product(range(2), range(B // 2)):
-        words = loaded[B * h + 2 * i : B * h + 2 * i + 2]
-        values = run(many_rows_ptx.decode_half(), 8, [*words, loaded[2 * B + B // 2 * h + i]])
+        own = [loaded[n] for n in program.of_pair(h, i)]
+        values = run(many_rows_ptx.decode_half(), 8, own)
         for v, e in itertools.product(range(8), range(2)):
             value = (values[v] >> np.uint64(16 * e)).astype(np.uint16)
             columns = 64 * i + 8 * v + 2 * Q + e
@@ -52,7 +52,7 @@ def left(program, weights, scales, step):
 
 
 def grouped(p, w, bias, tiles, x_RK, weights_R=None):
-    """`many_rows.grouped`, warpgroup by warpgroup."""
+    """`many_rows.grouped`, warpgroup by warpgroup, and nothing past the part that has all pairs."""
     E, P, steps = bias.shape[0], tiles.pairs.shape[1], p.blocks // p.step
     blocks = np.asarray(w.blocks).reshape(E, -1, 64, steps, 16 * p.step)
     scales = np.asarray(w.scales).reshape(E, -1, 64, p.blocks)
@@ -64,16 +64,17 @@ def grouped(p, w, bias, tiles, x_RK, weights_R=None):
     lefts = functools.cache(lambda e, n, k: left(p, blocks[e, n, :, k], scales[e, n], k))
     run = functools.partial(ptx.piece, memory=memory, shared=None)
     for t in range(int(tiles.count)):
-        e = int(tiles.expert_of_tile[t])
+        e, pairs = int(tiles.expert_of_tile[t]), int((tiles.pairs[t] >= 0).sum())
+        part = min(size for size in many_rows.multiplied_rows(P) if size >= pairs)
         for n in range(p.outputs // 64):
-            sums = sum(lefts(e, n, k) @ x[t, :, k].T for k in range(steps))
+            sums = sum(lefts(e, n, k) @ x[t, :part, k].T for k in range(steps))
             own_bias = biases + (e * p.outputs + 64 * n) * p.bias_bytes
             sharing = p.outputs // p.width
             own_out = out + 2 * (t * P * p.width + n // sharing * 64)
             own_routing = [place + 4 * t * P for place in routing]
-            extras = run(p.read_extras(P), p.extra_words(P), [own_bias, *own_routing])
+            extras = run(p.read_extras(part), p.extra_words(part), [own_bias, *own_routing])
             (at,) = run(p.start(), 1, [own_out, n % sharing])
-            for group in range(P // 8):
+            for group in range(part // 8):
                 columns = [8 * group + 2 * Q + i for i in range(2)]
                 own = [bits(sums[16 * W + G + 8 * h, c]) for h in range(2) for c in columns]
                 run(p.finish(group), 0, [*own, at, *extras])
@@ -282,60 +283,27 @@ def test_parts_of_tiles(tile, rows):
     assert many_rows.multiplied_rows(tile) == rows
 
 
-@pytest.mark.parametrize("pairs", [1, 32 * 9, 32 * 1024])
+@pytest.mark.parametrize(
+    ("tile", "slots"), [(8, (5, 2)), (16, (4, 2)), (32, (3, 2)), (64, (4, 2)), (128, (3, 1))]
+)
 @pytest.mark.parametrize("width", [192, 2880])
-def test_tiles_fit_into_shared_memory(pairs, width):
-    size = tuning.tile_rows(pairs, 32)
+def test_tiles_fit_into_shared_memory(tile, slots, width):
     *_, w = jax.eval_shape(lambda: layer(1, E=1, D=width, F=width))
-    for p in many_rows.projections(w, 7.0, size):
-        stages, scales = many_rows.slots(p, size)
-        assert stages >= 3
-        assert stages * p.step * (192 * 16 + size * 64) + scales * 192 * p.blocks < 226 << 10
+    for p in many_rows.projections(w, 7.0, tile):
+        stages, scales = many_rows.slots(p, tile)
+        assert stages * p.step * (192 * 16 + tile * 64) + scales * 192 * p.blocks < 226 << 10
+        assert width == 192 and stages >= 3 or (stages, scales) == slots
 
 
-def test_other_widths_are_refused():
+@pytest.mark.parametrize("width", [96, 192 * 129])
+def test_other_widths_are_refused(width):
+    *_, w = jax.eval_shape(lambda: layer(1, E=1, D=width, F=192))
+    assert "widths of 192 n up to 24,576" in many_rows.why_not_many(w)
     with pytest.raises(NotImplementedError, match="widths"):
-        many_rows.many_rows(*layer(2, D=96), limit=7.0, tile=8)
+        many_rows.many_rows(*jax.eval_shape(lambda: layer(2, D=width))[:3], w, limit=7.0, tile=8)
 
 
 if jax.__version_info__ >= target.JAX_FOR_HOPPER:
-
-    @pytest.mark.parametrize(("M", "tile"), [(1, 16), (300, 16), (300, 128)])
-    def test_many_rows_lower_for_cuda(M, tile):
-        run = functools.partial(many_rows.many_rows, limit=7.0, tile=tile)
-        assert kernels_for_cuda(run, *layer(M, D=384, F=192)) == 5
-
-    @pytest.mark.parametrize(
-        ("blocks", "rows", "tile", "slots"),
-        [
-            *((1, 3, 8, None), (2, 3, 8, None), (2, 20, 16, None), (2, 97, 64, None)),
-            *((1, 33, 128, None), (1, 160, 128, None), (1, 40, 16, (3, 1)), (132, 16, 8, None)),
-        ],
-    )
-    def test_blocks_copy_and_multiply_what_is_theirs(
-        in_jax, monkeypatch, blocks, rows, tile, slots
-    ):
-        """Some without a product, some with fewer steps than slots; and with more."""
-        monkeypatch.setattr(many_rows, "multiprocessors", lambda: blocks)
-        if slots:
-            monkeypatch.setattr(many_rows, "slots", lambda *_: slots)
-        args = layer(rows, E=2, D=384, F=192)
-        got = interpreted(many_rows.many_rows, *args, limit=7.0, tile=tile)
-        want = wanted(*args)
-        assert np.linalg.norm(got.astype(jnp.float32) - want) < 6e-3 * np.linalg.norm(want)
-
-    @pytest.mark.parametrize(
-        ("rows", "tile", "part"), [(4, 16, 8), (16, 64, 32), (33, 128, 64), (20, 128, 32)]
-    )
-    def test_no_more_is_multiplied_than_has_all_pairs(in_jax, monkeypatch, rows, tile, part):
-        monkeypatch.setattr(many_rows, "multiprocessors", lambda: 1)
-        x_MD, chosen, weights_MX, w = layer(rows, E=2, D=384, F=192)
-        sorted_ = tiles.sort_into_tiles(chosen.reshape(-1), 2, tile)
-        x_RD = jnp.nan_to_num(gather_in_jax(x_MD, weights_MX, sorted_)[0])
-        up, _ = many_rows.projections(w, 7.0, tile)
-        h_RF = interpreted(many_rows.grouped, up, w.up, w.up_bias, sorted_, x_RD)
-        written = ~np.isnan(h_RF.astype(jnp.float32)).reshape(-1, tile, 192)[: sorted_.count]
-        assert written[:, :part].all() and not written[:, part:].any()
 
     @pytest.fixture
     def in_jax(monkeypatch):
@@ -353,6 +321,98 @@ if jax.__version_info__ >= target.JAX_FOR_HOPPER:
         monkeypatch.setattr(many_rows, "sort", lambda *args, **_: tiles.sort_into_tiles(*args))
         monkeypatch.setattr(many_rows, "gather", gather_in_jax)
         monkeypatch.setattr(many_rows, "add_up", add_up_in_jax)
+
+    @pytest.mark.parametrize(
+        ("M", "tile", "D"), [(1, 16, 384), (300, 16, 384), (300, 128, 384), (90, 32, 960)]
+    )
+    def test_many_rows_lower_for_cuda(M, tile, D):
+        run = functools.partial(many_rows.many_rows, limit=7.0, tile=tile)
+        assert kernels_for_cuda(run, *layer(M, D=D, F=192)) == 5
+
+    def test_a_batch_of_layers_lowers_for_cuda():
+        x, chosen, weights, w = layer(6, D=384, F=192)
+        by_twos = (a.reshape(2, 3, -1) for a in (x, chosen, weights))
+        run = functools.partial(many_rows.many_rows, limit=7.0, tile=8)
+        assert kernels_for_cuda(jax.vmap(run, (0, 0, 0, None)), *by_twos, w) == 5
+
+    @pytest.mark.parametrize(
+        ("blocks", "M", "tile", "how"),
+        [
+            *((1, 3, 8, {}), (2, 3, 8, {}), (2, 20, 16, {}), (2, 97, 64, {}), (1, 33, 128, {})),
+            *((1, 160, 128, {}), (1, 40, 16, {"slots": (3, 1)}), (132, 16, 8, {})),
+            *((1, 5, 16, {"D": 960}), (2, 40, 32, {"D": 960})),
+        ],
+    )
+    def test_blocks_copy_and_multiply_what_is_theirs(in_jax, monkeypatch, blocks, M, tile, how):
+        """Some without a product, with fewer steps than slots, with more, and with wide ones."""
+        monkeypatch.setattr(many_rows, "multiprocessors", lambda: blocks)
+        if "slots" in how:
+            monkeypatch.setattr(many_rows, "slots", lambda *_: how["slots"])
+        args = layer(M, E=2, D=how.get("D", 384), F=192)
+        got = interpreted(many_rows.many_rows, *args, limit=7.0, tile=tile)
+        want = wanted(*args)
+        assert np.linalg.norm(got.astype(jnp.float32) - want) < 6e-3 * np.linalg.norm(want)
+
+    @pytest.mark.parametrize("own", [0, 1])
+    def test_experts_that_are_elsewhere_are_no_work(in_jax, monkeypatch, own):
+        """As on a device of a mesh, of which no row may want an expert."""
+        monkeypatch.setattr(many_rows, "multiprocessors", lambda: 2)
+        x, chosen, weight, w = layer(5, E=3, D=192, F=192)
+        ours = jnp.where(chosen < own, chosen, 2)
+        some = jax.tree.map(lambda a: a[:2], w)
+        run = functools.partial(many_rows.many_rows, limit=7.0, some_elsewhere=True, tile=8)
+        got = interpreted(run, x, ours, weight, some)
+        want = wanted(x, chosen, jnp.where(chosen < own, weight, 0), w)
+        scale = np.linalg.norm(wanted(x, chosen, weight, w))
+        assert np.linalg.norm(got.astype(jnp.float32) - want) < 6e-3 * scale
+
+    def test_a_slot_is_free_when_nothing_reads_it(in_jax, monkeypatch):
+        """The interpreter waits for every product at once, and so cannot tell."""
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        waits, at_arrival, arrive = [], [], plgpu.barrier_arrive
+        monkeypatch.setattr(plgpu, "wgmma_wait", waits.append)
+        spy = lambda *args: at_arrival.append(waits[-1]) or arrive(*args)
+        monkeypatch.setattr(plgpu, "barrier_arrive", spy)
+        x_MD, chosen, weights_MX, w = layer(9, E=2, D=960, F=192)
+        jax.make_jaxpr(
+            functools.partial(many_rows.many_rows, w=w, limit=7.0, tile=16)
+        )(x_MD, chosen, weights_MX)
+        assert at_arrival == [0] * 4  # Of both projections, each with whole and half tiles.
+
+    def test_the_interpreter_says_when_there_is_a_race():
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        def block(out, shared):
+            warpgroup = jax.lax.axis_index("warpgroup")
+
+            @pl.when(warpgroup == 0)
+            def _():
+                shared[...] = jnp.ones_like(shared)
+
+            @pl.when(warpgroup == 1)
+            def _():
+                out[...] = shared[...]
+
+        values = jax.ShapeDtypeStruct((128,), jnp.float32)
+        how = {"scratch_types": [plgpu.SMEM(values.shape, values.dtype)], "num_threads": 2}
+        run = plgpu.kernel(block, out_type=values, thread_name="warpgroup", **how)
+        with pytest.raises((AssertionError, RuntimeError), match="RACE DETECTED"):
+            interpreted(run)
+
+    @pytest.mark.parametrize(
+        ("M", "tile", "part"),
+        [(4, 16, 8), (8, 16, 8), (16, 64, 32), (33, 128, 64), (20, 128, 32), (32, 128, 32)],
+    )
+    def test_no_more_is_multiplied_than_has_all_pairs(in_jax, monkeypatch, M, tile, part):
+        monkeypatch.setattr(many_rows, "multiprocessors", lambda: 1)
+        x_MD, chosen, weights_MX, w = layer(M, E=2, D=384, F=192)
+        sorted_ = tiles.sort_into_tiles(chosen.reshape(-1), 2, tile)
+        x_RD = jnp.nan_to_num(gather_in_jax(x_MD, weights_MX, sorted_)[0])
+        up, _ = many_rows.projections(w, 7.0, tile)
+        h_RF = interpreted(many_rows.grouped, up, w.up, w.up_bias, sorted_, x_RD)
+        written = ~np.isnan(h_RF.astype(jnp.float32)).reshape(-1, tile, 192)[: sorted_.count]
+        assert written[:, :part].all() and not written[:, part:].any()
 
 
 def gather_in_jax(x_MD, weights_MX, sorted_):
@@ -375,10 +435,10 @@ def add_up_in_jax(y_RD, place_of_pair, experts_MX, num_experts, residual_MD=None
 def decode_in_jax(p, i):
     def decode(loaded):
         w, scales, step = loaded
-        nibbles = hopper_words.in_order(w[...].reshape(64, 6, 16)[:, 2 * i : 2 * i + 2])
+        nibbles = hopper_words.in_order(w[...].reshape(64, p.step, 16)[:, 2 * i : 2 * i + 2])
         codes = jnp.stack([nibbles & jnp.uint8(15), nibbles >> jnp.uint8(4)], axis=-1)
         own = scales[...].reshape(64, p.blocks)
-        own = jax.lax.dynamic_slice(own, (0, 6 * step + 2 * i), (64, 2))
+        own = jax.lax.dynamic_slice(own, (0, p.step * step + 2 * i), (64, 2))
         scale = jnp.exp2(own.astype(jnp.float32) - 127)
         values = mxfp4.decode_codes(codes.reshape(64, 2, 32)) * scale[..., None]
         return many_rows.in_order(values.reshape(64, -1)).astype(jnp.bfloat16)

@@ -32,7 +32,9 @@ from gpt_oss_jax.quant import MXArray
 _WARPGROUPS = 3
 _BLOCK_OUTPUTS = _WARPGROUPS * OUTPUTS
 _SHARED_BYTES = 220 << 10
-_MOST_STEPS = 6
+_MAX_STAGES = 6
+# A warpgroup's scales are one piece, of which the copy engine takes 256 lines.
+_MAX_WIDTH = 256 * _BLOCK_OUTPUTS * 32 // OUTPUTS
 
 
 def many_rows(
@@ -59,7 +61,7 @@ def many_rows(
       tile: Rows that are multiplied at a time, 8 to 128 in powers of two.
 
     Raises:
-      NotImplementedError: For experts whose widths are not multiples of 192.
+      NotImplementedError: For experts whose widths are not multiples of 192, up to 24,576.
     """
     M, X = experts_MX.shape
     E = w.up.shape[0]
@@ -68,22 +70,22 @@ def many_rows(
     up, down = projections(w, limit, tile)
     chosen = experts_MX.reshape(-1)
     if can_sort(E):
-        # Products are dealt out beforehand: so blocks get as many of whole tiles, and of others.
+        # Products are dealt out beforehand: in this order blocks get as many of whole tiles.
         tiles = sort(chosen, E, tile, halves_last=len(multiplied_rows(tile)) > 1)
     else:
         tiles = sort_into_tiles(chosen, E, tile)
     x_RD, weights_R = gather(x_MD, weights_MX, tiles)
     h_RF = grouped(up, w.up, w.up_bias, tiles, x_RD)
     y_RD = grouped(down, w.down, w.down_bias, tiles, h_RF, weights_R)
-    here = E if some_elsewhere else None
-    return add_up(y_RD, tiles.place_of_pair, experts_MX, here, residual_MD)
+    num_experts = E if some_elsewhere else None
+    return add_up(y_RD, tiles.place_of_pair, experts_MX, num_experts, residual_MD)
 
 
 def why_not_many(w: ExpertWeights) -> str:
     """Why experts of these sizes cannot run here; "" if they can."""
     _, F, _, D = w.up.shape
-    if D % _BLOCK_OUTPUTS or F % _BLOCK_OUTPUTS:
-        return f"takes widths of {_BLOCK_OUTPUTS} n, got experts {w.up.shape}"
+    if D % _BLOCK_OUTPUTS or F % _BLOCK_OUTPUTS or max(D, F) > _MAX_WIDTH:
+        return f"takes widths of {_BLOCK_OUTPUTS} n up to {_MAX_WIDTH:,}, got experts {w.up.shape}"
     return ""
 
 
@@ -124,12 +126,12 @@ def grouped(
     Places of no pair hold anything, NaN too; none of them reaches another row.
 
     Args:
-      p: What it computes.
-      w: Weights of all experts, shuffled.
-      bias: Theirs.
-      tiles: What expert each tile of rows has.
-      x_RK: bf16 rows, tile by tile, `in_order`; those of no pair may be unwritten.
-      weights_R: float32 routing weights for the down projection.
+      p: Which projection, from K inputs to `p.outputs`.
+      w: Weights of all experts, shuffled: [E, F, 2, D] up, [E, D, F] down.
+      bias: Of all experts, bf16 or float32 as `p.bias_bytes` says: [E, F, 2] up, [E, D] down.
+      tiles: What expert each of T tiles of P rows has.
+      x_RK: bf16 rows, tile by tile, `in_order`, R = T P; those of no pair may be unwritten.
+      weights_R: float32 routing weights for the down projection, None for the up projection.
     """
     # Here, because these change from one version of JAX to the next.
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -157,6 +159,7 @@ def grouped(
 
         def look_up(n):
             """Its expert, and which of `parts` has all its pairs."""
+            # Of a product that is none, any that exists will do: it is looked up, and not used.
             t, _ = tile_and_stripe(lax.max(lax.min(n, products - 1), 0))
             too_few = ((pairs[t, rows] >= 0).astype(jnp.int32) for rows in parts[:-1])
             return experts[t], sum(too_few, jnp.int32(0))
@@ -203,8 +206,8 @@ def grouped(
         def multiply(n, ahead):
             """A product, and what follows it; its scales make way for another one's.
 
-            What memory has to give is asked for a product before it is needed: nothing else has
-            anything to do meanwhile.
+            Nothing else has anything to do while a warpgroup waits for memory. So experts are
+            looked up a product or two before, biases and routing weights before the steps.
             """
             ahead = (*ahead, look_up(n + scale_slots))
             (t, stripe), (expert, part) = tile_and_stripe(n), ahead[0]
@@ -230,12 +233,14 @@ def grouped(
                             x_pair = x_smem.at[slot, pl.ds(0, rows), pl.ds(64 * i, 64)]
                             plgpu.wgmma(sums, _decode(p, i)(loaded), x_pair.transpose((1, 0)))
                             plgpu.wgmma_wait(int(i < p.step // 2 - 1))
+                        # What was loaded is decoded and multiplied: no read can be under way.
                         plgpu.barrier_arrive(read.at[slot])
 
                     return sums[...]
 
                 sums = pl.run_scoped(all_steps, plgpu.ACC((OUTPUTS, rows), jnp.float32))
-                plgpu.commit_smem()  # All threads of the warpgroup have read its scales.
+                # Scales were read, and the copy engine, which writes there next, is to know.
+                plgpu.commit_smem()
                 fetch_scales(n + scale_slots, ahead[-1][0])
                 # Of 64 hidden values two warpgroups have every other four.
                 sharing = p.outputs // p.width
@@ -273,6 +278,7 @@ def grouped(
         ],
         grid=(num_blocks,),
         grid_names=("block",),
+        # Each has 128 registers of a multiprocessor's, of which tiles of 128 rows take 125.
         num_threads=_WARPGROUPS + 1,
         thread_name="warpgroup",
         kernel_name="mxfp4_many_rows_" + ("down" if p.limit is None else "up"),
@@ -292,11 +298,12 @@ def grouped(
 def multiplied_rows(tile: int) -> list[int]:
     """A tile's rows, and parts of them: the smallest that has all its pairs is multiplied.
 
-    An expert's last tile has few as often as many. The matrix unit takes eight rows; for fewer than
-    32 a large tile would take as long.
+    An expert's last tile has few as often as many. The matrix unit takes no fewer than eight rows,
+    and quarters of fewer than 32 take as long as halves.
     """
-    least = {tile // 4: 32, tile // 2: 8, tile: 8}
-    return [rows for rows in least if rows >= least[rows]]
+    halves = [tile // 2] if tile >= 2 * 8 else []
+    quarters = [tile // 4] if tile >= 4 * 32 else []
+    return [*quarters, *halves, tile]
 
 
 def slots(p: Projection, tile: int) -> tuple[int, int]:
@@ -305,11 +312,11 @@ def slots(p: Projection, tile: int) -> tuple[int, int]:
     beside = lambda scales: (_SHARED_BYTES - scales * _BLOCK_OUTPUTS * p.blocks) // step
     # Scales of the next product come while this one's are read, if three steps fit beside them.
     scales = 2 if beside(2) >= 3 else 1
-    return min(_MOST_STEPS, beside(scales)), scales
+    return min(_MAX_STAGES, beside(scales)), scales
 
 
 def _places_of_thread(p: Projection):
-    """What a thread needs to know of itself for `_decode`, found once."""
+    """What a thread needs to know of itself for `_load`, found once."""
     from jax.experimental.mosaic import gpu as mgpu
     from jax.experimental.pallas import mosaic_gpu as plgpu
     from jaxlib.mlir import ir
@@ -392,13 +399,8 @@ def _decode(p: Projection, i: int):
         registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape(shape), dtype=object)
         index = _index_of(registers.shape)
         for h in range(2):
-            first = p.step * h + 2 * i
-            values = mgpu.utils.inline_ptx(
-                decode_half(),
-                *loaded[first : first + 2],
-                loaded[2 * p.step + p.step // 2 * h + i],
-                result_types=[word] * 8,
-            )
+            own = (loaded[n] for n in p.of_pair(h, i))
+            values = mgpu.utils.inline_ptx(decode_half(), *own, result_types=[word] * 8)
             for v, value in enumerate(values):
                 registers[index(v, h)] = mgpu.utils.bitcast(value, pair)
         return mgpu.FragmentedArray(

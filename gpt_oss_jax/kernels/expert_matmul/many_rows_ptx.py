@@ -70,6 +70,11 @@ class Projection:
         text = f"{self._row()} mul.lo.u32 place, t0, {16 * self.step}; mad.lo.u32 $0, q, 8, place;"
         return _scope(text + f"shr.u32 q, q, 1; mad.lo.u32 $1, t0, {self.blocks}, q;")
 
+    def of_pair(self, h: int, i: int) -> tuple[int, int, int]:
+        """Which that `load` gives are two words and the scale of row h's pair of blocks i."""
+        first = self.step * h + 2 * i
+        return first, first + 1, 2 * self.step + self.step // 2 * h + i
+
     def load(self) -> str:
         """A thread's words and scales of a step.
 
@@ -81,12 +86,13 @@ class Projection:
         weights, scales, step, word, scale = (f"${self.loaded + i}" for i in range(5))
         text = f".reg .b32 place; add.u32 place, {weights}, {word};\n"
         for h, i in itertools.product(range(2), range(n // 2)):
-            first, place = n * h + 2 * i, 8 * 16 * n * h + 32 * i
-            text += f"ld.shared.v2.u32 {{${first}, ${first + 1}}}, [place + {place}];\n"
+            first, second, _ = self.of_pair(h, i)
+            place = 8 * 16 * n * h + 32 * i
+            text += f"ld.shared.v2.u32 {{${first}, ${second}}}, [place + {place}];\n"
         text += f"add.u32 place, {scales}, {scale}; mad.lo.u32 place, {step}, {n}, place;\n"
         for h, i in itertools.product(range(2), range(n // 2)):
             place = 8 * self.blocks * h + 2 * i
-            text += f"ld.shared.u8 ${2 * n + n // 2 * h + i}, [place + {place}];\n"
+            text += f"ld.shared.u8 ${self.of_pair(h, i)[2]}, [place + {place}];\n"
         return "{\n" + text + "}"
 
     def extra_words(self, rows: int) -> int:
@@ -97,8 +103,8 @@ class Projection:
         """Biases and routing weights, which `finish` takes: long before, so that nothing waits.
 
         Operands: two biases as they are, and for the down projection the routing weights of every
-        32nd row from that of the lane's number on, which it gives; in global memory the biases of
-        the warpgroup's outputs, and the routing weights of the rows of the tile.
+        32nd row from that of the lane's number on (of fewer rows, modulo these), which it gives; in
+        global memory the biases of the warpgroup's outputs, and the routing weights of the rows.
         """
         text, second, words = self._row(), 8, self.extra_words(rows)
         if self.limit is not None:
@@ -174,9 +180,9 @@ class Projection:
     def _row(self) -> str:
         """t0: a thread's output with h = 0; that with h = 1 is 8 after it.
 
-        Neighbouring lanes take neighbouring rows, 96 bytes apart in shared memory, so that they
-        begin at all four banks where a row can. In the up projection the hidden values of a warp
-        also lie together.
+        Neighbouring lanes take neighbouring rows, 16 bytes a block apart in shared memory, so that
+        they begin at all four banks where a row can. In the up projection the hidden values of a
+        warp also lie together.
         """
         if self.limit is None:
             return "mad.lo.u32 t0, w, 16, g;\n"
