@@ -194,6 +194,25 @@ def test_the_next_call_runs_while_tokens_are_read(model, decode_calls):
     assert len(decode_calls) == 2
 
 
+def test_a_step_that_fails_is_one_error(model, monkeypatch):
+    """Not a second one of the call after it, which had begun: pytest makes an error of that."""
+
+    class Block:
+        def copy_to_host_async(self):
+            pass
+
+        def block_until_ready(self):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: none is left")
+
+        def __array__(self, *_, **__):
+            self.block_until_ready()
+
+    monkeypatch.setattr(device, "decode", lambda _, state, *__, **___: (state, (Block(),) * 3))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="none is left"):
+        list(generate(model, [1, 2, 3], max_tokens=40))
+    gc.collect()
+
+
 def test_a_model_is_flattened_once(monkeypatch):
     """Until something but the values of its weights is another: those may be set in place."""
     model = random_model(SMALL)

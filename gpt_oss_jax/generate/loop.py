@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import secrets
 from collections.abc import Iterator
@@ -95,9 +96,10 @@ def _dispatched(model, prompts, lasts, n, sampling, stops):
             yield block
             taken, steps = taken + steps, min(4 * steps, device.STEPS)
     finally:
-        # JAX 0.11 aborts a program that ends while its CPU still computes.
-        for x in block:
-            x.block_until_ready()
+        # JAX 0.11 aborts a program that ends while its CPU still computes. What fails is an error
+        # where it is read; here it would be printed beside that one.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            jax.block_until_ready(block)
 
 
 def _prefilled(leaves, skeleton, slots, prompts, lasts, n, seed) -> device.DecodeState:
