@@ -5,8 +5,10 @@ Needs libtpu. From the root: python benchmarks/aot_tpu.py 120b v5e --expert 8
 
 import argparse
 import dataclasses
+import importlib.util
 import math
 import re
+import sys
 import time
 from collections import Counter
 
@@ -34,6 +36,8 @@ def main():
     parser.add_argument("--context", type=int, default=32768, help="slots of the cache")
     parser.add_argument("--layers", type=int, help="instead of all")
     args = parser.parse_args()
+    if importlib.util.find_spec("libtpu") is None:
+        sys.exit('there is nothing to compile with: pip install "gpt-oss-jax[tpu]"')
     config = CONFIGS[args.model]
     config = dataclasses.replace(config, num_hidden_layers=args.layers or config.num_hidden_layers)
     devices = aot.devices(args.kind, args.expert)

@@ -7,10 +7,12 @@ rows: decoding, and where there is a second one prompts.
 """
 
 import argparse
+import sys
 
 from gpt_oss_jax import bench, load
 from gpt_oss_jax.cli.bench import _head, _line
 from gpt_oss_jax.cli.terminal import remark
+from gpt_oss_jax.kernels.target import why_not_hopper
 
 # Rows and tokens of their prompts.
 GOALS = {
@@ -48,6 +50,8 @@ def main():
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    if reason := why_not_hopper():
+        sys.exit(f"there is nothing to measure: {reason}")
     goals, name = GOALS[args.size], f"synthetic:{args.size}"
     how = {"new_tokens": args.new_tokens, "repeats": args.repeats, "report": remark}
     all_found = bench.measure(load(name), tuple(goals), **how)

@@ -5,6 +5,7 @@ Needs PyTorch and 14 GB of disk: `python benchmarks/parity_memory.py FOLDER [--r
 """
 
 import argparse
+import importlib.util
 import json
 import resource
 import subprocess
@@ -33,8 +34,11 @@ def main() -> int:
     parser.add_argument("--reference", choices=("official", "hf"), default="official")
     parser.add_argument("--tokens", type=int, default=16)
     args = parser.parse_args()
+    if importlib.util.find_spec("torch") is None:
+        sys.exit('there is nothing to compare with: pip install "gpt-oss-jax[test]"')
     checkpoint = args.folder / "hf"
     if not checkpoint.exists():
+        print(f"{checkpoint}: 14 GB are written", flush=True)
         synthetic.write(GPT_OSS_20B, checkpoint)
     arguments = ["--reference", args.reference, "--length", str(args.tokens)]
     start, peak = time.perf_counter(), 0

@@ -8,8 +8,10 @@ From the root: python benchmarks/tpu_attention.py v6e --tokens 1 4096
 
 import argparse
 import dataclasses
+import importlib.util
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 
@@ -29,6 +31,8 @@ def main():
     parser.add_argument("--block", default="", metavar="NAME=N,...", help=sizes)
     parser.add_argument("--groups", type=int, help="of heads, in a step of one query")
     args = parser.parse_args()
+    if importlib.util.find_spec("libtpu") is None:
+        sys.exit('there is nothing to compile with: pip install "gpt-oss-jax[tpu]"')
     with tempfile.TemporaryDirectory() as folder:
         # Read when libtpu is loaded.
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"

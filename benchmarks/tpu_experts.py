@@ -8,8 +8,10 @@ From the root: python benchmarks/tpu_experts.py v6e folded --rows 1 8 64 4096
 import argparse
 import dataclasses
 import functools
+import importlib.util
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 
@@ -28,6 +30,8 @@ def main():
     sizes = "lanes=512,few=2048: other sizes than those of the table, to be compared"
     parser.add_argument("--tiles", default="", metavar="NAME=N,...", help=sizes)
     args = parser.parse_args()
+    if importlib.util.find_spec("libtpu") is None:
+        sys.exit('there is nothing to compile with: pip install "gpt-oss-jax[tpu]"')
     with tempfile.TemporaryDirectory() as folder:
         # Read when libtpu is loaded.
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"

@@ -17,7 +17,7 @@ from gpt_oss_jax import __version__, compile_cache
 from gpt_oss_jax.checkpoint import open_source
 from gpt_oss_jax.config import GPT_OSS_20B, GPT_OSS_120B, Config
 from gpt_oss_jax.harmony import read_vocabulary, vocabulary_path
-from gpt_oss_jax.kernels.target import why_not_several_gpus
+from gpt_oss_jax.kernels.target import host_memory, why_not_several_gpus
 
 _DISTRIBUTIONS = ("jax", "jaxlib", "flax", "orbax-checkpoint", "openai-harmony", "numpy")
 _SETTINGS = ("JAX_", "XLA_", "LIBTPU_", "TIKTOKEN_", "HF_", "CUDA_VISIBLE", "TPU_VISIBLE")
@@ -92,8 +92,7 @@ def _devices() -> Iterator[Finding]:
         yield Finding("device", f"JAX takes {share} of a GPU's memory: XLA_CLIENT_MEM_FRACTION")
         if len(devices) > 1 and (reason := why_not_several_gpus()):
             yield Finding("devices", reason, True)
-    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    yield Finding("host", f"{os.cpu_count()} processors, {pages * size / 1e9:.1f} GB of memory")
+    yield Finding("host", f"{os.cpu_count()} processors, {host_memory() / 1e9:.1f} GB of memory")
 
 
 def _vocabulary() -> Finding:

@@ -44,6 +44,7 @@ def test_options_are_explained(name, script, monkeypatch, capsys):
     [
         ("attention", []),
         ("experts", []),
+        ("goals", ["20b"]),
         ("hopper_dense", []),
         ("precision", ["tiny"]),
         ("prefill_attention", []),
@@ -58,12 +59,22 @@ def test_without_a_hopper_they_end_with_a_line(name, model, script, monkeypatch)
         main()
 
 
-def test_without_its_compiler_nothing_is_compiled(script, monkeypatch):
-    aot_gpu = script("aot_gpu")
-    monkeypatch.setattr(sys, "argv", ["aot_gpu.py", "20b"])
-    monkeypatch.setattr(aot_gpu.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="pip install .*cuda13"):
-        aot_gpu.main()
+@pytest.mark.parametrize(
+    ("name", "arguments", "extra"),
+    [
+        ("aot_gpu", ["20b"], "cuda13"),
+        ("aot_tpu", ["20b", "v5e"], "tpu"),
+        ("tpu_attention", ["v6e"], "tpu"),
+        ("tpu_experts", ["v6e", "folded"], "tpu"),
+        ("parity_memory", ["folder"], "test"),
+    ],
+)
+def test_without_what_they_need_nothing_is_done(name, arguments, extra, script, monkeypatch):
+    module = script(name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=rf"there is nothing to .*pip install .*\[{extra}\]"):
+        module.main()
 
 
 def test_inputs_differ_from_run_to_run_unless_their_seed_is_named(script, monkeypatch, capsys):
@@ -105,6 +116,7 @@ def test_goals_stand_beside_what_comes(script, monkeypatch, capsys):
     goals = script("goals")
     found = types.SimpleNamespace(decode_tokens_per_second=400, prefill_tokens_per_second=3000)
     monkeypatch.setattr(goals, "load", lambda name: name)
+    monkeypatch.setattr(goals, "why_not_hopper", lambda: "")
     measure = lambda model, shapes, **how: [found] * len(shapes)
     monkeypatch.setattr(goals.bench, "measure", measure)
     for name in "_head", "_line":

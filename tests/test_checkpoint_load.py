@@ -296,6 +296,13 @@ def test_a_pool_that_is_too_small_is_named_on_a_gpu(folders, monkeypatch, platfo
     assert ("XLA_CLIENT_MEM_FRACTION" in str(refusal.value)) == (platform == "gpu")
 
 
+def test_a_cpu_has_the_memory_of_its_machine(folders, monkeypatch):
+    monkeypatch.setattr(loading, "host_memory", lambda: 8 * 99)  # Of eight devices.
+    monkeypatch.setattr(loading, "_arrays", lambda *args: pytest.fail("it reads"))
+    with pytest.raises(ValueError, match="where 0.00 GB of the machine's 0.00 GB are free"):
+        load(folders / "hf")
+
+
 def test_a_mesh_is_a_mesh(folders):
     with pytest.raises(ValueError, match="make_mesh, got 'expert=2'"):
         load(folders / "hf", mesh="expert=2")

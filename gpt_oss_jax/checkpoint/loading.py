@@ -32,6 +32,7 @@ from gpt_oss_jax.config import Config
 from gpt_oss_jax.kernels.target import (
     default_device,
     device_kind,
+    host_memory,
     knows_fp4,
     platform,
     why_not_hopper,
@@ -306,16 +307,19 @@ def _check_room(
                 "XLA_CLIENT_MEM_FRACTION, set before JAX starts, is the share of a GPU's memory "
                 "that it may take; "
             )
+            whose = "the machine's" if device.platform == "cpu" else "JAX's"
             raise ValueError(
                 f"the weights need {needed / 1e9:.2f} GB on {device}, where {free / 1e9:.2f} GB of "
-                f"JAX's {limit / 1e9:.2f} GB are free. "
+                f"{whose} {limit / 1e9:.2f} GB are free. "
                 f"{pool if device.platform == 'gpu' else ''}"
                 "a mesh spreads a model over several devices; gpt-oss-jax plan says what fits."
             )
 
 
 def _memory(device: jax.Device) -> dict[str, int]:
-    """What the device tells of its memory; a CPU tells nothing."""
+    """What the device tells of its memory; a CPU tells nothing, and has its share of all."""
+    if device.platform == "cpu":
+        return {"bytes_limit": host_memory() // jax.local_device_count("cpu")}
     return device.memory_stats() or {}
 
 

@@ -5,6 +5,7 @@ Ahead-of-time compilation names it through `jax.sharding.use_abstract_mesh`.
 
 from __future__ import annotations
 
+import os
 from importlib import metadata
 
 import jax
@@ -39,6 +40,11 @@ def knows_fp4(kind: str) -> bool:
 def multiprocessors() -> int:
     """Of the GPU that is there; elsewhere as many as an H100 or H200 of the SXM kind has."""
     return getattr(default_device(), "core_count", None) or 132
+
+
+def host_memory() -> int:
+    """Bytes of this machine's memory, free or not."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def why_not_hopper() -> str:
