@@ -307,10 +307,11 @@ def _check_room(
                 "XLA_CLIENT_MEM_FRACTION, set before JAX starts, is the share of a GPU's memory "
                 "that it may take; "
             )
-            whose = "the machine's" if device.platform == "cpu" else "JAX's"
+            there = f"{free / 1e9:.2f} GB of JAX's {limit / 1e9:.2f} GB are free"
+            if device.platform == "cpu":
+                there = f"the machine has {limit / 1e9:.2f} GB for it"
             raise ValueError(
-                f"the weights need {needed / 1e9:.2f} GB on {device}, where {free / 1e9:.2f} GB of "
-                f"{whose} {limit / 1e9:.2f} GB are free. "
+                f"the weights need {needed / 1e9:.2f} GB on {device}, where {there}. "
                 f"{pool if device.platform == 'gpu' else ''}"
                 "a mesh spreads a model over several devices; gpt-oss-jax plan says what fits."
             )
