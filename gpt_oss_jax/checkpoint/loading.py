@@ -305,7 +305,7 @@ def _check_room(
         if needed > free:
             pool = (
                 "XLA_CLIENT_MEM_FRACTION, set before JAX starts, is the share of a GPU's memory "
-                "that it may take; "
+                "that it may take. "
             )
             there = f"{free / 1e9:.2f} GB of JAX's {limit / 1e9:.2f} GB are free"
             if device.platform == "cpu":
@@ -313,7 +313,7 @@ def _check_room(
             raise ValueError(
                 f"the weights need {needed / 1e9:.2f} GB on {device}, where {there}. "
                 f"{pool if device.platform == 'gpu' else ''}"
-                "a mesh spreads a model over several devices; gpt-oss-jax plan says what fits."
+                "A mesh spreads a model over several devices; gpt-oss-jax plan says what fits."
             )
 
 
