@@ -8,10 +8,8 @@ From the root: python benchmarks/tpu_attention.py v6e --tokens 1 4096
 
 import argparse
 import dataclasses
-import importlib.util
 import os
 import re
-import sys
 import tempfile
 from pathlib import Path
 
@@ -31,8 +29,6 @@ def main():
     parser.add_argument("--block", default="", metavar="NAME=N,...", help=sizes)
     parser.add_argument("--groups", type=int, help="of heads, in a step of one query")
     args = parser.parse_args()
-    if importlib.util.find_spec("libtpu") is None:
-        sys.exit('there is nothing to compile with: pip install "gpt-oss-jax[tpu]"')
     with tempfile.TemporaryDirectory() as folder:
         # Read when libtpu is loaded.
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
@@ -67,12 +63,13 @@ def use_tiles(kind, block, groups):
 def compile_layer(kind, K, tokens, slots, window):
     import jax
     import jax.numpy as jnp
+    from aot_tpu import devices
 
     from gpt_oss_jax import aot
     from gpt_oss_jax.kernels import attention
     from gpt_oss_jax.sharding import make_mesh, named_sharding
 
-    mesh = make_mesh(devices=aot.devices(kind, 1))
+    mesh = make_mesh(devices=devices(kind, 1))
 
     def array(shape, dtype=jnp.bfloat16):
         where = named_sharding(mesh, (None,) * len(shape))

@@ -8,10 +8,8 @@ From the root: python benchmarks/tpu_experts.py v6e folded --rows 1 8 64 4096
 import argparse
 import dataclasses
 import functools
-import importlib.util
 import os
 import re
-import sys
 import tempfile
 from pathlib import Path
 
@@ -30,8 +28,6 @@ def main():
     sizes = "lanes=512,few=2048: other sizes than those of the table, to be compared"
     parser.add_argument("--tiles", default="", metavar="NAME=N,...", help=sizes)
     args = parser.parse_args()
-    if importlib.util.find_spec("libtpu") is None:
-        sys.exit('there is nothing to compile with: pip install "gpt-oss-jax[tpu]"')
     with tempfile.TemporaryDirectory() as folder:
         # Read when libtpu is loaded.
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
@@ -57,6 +53,7 @@ def use_tiles(kind, text):
 def compile_layer(kind, form, rows):
     import jax
     import jax.numpy as jnp
+    from aot_tpu import devices
 
     from gpt_oss_jax import aot
     from gpt_oss_jax.kernels import expert_mlp
@@ -65,7 +62,7 @@ def compile_layer(kind, form, rows):
     from gpt_oss_jax.quant import MXArray
     from gpt_oss_jax.sharding import make_mesh, named_sharding
 
-    mesh = make_mesh(devices=aot.devices(kind, 1))
+    mesh = make_mesh(devices=devices(kind, 1))
     packed = functools.partial(MXArray.in_words, native=knows_fp4(mesh.devices.flat[0].device_kind))
     make = {"packed": packed, "folded": MXArray.folded}[form]
 

@@ -1,7 +1,8 @@
 """The scripts in benchmarks/, as far as they go without the GPU that they measure."""
 
 import dataclasses
-import importlib
+import importlib.util
+import os
 import sys
 import types
 from pathlib import Path
@@ -53,10 +54,11 @@ def test_options_are_explained(name, script, monkeypatch, capsys):
     ],
 )
 def test_without_a_hopper_they_end_with_a_line(name, model, script, monkeypatch):
-    main = script(name).main
+    module = script(name)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *model])
+    monkeypatch.setattr(module, "load", lambda _: pytest.fail("it loads"), raising=False)
     with pytest.raises(SystemExit, match="there is nothing to .*: needs"):
-        main()
+        module.main()
 
 
 @pytest.mark.parametrize(
@@ -72,8 +74,10 @@ def test_without_a_hopper_they_end_with_a_line(name, model, script, monkeypatch)
 def test_without_what_they_need_nothing_is_done(name, arguments, extra, script, monkeypatch):
     module = script(name)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=rf"there is nothing to .*pip install .*\[{extra}\]"):
+    monkeypatch.setattr(module, "synthetic", None, raising=False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # Some set what libtpu reads.
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=rf"pip install .*\[{extra}\]"):
         module.main()
 
 
